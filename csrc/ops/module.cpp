@@ -1,0 +1,26 @@
+// The op schemas (one place, whatever the device) and the pybind11 module that loads them.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(saferclip_fast, m) {
+  m.def(
+      "nearest_safe(Tensor query, Tensor bank, int k, Tensor? packed=None) "
+      "-> (Tensor scores, Tensor indices)");
+  m.def("pack_bank(Tensor bank) -> Tensor");
+  m.def(
+      "retarget_loss(Tensor text, Tensor image, Tensor frozen_text, Tensor frozen_image, "
+      "Tensor bank_text, Tensor bank_image, Tensor neighbors, Tensor neighbor_weights, "
+      "Tensor row_weights, float[] weights, float beta, float margin, bool current_negative, "
+      "bool need_grad) -> (Tensor loss, Tensor terms, Tensor grad_text, Tensor grad_image)");
+  m.def(
+      "preservation_loss(Tensor text, Tensor image, Tensor frozen_text, Tensor frozen_image, "
+      "float[] weights, float logit_scale, bool need_grad) "
+      "-> (Tensor loss, Tensor terms, Tensor grad_text, Tensor grad_image)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of saferclip_fast; importing it registers torch.ops.saferclip_fast.*";
+#ifdef __VERSION__
+  m.attr("compiler") = __VERSION__;
+#endif
+}

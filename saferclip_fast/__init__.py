@@ -1,0 +1,27 @@
+"""SafeR-CLIP fine-tuning with fused kernels: exact nearest-safe search, redirection and preservation losses."""
+
+from .bank import SafeBank
+from .ops import (
+    Backend,
+    Neighbors,
+    PreservationOutput,
+    RetargetOutput,
+    backends,
+    nearest_safe,
+    preservation_loss,
+    retarget_loss,
+)
+from .version import __version__
+
+__all__ = [
+    "Backend",
+    "Neighbors",
+    "PreservationOutput",
+    "RetargetOutput",
+    "SafeBank",
+    "__version__",
+    "backends",
+    "nearest_safe",
+    "preservation_loss",
+    "retarget_loss",
+]

@@ -1,0 +1,154 @@
+"""The training objectives, as nn.Modules made of the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bank import SafeBank
+from .ops import Neighbors, preservation_loss, retarget_loss
+
+# Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
+DEFAULT_WEIGHTS = {
+    "uni_text": 4.0,
+    "uni_image": 4.0,
+    "cross_text": 4.0,
+    "cross_image": 4.0,
+    "cos_text": 1.0,
+    "cos_image": 1.0,
+    "nce_text": 0.2,
+    "nce_image": 0.2,
+}
+
+
+class QuadrupletEmbeddings(NamedTuple):
+    """Embeddings of a batch of quadruplets, each [B, d]; row i of all four is one sample."""
+
+    safe_text: Tensor
+    safe_image: Tensor
+    unsafe_text: Tensor
+    unsafe_image: Tensor
+
+
+class ObjectiveOutput(NamedTuple):
+    loss: Tensor  # scalar, differentiable
+    terms: dict[str, Tensor]  # unweighted, detached
+    neighbors: Neighbors | None = None
+
+
+class SaferClip(nn.Module):
+    """SafeR-CLIP (arXiv 2511.16743): redirect unsafe inputs to their nearest safe neighbors, hold safe ones in place.
+
+        loss = sum_j weights[j] * term_j over the four terms of `retarget_loss` and the four of `preservation_loss`
+
+    A modality that its label calls safe is never redirected: its row is held in place by the cosine term of its
+    modality (term `kept_text` or `kept_image`, weighted as `cos_text` or `cos_image`; ShieldCLIP's label layout).
+
+    Args:
+        weights: weight of each term by name, over DEFAULT_WEIGHTS.
+        k: nearest safe neighbors a row is redirected to (the paper: 1).
+        tau: temperature of the neighbor weights when k > 1.
+        beta, margin: sharpness and margin of the relative terms (the paper: 1 and 0).
+        negative: "frozen" (the paper) or "current"; see `retarget_loss`.
+        logit_scale: inverse temperature of the InfoNCE terms.
+        backend: of every op.
+        check: validate values in every step; off by default, since the training loop checks the loss.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float] | None = None,
+        *,
+        k: int = 1,
+        tau: float = 0.05,
+        beta: float = 1.0,
+        margin: float = 0.0,
+        negative: str = "current",
+        logit_scale: float = 100.0,
+        backend: str = "auto",
+        check: bool = False,
+    ) -> None:
+        super().__init__()
+        unknown = set(weights or {}) - set(DEFAULT_WEIGHTS)
+        if unknown:
+            raise ValueError(f"weights has unknown terms {sorted(unknown)}; the terms are {', '.join(DEFAULT_WEIGHTS)}")
+        if negative not in ("frozen", "current"):
+            raise ValueError(f"negative={negative!r} must be 'frozen' or 'current'")
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1")
+        self.weights = {**DEFAULT_WEIGHTS, **(weights or {})}
+        self.k, self.tau, self.beta, self.margin = k, tau, beta, margin
+        self.negative, self.logit_scale, self.backend, self.check = negative, logit_scale, backend, check
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, negative={self.negative}, beta={self.beta}, margin={self.margin}, weights={self.weights}"
+
+    def forward(
+        self,
+        current: QuadrupletEmbeddings,
+        frozen: QuadrupletEmbeddings,
+        bank: SafeBank,
+        neighbors: Neighbors | None = None,
+        unsafe_text: Tensor | None = None,
+        unsafe_image: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """The loss of one batch.
+
+        Args:
+            current: what the model being trained gives; frozen: what the frozen model gives, same shapes.
+            bank: safe rows; neighbors: precomputed for these rows (the paper), or None to search in the step.
+            unsafe_text, unsafe_image: [B] labels of the unsafe side, 1 unsafe, 0 safe; None means all unsafe.
+        """
+        redirect = retarget_loss(
+            current.unsafe_text,
+            current.unsafe_image,
+            frozen.unsafe_text,
+            frozen.unsafe_image,
+            bank,
+            self.k,
+            neighbors=neighbors,
+            tau=self.tau,
+            weights=self._of("uni_text", "uni_image", "cross_text", "cross_image"),
+            beta=self.beta,
+            margin=self.margin,
+            negative=self.negative,
+            unsafe_text=unsafe_text,
+            unsafe_image=unsafe_image,
+            backend=self.backend,
+            check=self.check,
+        )
+        preserve = preservation_loss(
+            current.safe_text,
+            current.safe_image,
+            frozen.safe_text,
+            frozen.safe_image,
+            weights=self._of("cos_text", "cos_image", "nce_text", "nce_image"),
+            logit_scale=self.logit_scale,
+            backend=self.backend,
+            check=self.check,
+        )
+        loss = redirect.loss + preserve.loss
+        terms = {**redirect.terms, **preserve.terms}
+        for name, labels, row, anchor in (
+            ("text", unsafe_text, current.unsafe_text, frozen.unsafe_text),
+            ("image", unsafe_image, current.unsafe_image, frozen.unsafe_image),
+        ):
+            if labels is not None:
+                kept = _kept(row, anchor, labels)
+                loss = loss + self.weights[f"cos_{name}"] * kept
+                terms[f"kept_{name}"] = kept.detach()
+        return ObjectiveOutput(loss, terms, redirect.neighbors)
+
+    def _of(self, *names: str) -> dict[str, float]:
+        return {name: self.weights[name] for name in names}
+
+
+def _kept(row: Tensor, anchor: Tensor, labels: Tensor) -> Tensor:
+    """mean over the rows labelled safe of 1 - cos(row, anchor); 0 where there are none."""
+    safe = 1 - labels.to(device=row.device, dtype=torch.float32)
+    distance = 1 - F.cosine_similarity(row.float(), anchor.float(), dim=-1)
+    return (safe * distance).sum() / safe.sum().clamp(min=1)

@@ -1,0 +1,78 @@
+"""Exact nearest-safe search: the k bank rows of highest cosine for each query."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import MAX_NATIVE_K, select
+from .checks import check_finite, check_matrix, check_unit_rows
+
+if TYPE_CHECKING:
+    from ..bank import SafeBank
+
+
+class Neighbors(NamedTuple):
+    """The k nearest safe rows of each query, best first."""
+
+    scores: Tensor  # [Q, k] float32 cosine
+    indices: Tensor  # [Q, k] int64 rows of the bank
+
+
+def nearest_safe(
+    query: Tensor, bank: SafeBank | Tensor, k: int = 1, *, backend: str = "auto", check: bool = True
+) -> Neighbors:
+    """The k safe rows nearest to each query: s_ij = <q_i, s_j> / |q_i| (SafeR-CLIP, arXiv 2511.16743, section on
+    proximity-based alignment; k = 1 is the paper's argmax).
+
+    Exact: an index differs from the float64 one only where two scores agree within one float32 rounding; equal
+    scores give the lower index; the result does not depend on the number of threads. Not differentiable.
+
+    Args:
+        query: [Q, d] float64/32, bfloat16 or float16, rows of any scale (a zero row scores 0 everywhere).
+        bank: a `SafeBank` (its text rows are searched) or a tensor [N, d] of unit rows.
+        k: neighbors wanted, 1 <= k <= N.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+        check: validate shapes and values; `False` for hot loops on data known to be good.
+
+    Returns:
+        `Neighbors(scores, indices)`: [Q, k] float32 and [Q, k] int64, on the device of `query`.
+
+    Raises:
+        ValueError: k out of range, an empty bank, widths or devices that differ, NaN or Inf, bank rows not of unit
+            length, an unknown backend. RuntimeError: a backend that is not usable here.
+    """
+    if isinstance(bank, Tensor):
+        rows, packed = bank, None
+    else:
+        rows, packed = bank.text, bank.packed
+    if check:
+        _check(query, rows, k, is_tensor=isinstance(bank, Tensor))
+    if query.requires_grad:
+        query = query.detach()
+    if backend == "auto" and k > MAX_NATIVE_K:
+        backend = "reference"
+    op = select("nearest_safe", backend, query.device.type, query.dtype)
+    return Neighbors(*op(query, rows, k, packed))
+
+
+def _check(query: Tensor, rows: Tensor, k: int, is_tensor: bool) -> None:
+    check_matrix("query", query)
+    check_matrix("bank", rows, like=("query", query))
+    if rows.shape[0] == 0:
+        raise ValueError("bank is empty: it needs at least one safe row")
+    if not 1 <= k <= rows.shape[0]:
+        raise ValueError(f"k={k} must lie between 1 and the bank's {rows.shape[0]} rows")
+    check_finite("query", query)
+    if is_tensor:  # a SafeBank was checked and normalised when it was made
+        check_finite("bank", rows)
+        check_unit_rows("bank", rows)
+
+
+def neighbor_weights(neighbors: Neighbors, tau: float) -> Tensor:
+    """w_ij = softmax_j(s_ij / tau): how much each neighbor counts in a row's target; [Q, k] float32, rows sum to 1."""
+    if neighbors.scores.shape[1] == 1:
+        return torch.ones_like(neighbors.scores)
+    return torch.softmax(neighbors.scores / tau, dim=1)

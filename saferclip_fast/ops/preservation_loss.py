@@ -1,0 +1,73 @@
+"""The preservation loss: safe inputs stay where the frozen model put them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .checks import check_finite, check_matrix, term_weights
+
+TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
+
+
+class PreservationOutput(NamedTuple):
+    loss: Tensor  # scalar, differentiable in text and image
+    terms: dict[str, Tensor]  # unweighted means, detached
+
+
+def preservation_loss(
+    text: Tensor,
+    image: Tensor,
+    frozen_text: Tensor,
+    frozen_image: Tensor,
+    *,
+    weights: Mapping[str, float] | None = None,
+    logit_scale: float = 100.0,
+    backend: str = "auto",
+    check: bool = True,
+) -> PreservationOutput:
+    """Holds safe embeddings in place (Safe-CLIP, arXiv 2311.16254; used unchanged by SafeR-CLIP, arXiv 2511.16743).
+
+        cos_text = mean 1 - cos(T(t), T0(t))       cos_image = mean 1 - cos(V(v), V0(v))
+        nce_text = InfoNCE(T(t), V0(v))            nce_image = InfoNCE(V(v), T0(t))
+        loss     = sum_j weights[j] terms[j]
+
+    InfoNCE is symmetric, (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows. The [B, B]
+    matrix is never stored.
+
+    Args:
+        text, image: [B, d] trainable T(t), V(v), same dtype (float64/32, bfloat16, float16), any scale.
+        frozen_text, frozen_image: [B, d] T0(t), V0(v), any scale.
+        weights: weight of each term by name; one left out weighs 1. An nce term of weight 0 is not computed: it
+            costs nothing and reads 0.
+        logit_scale: inverse temperature of the InfoNCE terms (CLIP's is 100).
+        backend, check: as in `nearest_safe`.
+
+    Returns:
+        `PreservationOutput(loss, terms)`. `loss` is float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
+    """
+    term_weight = term_weights(TERMS, weights)
+    if check:
+        check_matrix("text", text)
+        if text.shape[0] == 0:
+            raise ValueError("text has no rows: the loss is a mean over at least one")
+        check_finite("text", text)
+        for name, value in (("image", image), ("frozen_text", frozen_text), ("frozen_image", frozen_image)):
+            check_matrix(name, value, like=("text", text), rows=True)
+            check_finite(name, value)
+        if image.dtype != text.dtype:
+            raise ValueError(f"image is {image.dtype} but text is {text.dtype}; cast one of them")
+    op = select("preservation_loss", backend, text.device.type, text.dtype)
+    need_grad = torch.is_grad_enabled() and (text.requires_grad or image.requires_grad)
+    with torch.autocast(text.device.type, enabled=False):  # a kernel's inner matmuls keep the precision it chose
+        loss, terms, _, _ = op(
+            text, image, frozen_text.detach(), frozen_image.detach(), term_weight, logit_scale, need_grad
+        )
+    return PreservationOutput(loss, dict(zip(TERMS, terms.detach().unbind(), strict=True)))

@@ -1,0 +1,180 @@
+"""The ground truth: every op in plain PyTorch, by the closed forms of docs/method.md. Slow by design.
+
+In float64 these functions are what all other backends are tested against. Memory is bounded by chunking: nothing of
+size [B, N] or [B, B] is stored. Autocast is off inside, so that a bf16 region does not change what the ops mean.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # entries of one temporary: 32 MiB in float64
+
+
+def _without_autocast(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapped(first: Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapped
+
+
+def _chunk(columns: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, columns))
+
+
+def _sortable_key(scores: Tensor, indices: Tensor) -> Tensor:
+    """int64 keys whose descending order is: higher float32 score first, then lower index."""
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 equal to 0.0
+    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    return (ordered << 32) + (0xFFFFFFFF - indices)
+
+
+def _from_key(keys: Tensor) -> tuple[Tensor, Tensor]:
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, (-ordered) | -0x80000000, ordered)
+    return bits.to(torch.int32).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+@_without_autocast
+def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Exact top-k: score_ij = float32(<q_i, s_j> / |q_i|), summed in float64; ties go to the lower index.
+
+    query [Q, d] of any scale, bank [N, d] as it is. Returns scores float32 [Q, k], best first, and int64 indices.
+    """
+    rows = bank.shape[0]
+    scores = query.new_empty((query.shape[0], k), dtype=torch.float32)
+    indices = query.new_empty((query.shape[0], k), dtype=torch.int64)
+    columns = min(rows, _chunk(max(bank.shape[1], 1024)))
+    step = _chunk(columns)
+    for begin in range(0, query.shape[0], step):
+        unit = F.normalize(query[begin : begin + step].double(), dim=-1, eps=0.0).nan_to_num(0.0)
+        best = unit.new_empty((unit.shape[0], 0), dtype=torch.int64)
+        for left in range(0, rows, columns):
+            chunk = bank[left : left + columns].double()
+            index = torch.arange(left, left + chunk.shape[0], device=bank.device)
+            keys = _sortable_key((unit @ chunk.T).float(), index)
+            best = torch.cat([best, keys], dim=1)
+            best = best.topk(min(k, best.shape[1]), dim=1).values
+        scores[begin : begin + step], indices[begin : begin + step] = _from_key(best)
+    return scores, indices
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of x at length 1 (a zero row stays zero) and 1/|x|, both in `dtype`."""
+    x = x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.where(norm > 0, 1 / norm, 0.0)
+    return x * inverse, inverse
+
+
+def _through_norm(g: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """d/dx from d/du for u = x/|x|: (g - (g.u) u) / |x|."""
+    return (g - (g * unit).sum(-1, keepdim=True) * unit) * inverse
+
+
+@_without_autocast
+def retarget_loss(
+    text: Tensor,
+    image: Tensor,
+    frozen_text: Tensor,
+    frozen_image: Tensor,
+    bank_text: Tensor,
+    bank_image: Tensor,
+    neighbors: Tensor,
+    neighbor_weights: Tensor,
+    row_weights: Tensor,
+    weights: Sequence[float],
+    beta: float,
+    margin: float,
+    current_negative: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four redirection terms and their closed-form gradients (docs/method.md, "The fused redirection op")."""
+    wide = torch.float64 if text.dtype == torch.float64 else torch.float32
+    batch, width = text.shape
+    terms = text.new_zeros(4, dtype=wide)
+    grad_text = text.new_empty((batch if need_grad else 0, width))
+    grad_image = torch.empty_like(grad_text)
+    step = _chunk(width * neighbors.shape[1])
+    for begin in range(0, batch, step):
+        rows = slice(begin, begin + step)
+        u_t, inverse_t = _unit(text[rows], wide)
+        u_v, inverse_v = _unit(image[rows], wide)
+        w = neighbor_weights[rows].to(wide).unsqueeze(1)
+        s_t = (w @ bank_text[neighbors[rows]].to(wide)).squeeze(1)
+        s_v = (w @ bank_image[neighbors[rows]].to(wide)).squeeze(1)
+        away_t = u_v if current_negative else _unit(frozen_image[rows], wide)[0]
+        away_v = u_t if current_negative else _unit(frozen_text[rows], wide)[0]
+        x_t = beta * ((u_t * (away_t - s_v)).sum(-1) + margin)
+        x_v = beta * ((u_v * (away_v - s_t)).sum(-1) + margin)
+        per_row = torch.stack(
+            [1 - (u_t * s_t).sum(-1), 1 - (u_v * s_v).sum(-1), F.softplus(x_t) / beta, F.softplus(x_v) / beta]
+        )
+        rw = row_weights[rows].to(wide).T
+        terms += (rw * per_row).sum(1)
+        if need_grad:
+            w = (rw * terms.new_tensor(weights).unsqueeze(1)).unsqueeze(-1)
+            g_t = w[2] * torch.sigmoid(x_t).unsqueeze(-1) * (away_t - s_v) - w[0] * s_t
+            g_v = w[3] * torch.sigmoid(x_v).unsqueeze(-1) * (away_v - s_t) - w[1] * s_v
+            grad_text[rows] = _through_norm(g_t, u_t, inverse_t).to(text.dtype)
+            grad_image[rows] = _through_norm(g_v, u_v, inverse_v).to(text.dtype)
+    return (terms * terms.new_tensor(weights)).sum(), terms, grad_text, grad_image
+
+
+def _info_nce(x: Tensor, y: Tensor, logit_scale: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Symmetric InfoNCE of unit rows x against unit rows y, and d/dx; S = logit_scale x y^T, never stored whole."""
+    batch = x.shape[0]
+    step = _chunk(batch)
+    row_lse = x.new_empty(batch)
+    column_lse = x.new_full((batch,), -torch.inf)
+    for begin in range(0, batch, step):
+        logits = logit_scale * (x[begin : begin + step] @ y.T)
+        row_lse[begin : begin + step] = logits.logsumexp(1)
+        column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
+    diagonal = logit_scale * (x * y).sum(-1)
+    loss = 0.5 * ((row_lse - diagonal).mean() + (column_lse - diagonal).mean())
+    if not need_grad:
+        return loss, None
+    grad = torch.empty_like(x)
+    for begin in range(0, batch, step):
+        rows = slice(begin, begin + step)
+        logits = logit_scale * (x[rows] @ y.T)
+        p = (logits - row_lse[rows].unsqueeze(1)).exp() + (logits - column_lse).exp()
+        grad[rows] = (0.5 * logit_scale / batch) * (p @ y - 2 * y[rows])
+    return loss, grad
+
+
+@_without_autocast
+def preservation_loss(
+    text: Tensor,
+    image: Tensor,
+    frozen_text: Tensor,
+    frozen_image: Tensor,
+    weights: Sequence[float],
+    logit_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cosine preservation and symmetric InfoNCE against the frozen encoders, with closed-form gradients."""
+    wide = torch.float64 if text.dtype == torch.float64 else torch.float32
+    frozen = [_unit(frozen_text, wide)[0], _unit(frozen_image, wide)[0]]
+    batch = text.shape[0]
+    terms = text.new_zeros(4, dtype=wide)
+    grads = []
+    for j, x in enumerate((text, image)):
+        unit, inverse = _unit(x, wide)
+        own, other = frozen[j], frozen[1 - j]
+        terms[j] = (1 - (unit * own).sum(-1)).mean()
+        g = -(weights[j] / batch) * own
+        if weights[2 + j] != 0:
+            terms[2 + j], nce_grad = _info_nce(unit, other, logit_scale, need_grad)
+            if nce_grad is not None:
+                g = g + weights[2 + j] * nce_grad
+        grads.append(_through_norm(g, unit, inverse).to(x.dtype) if need_grad else x.new_empty((0, x.shape[1])))
+    return (terms * terms.new_tensor(weights)).sum(), terms, grads[0], grads[1]

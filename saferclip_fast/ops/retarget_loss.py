@@ -1,0 +1,148 @@
+"""The fused redirection ("retargeting") loss: search, four terms and both gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .checks import check_finite, check_labels, check_matrix, term_weights
+from .nearest_safe import Neighbors, nearest_safe, neighbor_weights
+
+if TYPE_CHECKING:
+    from ..bank import SafeBank
+
+TERMS = ("uni_text", "uni_image", "cross_text", "cross_image")
+
+
+class RetargetOutput(NamedTuple):
+    loss: Tensor  # scalar, differentiable in text and image
+    terms: dict[str, Tensor]  # unweighted means, detached
+    neighbors: Neighbors
+
+
+def retarget_loss(
+    text: Tensor,
+    image: Tensor,
+    frozen_text: Tensor,
+    frozen_image: Tensor,
+    bank: SafeBank,
+    k: int = 1,
+    *,
+    neighbors: Neighbors | None = None,
+    tau: float = 0.05,
+    weights: Mapping[str, float] | None = None,
+    beta: float = 1.0,
+    margin: float = 0.0,
+    negative: str = "frozen",
+    unsafe_text: Tensor | None = None,
+    unsafe_image: Tensor | None = None,
+    backend: str = "auto",
+    check: bool = True,
+) -> RetargetOutput:
+    """Redirects unsafe rows to their nearest safe neighbors (SafeR-CLIP, arXiv 2511.16743).
+
+    With u = x/|x| of the trainable rows, r the normalised frozen unsafe rows, and s^ = sum_j w_ij s_j the target over
+    the k bank rows nearest to the frozen unsafe text, w_ij = softmax_j(cos_ij / tau):
+
+        uni_text    = mean 1 - u_t . s^_t          uni_image   = mean 1 - u_v . s^_v
+        cross_text  = mean softplus(beta (u_t . r_v - u_t . s^_v + margin)) / beta
+        cross_image = mean softplus(beta (u_v . r_t - u_v . s^_t + margin)) / beta
+        loss        = sum_j weights[j] terms[j]
+
+    k = 1, beta = 1, margin = 0 and negative = "frozen" are the paper's; the rest is ours.
+
+    Args:
+        text, image: [B, d] trainable T(t*), V(v*), same dtype (float64/32, bfloat16, float16), any scale.
+        frozen_text, frozen_image: [B, d] T0(t*), V0(v*) of the frozen encoders, any scale.
+        bank: `SafeBank` of N aligned safe rows.
+        k: neighbors a row.
+        neighbors: what `nearest_safe(frozen_text, bank, k)` gave earlier; skips the search.
+        tau: temperature of the neighbor weights (no effect at k = 1).
+        weights: weight of each term by name; one left out weighs 1.
+        beta: sharpness of the softplus.
+        margin: by how much the safe target must beat the negative before the cross terms fade.
+        negative: "frozen" pushes from r; "current" pushes from the counterpart's present row, under stop-gradient.
+        unsafe_text, unsafe_image: [B] labels, 1 unsafe (default), 0 safe. A modality labelled safe is not redirected;
+            a cross term needs both labels. A term's mean is taken over its own rows.
+        backend, check: as in `nearest_safe`.
+
+    Returns:
+        `RetargetOutput(loss, terms, neighbors)`. `loss` is float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
+    """
+    if negative not in ("frozen", "current"):
+        raise ValueError(f"negative={negative!r} must be 'frozen' or 'current'")
+    if beta <= 0 or tau <= 0:
+        raise ValueError(f"beta={beta} and tau={tau} must be positive")
+    term_weight = term_weights(TERMS, weights)
+    if check:
+        _check(text, image, frozen_text, frozen_image, bank, neighbors)
+    if neighbors is None:
+        neighbors = nearest_safe(frozen_text, bank, k, backend=_search_backend(backend, text), check=check)
+    op = select("retarget_loss", backend, text.device.type, text.dtype)
+    need_grad = torch.is_grad_enabled() and (text.requires_grad or image.requires_grad)
+    loss, terms, _, _ = op(
+        text,
+        image,
+        frozen_text.detach(),
+        frozen_image.detach(),
+        bank.text,
+        bank.image,
+        neighbors.indices,
+        neighbor_weights(neighbors, tau),
+        row_weights(text.shape[0], text.device, unsafe_text, unsafe_image),
+        term_weight,
+        beta,
+        margin,
+        negative == "current",
+        need_grad,
+    )
+    return RetargetOutput(loss, dict(zip(TERMS, terms.detach().unbind(), strict=True)), neighbors)
+
+
+def row_weights(rows: int, device: torch.device, unsafe_text: Tensor | None, unsafe_image: Tensor | None) -> Tensor:
+    """[rows, 4] float32: 1/count for the rows that a term is the mean of, 0 for the others."""
+    if unsafe_text is None and unsafe_image is None:
+        return torch.full((rows, 4), 1.0 / max(rows, 1), device=device)
+    ones = torch.ones(rows, device=device)
+    text = ones if unsafe_text is None else check_labels("unsafe_text", unsafe_text, rows, device)
+    image = ones if unsafe_image is None else check_labels("unsafe_image", unsafe_image, rows, device)
+    mask = torch.stack([text, image, text * image, text * image], dim=1)
+    return mask / mask.sum(0).clamp(min=1)
+
+
+def _search_backend(backend: str, text: Tensor) -> str:
+    return "auto" if backend == "auto" or text.dtype == torch.float64 else backend
+
+
+def _check(text, image, frozen_text, frozen_image, bank, neighbors) -> None:
+    check_matrix("text", text)
+    for name, value in (("image", image), ("frozen_text", frozen_text), ("frozen_image", frozen_image)):
+        check_matrix(name, value, like=("text", text), rows=True)
+    if image.dtype != text.dtype:
+        raise ValueError(f"image is {image.dtype} but text is {text.dtype}; cast one of them")
+    check_matrix("bank.text", bank.text, like=("text", text))
+    for name, value in (("text", text), ("image", image), ("frozen_image", frozen_image)):
+        check_finite(name, value)
+    if neighbors is None:  # else nearest_safe checks frozen_text
+        return
+    check_finite("frozen_text", frozen_text)
+    shape = neighbors.indices.shape
+    if neighbors.indices.dim() != 2 or shape[0] != text.shape[0] or neighbors.scores.shape != shape:
+        raise ValueError(
+            f"neighbors must hold scores and indices of shape [{text.shape[0]}, k], got"
+            f" {tuple(neighbors.scores.shape)} and {tuple(shape)}; pass the rows of this batch"
+        )
+    if not torch.compiler.is_compiling() and neighbors.indices.numel():
+        low, high = int(neighbors.indices.min()), int(neighbors.indices.max())
+        if low < 0 or high >= bank.text.shape[0]:
+            raise ValueError(
+                f"neighbors.indices spans {low}..{high} but the bank has {bank.text.shape[0]} rows;"
+                " it was searched in another bank"
+            )

@@ -1,0 +1,58 @@
+"""Builds the native module `saferclip_fast._C` with CMake + Ninja; CMakeLists.txt holds the list of sources.
+
+Environment: SAFERCLIP_FAST_NATIVE=0 builds the pure-Python package; SAFERCLIP_FAST_CUDA=0|1 forces CUDA off or on
+(default: on where nvcc is found); MAX_JOBS limits the parallel compile jobs; CXX names the compiler.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def wants_native() -> bool:
+    """With no C++ compiler the package is pure Python, and `saferclip_fast.backends()` says so."""
+    if os.environ.get("SAFERCLIP_FAST_NATIVE", "1") == "0":
+        return False
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        print(
+            "saferclip_fast: no C++ compiler found (set CXX); building the pure-Python package",
+            file=sys.stderr,
+        )
+    return compiler is not None
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        from torch.utils import cpp_extension
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        arguments = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
+            "TORCH_LIBRARY_DIRS": ";".join(cpp_extension.library_paths()),
+            "SAFERCLIP_FAST_CUDA": os.environ.get("SAFERCLIP_FAST_CUDA", "AUTO"),
+        }
+        defines = [f"-D{name}={value}" for name, value in arguments.items()]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *defines], check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+
+
+setup(
+    ext_modules=[Extension("saferclip_fast._C", sources=[])] if wants_native() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -93,7 +93,7 @@ class SafeBank:
         return bank.pack() if self.packed is not None else bank
 
     def shard(self, rank: int, world: int) -> SafeBank:
-        """Slice `rank` of `world` contiguous slices (views, sizes differ by at most one); `.offset` is its first row."""
+        """Slice `rank` of `world` contiguous slices (views, sizes within one row); `.offset` is its first row."""
         if not 0 <= rank < world or world > len(self):
             raise ValueError(f"rank={rank}, world={world} must satisfy 0 <= rank < world <= {len(self)} rows")
         begin, end = (len(self) * r // world for r in (rank, rank + 1))

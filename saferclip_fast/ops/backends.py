@@ -15,7 +15,7 @@ from .schemas import SCHEMAS, register_backend, register_shapes_and_autograd
 try:
     from .. import _C  # importing it registers torch.ops.saferclip_fast.<op> for the devices it was built for
 except ImportError as error:
-    _C = None
+    _C = None  # type: ignore[assignment]
     _NATIVE_MISSING = f"the native module is not built ({error}); reinstall with a C++ compiler on PATH"
 
 for _op in SCHEMAS:

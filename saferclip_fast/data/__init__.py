@@ -1,0 +1,30 @@
+"""Quadruplets (safe and unsafe image-text pairs): readers, synthetic scenes, curriculum, batches."""
+
+from . import scenes
+from .collate import Collate, collate
+from .curriculum import CurriculumSampler
+from .errors import DataError, Summary
+from .images import ImageArray, ImageError, ImageFile, TarMember, ToTensor
+from .open import open_quadruplets
+from .quadruplets import Quadruplet, QuadrupletDataset
+from .scenes import SceneDataset
+from .trim import encode_text
+
+__all__ = [
+    "Collate",
+    "CurriculumSampler",
+    "DataError",
+    "ImageArray",
+    "ImageError",
+    "ImageFile",
+    "Quadruplet",
+    "QuadrupletDataset",
+    "SceneDataset",
+    "Summary",
+    "TarMember",
+    "ToTensor",
+    "collate",
+    "encode_text",
+    "open_quadruplets",
+    "scenes",
+]

@@ -1,0 +1,46 @@
+"""Samples to a batch: images stacked, captions tokenised and trimmed to the longest of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .trim import Tokenizer, pad_id
+from .trim import trim as trim_tokens
+
+
+class Collate:
+    """A collate_fn for QuadrupletDataset.
+
+    The batch is a dict: index [B] int64; safe_image, unsafe_image [B, 3, H, W] float32; safe_tokens,
+    unsafe_tokens [B, L] int64, each trimmed to its longest caption; unsafe_text_label, unsafe_image_label [B]
+    int64. A caption longer than the tokenizer's context is cut there by the tokenizer.
+    `trim=False` keeps the full context: needed for text towers that read the padding (SigLIP).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, trim: bool = True):
+        self.tokenizer = tokenizer
+        self.trim = trim
+        self.pad = pad_id(tokenizer)
+
+    def tokens(self, texts: Sequence[str]) -> torch.Tensor:
+        """int64 [B, L] tokens of `texts`, trimmed."""
+        tokens = self.tokenizer(list(texts))
+        return trim_tokens(tokens, self.pad) if self.trim else tokens
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {
+            name: torch.stack([sample[name] for sample in samples]) for name in ("safe_image", "unsafe_image")
+        }
+        batch["safe_tokens"] = self.tokens([sample["safe_text"] for sample in samples])
+        batch["unsafe_tokens"] = self.tokens([sample["unsafe_text"] for sample in samples])
+        for name in ("index", "unsafe_text_label", "unsafe_image_label"):
+            batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
+        return batch
+
+
+def collate(tokenizer: Tokenizer, trim: bool = True) -> Collate:
+    """The collate_fn that makes batches of QuadrupletDataset items for `tokenizer` (see Collate)."""
+    return Collate(tokenizer, trim)

@@ -1,0 +1,207 @@
+"""Where an image lies (file, tar member, array) and how its pixels are read, safely."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+# Formats that Pillow decodes by itself: EPS would start Ghostscript, and others are rarely photographs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Pillow's own warning threshold for decompression bombs (about 89 million pixels).
+MAX_PIXELS = 89_478_485
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the image and the reason."""
+
+
+class ImageRef(Protocol):
+    """A place that an image can be read from."""
+
+    def content(self) -> bytes:
+        """The stored bytes (they, not the location, enter content hashes)."""
+
+    def stamp(self) -> str:
+        """A cheap token that changes when the content does (location, size, modification time)."""
+
+    def load(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """The decoded RGB image."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file at `path`."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    def content(self) -> bytes:
+        try:
+            return Path(self.path).read_bytes()
+        except OSError as error:
+            raise ImageError(f"cannot read image {self.path}: {error.strerror or error}") from error
+
+    def stamp(self) -> str:
+        return _file_stamp(self.path)
+
+    def load(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        return decode(self.content(), str(self), max_pixels)
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """An image inside the uncompressed tar file at `path`: `size` bytes at `offset`."""
+
+    path: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}!{self.name}"
+
+    def content(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise ImageError(f"cannot read image {self}: {error.strerror or error}") from error
+        if len(data) != self.size:
+            raise ImageError(f"cannot read image {self}: the tar file ends inside it (truncated download?)")
+        return data
+
+    def stamp(self) -> str:
+        return f"{_file_stamp(self.path)}@{self.offset}+{self.size}"
+
+    def load(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        return decode(self.content(), str(self), max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArray:
+    """An image in memory: uint8 [H, W, 3]."""
+
+    array: np.ndarray
+    name: str = "array"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def content(self) -> bytes:
+        return repr(self.array.shape).encode() + np.ascontiguousarray(self.array).tobytes()
+
+    def stamp(self) -> str:
+        return hashlib.sha256(self.content()).hexdigest()
+
+    def load(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        return Image.fromarray(self.array)
+
+
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `data` to an RGB image.
+
+    Raises ImageError, naming the image, where it is empty, of an unknown format, truncated, or larger than
+    `max_pixels` pixels (checked on the header, before any pixel is decoded).
+    """
+    if not data:
+        raise ImageError(f"broken image {name}: the file is empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"image {name} has {width} x {height} pixels, more than max_pixels={max_pixels}: "
+                    "scale it down, or raise max_pixels if you trust it"
+                )
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    # Pillow's decoders raise many types on damaged input (OSError, SyntaxError, struct.error, ...).
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"not a {', '.join(FORMATS)} image"
+        raise ImageError(f"broken image {name}: {reason}") from error
+
+
+def check_max_pixels(max_pixels: int) -> int:
+    """`max_pixels` if Pillow can honour it; Pillow itself refuses images of twice its MAX_IMAGE_PIXELS."""
+    limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+    if max_pixels < 1 or (limit is not None and max_pixels > limit):
+        raise ValueError(
+            f"max_pixels must be between 1 and {limit} (twice PIL.Image.MAX_IMAGE_PIXELS; raise that first), "
+            f"not {max_pixels}"
+        )
+    return max_pixels
+
+
+def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool = False) -> str:
+    """The path of the regular file that a data file calls `name`, which must lie inside `root`.
+
+    The check is on the written path: `..` may not climb out of `root`, while symbolic links that the owner of
+    `root` has put there are followed. An absolute path is refused unless `allow_absolute`.
+    Raises ImageError for anything that is not such a file.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        raise ImageError(f"image path is empty or not text: {name!r}")
+    text = str(name)
+    if "\0" in text:
+        raise ImageError(f"image path holds a zero byte: {text!r}")
+    if os.path.isabs(text):
+        if not allow_absolute:
+            raise ImageError(
+                f"absolute image path {text!r}: write it relative to root {str(root)!r}, "
+                "or pass allow_absolute=True if you trust the data file"
+            )
+        path = os.path.normpath(text)
+    else:
+        relative = os.path.normpath(text)
+        if relative == ".." or relative.startswith(".." + os.sep):
+            raise ImageError(f"image path {text!r} leaves its root folder {str(root)!r}")
+        path = os.path.join(root, relative)
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"missing image {path}: {reason}") from error
+    if not stat.S_ISREG(mode):
+        raise ImageError(f"image path {path} is not a regular file")
+    return path
+
+
+class ToTensor:
+    """Transform: RGB image -> float32 [3, H, W], pixel / 255, then (x - mean) / std per channel.
+
+    For images that already have the model's size (scenes, 32 x 32 photographs); open_clip's transforms, which
+    resize and crop as well, can be used in its place.
+    """
+
+    def __init__(self, mean: tuple[float, ...] = (0.0, 0.0, 0.0), std: tuple[float, ...] = (1.0, 1.0, 1.0)):
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+def _file_stamp(path: str) -> str:
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise ImageError(f"missing image file {path}: {error.strerror or error}") from error
+    return f"{os.path.abspath(path)}:{info.st_size}:{info.st_mtime_ns}"

@@ -14,6 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .objectives import DEFAULT_WEIGHTS
+
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -41,7 +43,9 @@ class LoraOptions:
     rank: int = option(16, "inner width of the adapters", 1)
     alpha: float = option(16.0, "adapters are scaled by alpha / rank", 0)
     dropout: float = option(0.0, "dropout on the adapters' input", 0, 1)
-    targets: list[str] = option(["all"], "endings of layer names (in_proj, out_proj, c_fc, c_proj), or all")
+    targets: list[str] = option(  # noqa: RUF009 - it is a dataclasses.field
+        ["all"], "endings of layer names (in_proj, out_proj, c_fc, c_proj), or all"
+    )
 
 
 @dataclass
@@ -56,11 +60,32 @@ class DataOptions:
 
 
 @dataclass
+class WeightOptions:
+    uni_text: float = option(DEFAULT_WEIGHTS["uni_text"], "unsafe text towards its safe neighbor's text", 0)
+    uni_image: float = option(DEFAULT_WEIGHTS["uni_image"], "unsafe image towards its safe neighbor's image", 0)
+    cross_text: float = option(DEFAULT_WEIGHTS["cross_text"], "unsafe text: safe image above unsafe image", 0)
+    cross_image: float = option(DEFAULT_WEIGHTS["cross_image"], "unsafe image: safe text above unsafe text", 0)
+    cos_text: float = option(DEFAULT_WEIGHTS["cos_text"], "safe text stays where it was", 0)
+    cos_image: float = option(DEFAULT_WEIGHTS["cos_image"], "safe image stays where it was", 0)
+    nce_text: float = option(DEFAULT_WEIGHTS["nce_text"], "safe text still finds its image (InfoNCE)", 0)
+    nce_image: float = option(DEFAULT_WEIGHTS["nce_image"], "safe image still finds its text (InfoNCE)", 0)
+
+
+@dataclass
 class ObjectiveOptions:
     neighbors: Literal["offline", "in_step"] = option(
         "offline", "find safe targets once before training, or in every step against the resident bank"
     )
     k: int = option(1, "safe neighbors per unsafe sample; 1 is the paper", 1, 256)
+    tau: float = option(0.05, "temperature of the neighbors' weights, for k > 1", 1e-6)
+    beta: float = option(1.0, "sharpness of the cross terms' softplus; 1 is the paper", 1e-6)
+    margin: float = option(0.0, "margin of the cross terms; 0 is the paper")
+    negative: Literal["current", "frozen"] = option(
+        "current", "the unsafe counterpart as it is now, without gradient, or frozen (the paper)"
+    )
+    logit_scale: float = option(100.0, "inverse temperature of the InfoNCE terms", 0)
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = option("auto", "which kernels run the losses")
+    weights: WeightOptions = field(default_factory=WeightOptions)
 
 
 @dataclass
@@ -114,7 +139,7 @@ class LogOptions:
 @dataclass
 class Config:
     run_dir: str = option("runs/train", "folder for the log, checkpoints, resolved config and final weights")
-    resume: str = option("never", "never: refuse a used run_dir; auto: go on if it can; or a checkpoint file")
+    resume: Literal["never", "auto"] = option("never", "never: refuse a used run_dir; auto: go on if it can")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0: torch decides", 0)
     seed: int = option(0, "seed of adapters, order and dropout", 0)
@@ -242,7 +267,7 @@ def _check_ranges(config: Config) -> None:
         value, low, high = values[o.key], o.low, o.high
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{o.key}={value}: must be a finite number")
-        if low is not None and value < low or high is not None and value > high:
+        if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise ConfigError(f"{o.key}={value}: must be {bounds} ({o.meaning})")
 

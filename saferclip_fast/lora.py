@@ -97,9 +97,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     The model itself is not touched. Tensors without an adapter are shared with it, not copied.
     """
     state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
     }
     for name, layer in lora_layers(model).items():
         weight = layer.get_base_layer().weight.detach()

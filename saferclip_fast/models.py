@@ -15,9 +15,9 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from saferclip_fast.attention import packed_names, unpack_attention
-from saferclip_fast.files import save_json, save_tensors
-from saferclip_fast.lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict
+from .attention import packed_names, unpack_attention
+from .files import save_json, save_tensors
+from .lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict
 
 CONFIG_FOLDER = Path(__file__).parent / "configs" / "models"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -38,6 +38,8 @@ class ClipModel(nn.Module):
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.config = config
+        # 0 for open_clip's own tokenizer, what the wrapped one pads with for Hugging Face's
+        self.pad_id = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None) or 0
         text = _text_tower(model)
         self.trims_text = (
             hasattr(text, "attn_mask")
@@ -75,8 +77,7 @@ class ClipModel(nn.Module):
             raise ValueError(f"tokens have length {length}, {self.name} reads at most {context}")
         text = _text_tower(self.model)
         if not self.trims_text:
-            pad = getattr(text, "pad_id", 0) or 0
-            tokens = torch.nn.functional.pad(tokens, (0, context - length), value=pad)
+            tokens = torch.nn.functional.pad(tokens, (0, context - length), value=self.pad_id)
             return self.model.encode_text(tokens)
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
@@ -191,9 +192,7 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         if not pretrained:
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained or None, device=device
-        )
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
     except RuntimeError as error:
         if "size mismatch" in str(error) or "Missing key" in str(error) or "Unexpected key" in str(error):
             first = next(line.strip() for line in str(error).splitlines() if "key" in line or "size" in line)

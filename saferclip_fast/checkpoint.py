@@ -18,6 +18,11 @@ from .files import remove_leftovers, save_tensors
 FORMAT = "saferclip_fast.checkpoint.v1"
 _NAME = re.compile(r"step-(\d+)\.safetensors$")
 
+# What a resumed run may change without changing its result.
+FREE_TO_CHANGE = ("run_dir", "resume", "data.num_workers", "data.cache_dir", "checkpoint.", "log.")
+# What it may change at the price of other rounding.
+ROUNDING_ONLY = ("device", "threads", "objective.backend")
+
 
 class CheckpointError(RuntimeError):
     """No checkpoint can be read, or one belongs to another run."""
@@ -126,3 +131,18 @@ def unpack_rng(device: torch.device, tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless a checkpoint's state has these options `now` and these `hashes`."""
+    then = state["config"]
+    changed = [k for k in now if now[k] != then.get(k) and not k.startswith(FREE_TO_CHANGE)]
+    rounding = [k for k in changed if k in ROUNDING_ONLY]
+    if rounding:
+        warnings.warn(f"{', '.join(rounding)} changed since {path}: not bit for bit the same run", stacklevel=2)
+    differences = [f"{k}={now[k]} (was {then.get(k)})" for k in changed if k not in ROUNDING_ONLY]
+    differences += [f"{k}={v[:12]} (was {state[k][:12]})" for k, v in hashes.items() if v != state[k]]
+    if differences:
+        raise CheckpointError(
+            f"{path} is from another run: {', '.join(differences)}; use the old values, or another run_dir"
+        )

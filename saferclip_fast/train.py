@@ -9,41 +9,37 @@ import os
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .checkpoint import (
     CheckpointError,
     CheckpointFolder,
+    check_same_run,
     pack_optimizer,
     pack_rng,
-    read_checkpoint,
     unpack_optimizer,
     unpack_rng,
 )
 from .config import Config, ConfigError, flatten, load_config, option_help
 from .data import CurriculumSampler, DataError, collate
 from .data.curriculum import STAGES
-from .embeddings import autocast, embed_batch
+from .embeddings import embed_batch
 from .files import save_tensors
 from .models import ClipModel, load_clip
 from .objectives import ObjectiveOutput, SaferClip
+from .optim import build_optimizer, learning_rate
 from .prepare import Split, TrainingData, prepare
 from .runlog import Meter, RunLog
-
-# What a resumed run may change without changing its result.
-FREE_TO_CHANGE = ("run_dir", "resume", "data.num_workers", "data.cache_dir", "checkpoint.", "log.")
-# What it may change at the price of other rounding.
-ROUNDING_ONLY = ("device", "threads", "objective.backend")
+from .stop import ignore_stop_signals, stop_signals
 
 
 @dataclass
@@ -61,8 +57,9 @@ class Progress:
 
 
 class TrainResult(NamedTuple):
-    weights: Path | None  # the exported open_clip weights, None if the run was stopped before its end
+    weights: Path | None  # the exported open_clip weights, None if a signal stopped the run before its end
     progress: Progress
+    stopped_by: int = 0  # the signal
 
 
 class Trainer:
@@ -74,10 +71,12 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.trainable = {n: p for n, p in clip.model.named_parameters() if p.requires_grad}
         self.objective = build_objective(config)
-        self.optimizer = build_optimizer(config, self.trainable)
+        self.optimizer = build_optimizer(config.optimizer, self.trainable)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         stages = STAGES if config.curriculum.enabled else (1.0,)
         self.sampler = CurriculumSampler(data.similarity, config.seed, stages)
+        sizes = [self.sampler.epoch_size(epoch) for epoch in range(1, config.train.epochs + 1)]
+        self.total_steps = sum(max(1, size // config.train.batch_size) for size in sizes)
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.best_file = self.run_dir / "best.safetensors"
         self.progress = Progress()
@@ -121,7 +120,7 @@ class Trainer:
         """One optimizer step on a collated batch. Reads nothing back from the device but in logged steps."""
         config, progress = self.config, self.progress
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(progress.step)
+            group["lr"] = learning_rate(config.optimizer, progress.step, self.total_steps)
         out = self.loss(batch, self.data.train)
         self.scaler.scale(out.loss).backward()
         if progress.step == 0:
@@ -211,20 +210,6 @@ class Trainer:
             generator=torch.Generator(),  # leaves the global generator alone
         )
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant or a cosine to 0 at the last step."""
-        options = self.config.optimizer
-        if step < options.warmup_steps:
-            return options.lr * (step + 1) / options.warmup_steps
-        if options.schedule == "constant":
-            return options.lr
-        done = (step - options.warmup_steps) / max(1, self.total_steps() - options.warmup_steps)
-        return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-    def total_steps(self) -> int:
-        size = self.config.train.batch_size
-        return sum(max(1, self.sampler.epoch_size(e) // size) for e in range(1, self.config.train.epochs + 1))
-
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
         tensors = {f"model.{name}": p for name, p in self.trainable.items()}
@@ -252,9 +237,8 @@ class Trainer:
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
             "meter": {"names": self.meter.names, "weight": self.meter.weight},
-            "weights_hash": self.clip.weights_hash,
-            "data_hash": self.data.data_hash,
             "config": flatten(self.config),
+            **self.hashes(),
         }
         self.checkpoints.save(self.progress.step, tensors, state)
 
@@ -267,7 +251,7 @@ class Trainer:
         if checkpoint is None:
             return False
         tensors, state = checkpoint.tensors, checkpoint.state
-        check_same_run(checkpoint.path, state, self.config, self.clip.weights_hash, self.data.data_hash)
+        check_same_run(checkpoint.path, state, flatten(self.config), self.hashes())
         self.load_trained(tensors)
         unpack_optimizer(self.optimizer, tensors)
         unpack_rng(self.device, tensors)
@@ -279,17 +263,20 @@ class Trainer:
         print(f"resumed {checkpoint.path}: step {self.progress.step}, epoch {self.progress.epoch}", flush=True)
         return True
 
+    def hashes(self) -> dict[str, str]:
+        return {"weights_hash": self.clip.weights_hash, "data_hash": self.data.data_hash}
+
     def stopped(self, number: int) -> TrainResult:
         self.save()
         self.log.close()
         name = signal.Signals(number).name
         print(f"{name}: saved step {self.progress.step}; go on with resume=auto", flush=True)
-        return TrainResult(None, self.progress)
+        return TrainResult(None, self.progress, number)
 
     def export(self) -> Path:
         """Write the final weights, of the best validation or the last step, for open_clip."""
         if self.config.validation.final == "best" and self.progress.best_loss is not None:
-            self.load_trained(read_best(self.best_file))
+            self.load_trained(load_file(self.best_file))
         return self.clip.export(self.run_dir / "final")
 
 
@@ -308,18 +295,6 @@ def build_objective(config: Config) -> SaferClip:
     )
 
 
-def build_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam or AdamW, fused; weight decay on matrices only."""
-    options = config.optimizer
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
-    betas = (options.beta1, options.beta2)
-    return kind([g for g in groups if g["params"]], options.lr, betas, options.eps, fused=True)
-
-
 def check_all_used(parameters: dict[str, nn.Parameter]) -> None:
     """Raises RuntimeError if a trainable parameter took no part in the first backward pass."""
     unused = [name for name, p in parameters.items() if p.grad is None]
@@ -329,30 +304,6 @@ def check_all_used(parameters: dict[str, nn.Parameter]) -> None:
             f"{len(unused)} trainable parameters take no part in the embeddings ({shown} ...): "
             "choose other lora.targets for this model"
         )
-
-
-def check_same_run(path: Path, state: dict, config: Config, weights_hash: str, data_hash: str) -> None:
-    """Raises CheckpointError unless the checkpoint belongs to this config, these weights and this data."""
-    now, then = flatten(config), state["config"]
-    changed = [k for k in now if now[k] != then.get(k) and not k.startswith(FREE_TO_CHANGE)]
-    rounding = [k for k in changed if k in ROUNDING_ONLY]
-    if rounding:
-        warnings.warn(f"{', '.join(rounding)} changed since {path}: not bit for bit the same run", stacklevel=2)
-    differences = [f"{k}={now[k]} (was {then.get(k)})" for k in changed if k not in ROUNDING_ONLY]
-    for name, value in (("weights_hash", weights_hash), ("data_hash", data_hash)):
-        if value != state[name]:
-            differences.append(f"{name}={value[:12]} (was {state[name][:12]})")
-    if differences:
-        raise CheckpointError(
-            f"{path} is from another run: {', '.join(differences)}; use the old values, or another run_dir"
-        )
-
-
-def read_best(path: Path) -> dict[str, Tensor]:
-    """The weights of the best validation."""
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def set_up_torch(config: Config) -> torch.device:
@@ -378,30 +329,6 @@ def set_up_torch(config: Config) -> torch.device:
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(config.seed)
     return device
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGTERM and Ctrl-C are noted in the yielded list; a second Ctrl-C interrupts at once."""
-    noted: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def ignore_stop_signals(_worker: int) -> None:
-    """Loader processes leave stopping to the main one, which gets the same signal."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train(config: Config) -> TrainResult:
@@ -453,7 +380,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result.weights is None:
-        return 128 + signal.SIGTERM
+        return 128 + result.stopped_by
     print(f"done: step {result.progress.step}, weights in {result.weights}")
     return 0
 

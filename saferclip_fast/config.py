@@ -210,11 +210,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         file, values = _read_yaml(path)
         merged = _merge(merged, OmegaConf.create(values), [k for k, _ in _leaves(values)], file)
+    kinds = {o.key: o.kind for o in options()}
     for word in overrides:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r} is not key=value{_nearest(key)}")
-        merged = _merge(merged, OmegaConf.from_dotlist([word]), [key], "command line")
+        values = OmegaConf.from_dotlist([word])
+        if kinds.get(key) == "str":  # as typed: an empty word, or one that YAML would read as something else
+            OmegaConf.update(values, key, value)
+        merged = _merge(merged, values, [key], "command line")
     config = OmegaConf.to_object(merged)
     _check_ranges(config)
     return config

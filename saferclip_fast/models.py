@@ -193,10 +193,11 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
-    except RuntimeError as error:
-        if "size mismatch" in str(error) or "Missing key" in str(error) or "Unexpected key" in str(error):
-            first = next(line.strip() for line in str(error).splitlines() if "key" in line or "size" in line)
-            raise ValueError(f"weights {pretrained or name} do not fit model {name}: {first[:300]}") from error
+    except (RuntimeError, AssertionError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        misfits = [line for line in lines if "size mismatch" in line or "key" in line or "pos_embed" in line]
+        if misfits:
+            raise ValueError(f"weights {pretrained or name} do not fit model {name}: {misfits[0][:300]}") from error
         raise
     config = {
         "model_cfg": open_clip.get_model_config(name),

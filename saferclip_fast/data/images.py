@@ -6,9 +6,10 @@ import hashlib
 import io
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names the image and the reason."""
+    """An image that cannot be read; the message names the image and the reason, `kind` is for counting."""
+
+    def __init__(self, message: str, kind: str = "bad image"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class ImageRef(Protocol):
@@ -154,32 +159,31 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
 
     The check is on the written path: `..` may not climb out of `root`, while symbolic links that the owner of
     `root` has put there are followed. An absolute path is refused unless `allow_absolute`.
-    Raises ImageError for anything that is not such a file.
+    Raises ImageError (kind "bad path" or "missing image") for anything that is not such a file.
     """
-    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
-        raise ImageError(f"image path is empty or not text: {name!r}")
-    text = str(name)
-    if "\0" in text:
-        raise ImageError(f"image path holds a zero byte: {text!r}")
-    if os.path.isabs(text):
+    if not isinstance(name, str) or not name.strip():
+        raise ImageError(f"image path is empty or not text: {name!r}", "bad path")
+    if "\0" in name:
+        raise ImageError(f"image path holds a zero byte: {name!r}", "bad path")
+    path = os.path.normpath(name)
+    if os.path.isabs(path):
         if not allow_absolute:
             raise ImageError(
-                f"absolute image path {text!r}: write it relative to root {str(root)!r}, "
-                "or pass allow_absolute=True if you trust the data file"
+                f"absolute image path {name!r}: write it relative to {str(root)!r}, "
+                "or pass allow_absolute=True if you trust the data file",
+                "bad path",
             )
-        path = os.path.normpath(text)
+    elif path == os.pardir or path.startswith(os.pardir + os.sep):
+        raise ImageError(f"image path {name!r} leaves its root folder {str(root)!r}", "bad path")
     else:
-        relative = os.path.normpath(text)
-        if relative == ".." or relative.startswith(".." + os.sep):
-            raise ImageError(f"image path {text!r} leaves its root folder {str(root)!r}")
-        path = os.path.join(root, relative)
+        path = os.path.join(root, path)
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"missing image {path}: {reason}") from error
-    if not stat.S_ISREG(mode):
-        raise ImageError(f"image path {path} is not a regular file")
+        raise ImageError(f"missing image {path}: {reason}", "missing image") from error
+    if not stat.S_ISREG(mode):  # a pipe or device would block or never end
+        raise ImageError(f"image path {path} is not a regular file", "bad path")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -69,6 +70,8 @@ class QuadrupletDataset(Dataset):
         self.policy = policy or ErrorPolicy("raise", "records")
         if policy is None:
             self.policy.summary.read = len(records)
+        if len(records) == 0:
+            raise DataError(f"no usable quadruplet in {self.summary}")
         self._content_hash: str | None = None
 
     @property
@@ -130,16 +133,18 @@ class QuadrupletDataset(Dataset):
         cache = None
         if cache_dir is not None:
             cache = Path(cache_dir) / f"verified-{self._fingerprint()}.json"
-        bad, content_hash = _read_cache(cache) or self._decode_all(progress, workers)
-        if cache is not None:
-            write_atomic(cache, json.dumps({"bad": bad, "content_hash": content_hash}).encode())
+        found = _read_cache(cache)
+        bad, content_hash = found or self._decode_all(progress, workers)
+        policy = copy.deepcopy(self.policy)
         for index, reason in bad.items():
             record = self.records[int(index)]
-            self.policy.bad("bad image", record.file, record.row, reason)
+            policy.bad("bad image", record.file, record.row, reason)
+        if cache is not None and found is None:
+            write_atomic(cache, json.dumps({"bad": bad, "content_hash": content_hash}).encode())
         good = self.records
         if bad:
             good = [record for index, record in enumerate(self.records) if str(index) not in bad]
-        verified = QuadrupletDataset(good, self.transform, self.policy, self.max_pixels)
+        verified = QuadrupletDataset(good, self.transform, policy, self.max_pixels)
         verified._content_hash = content_hash
         return verified
 

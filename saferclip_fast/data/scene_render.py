@@ -226,7 +226,7 @@ def _spikes(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
 
 def _tape(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     band = np.abs(v + 0.35 * u) - 0.24
-    stripe = (np.abs(((u * 1.4 + v * 0.6) % 1.0)) < 0.5)[..., None]
+    stripe = (np.abs((u * 1.4 + v * 0.6) % 1.0) < 0.5)[..., None]
     return [
         (_inside(band, pixel), np.where(stripe, np.float32([0.05, 0.05, 0.05]), np.float32([1.0, 0.85, 0.0])))
     ]

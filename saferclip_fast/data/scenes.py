@@ -193,6 +193,10 @@ class SceneDataset(QuadrupletDataset):
     def right_texts(self) -> list[str]:
         return self.right.captions()
 
+    def verify(self, *args: object, **options: object) -> SceneDataset:
+        """Rendered images cannot be broken: returns this data set."""
+        return self
+
     def _labelled(self, labels: np.ndarray) -> Scenes:
         """The unsafe scenes, with the hazard only where the label is 1."""
         return Scenes(

@@ -1,0 +1,34 @@
+"""The members of an uncompressed tar file and where their bytes lie, for random access without unpacking."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+
+from .errors import DataError
+from .images import TarMember
+
+
+def index_tar(path: str | os.PathLike) -> Iterator[TarMember]:
+    """Yield the regular files of a tar in order; links, folders, devices and sparse files are left out.
+
+    Raises DataError for a file that is missing, not a tar, compressed, or cut off (after the members before it).
+    """
+    path = str(path)
+    try:
+        size = os.path.getsize(path)
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # tarfile would keep every header in memory
+                if not member.isreg() or member.issparse():
+                    continue
+                if member.offset_data + member.size > size:
+                    raise DataError(f"{path}: the file ends inside {member.name!r} (truncated download?)")
+                yield TarMember(path, member.name, member.offset_data, member.size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{path} is not a readable tar file: {error} (a compressed one has no random access: unpack the gzip layer)"
+        ) from error

@@ -39,14 +39,13 @@ def open_quadruplets(
 ) -> QuadrupletDataset:
     """Open `source`, choosing the reader by its name.
 
-    source: "scenes:n=3000,seed=0,..." (SceneDataset's options), "photos:path=FILE.tar,..." (PhotoDataset's), a
-    ViSU .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of them, a
-    glob or braces).
-    transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0, 1]).
-    on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`.
-    root: folder of a table's images (default: the table's). columns: field -> column name. allow_absolute: admit
-    absolute image paths. coco_root, unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images.
-    verify: decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
+    source: "scenes:n=3000,seed=0,..." (SceneDataset's options), "photos:path=FILE.tar,..." (PhotoDataset's),
+    a ViSU .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of
+    them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
+    1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
+    table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
+    paths. coco_root, unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
+    decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
     training); cache_dir keeps the outcome for later runs over unchanged files. progress: show its bar.
 
     Raises DataError naming file and row for bad input, ValueError for a source or option that does not fit.

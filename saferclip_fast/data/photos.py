@@ -1,14 +1,13 @@
 """Quadruplets from a tar of photographs in class folders (CIFAR-10 style: SPLIT/CLASS/NAME.jpg).
 
-The archive is read where it lies. Captions come from templates; the unsafe version of a photograph has a hazard
-sign composited in and named in its caption. The fixed safe partner is another photograph of the same class, or,
-with probability `mismatch`, one of another class. Everything follows from the seed.
+The archive is read where it lies. Captions come from templates; the unsafe version of a photograph has a
+hazard sign composited in and named in its caption. The fixed safe partner is another photograph of the same
+class, or, with probability `mismatch`, one of another class. Everything follows from the seed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 from . import signs
 from .errors import DataError, ErrorPolicy
 from .images import ImageArray, ImageError, Transform
-from .quadruplets import Quadruplet, QuadrupletDataset
+from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
 from .tar_index import index_tar
 
 # Caption templates and zero-shot prompts; {} takes a class name with its article.
@@ -43,7 +42,8 @@ class Photos:
 def load_photos(path: str | os.PathLike, split: str, size: int = 32, on_error: str = "raise") -> Photos:
     """Decode SPLIT/CLASS/NAME.jpg members of the tar at `path`, fitted to size x size.
 
-    Raises DataError for an unreadable tar, a split that it lacks, or (unless on_error is "skip") a broken photo.
+    Raises DataError for an unreadable tar, a split that it lacks, or (unless on_error is "skip") a broken
+    photo.
     """
     policy = ErrorPolicy(on_error, f"{path} {split}/")
     images, classes, names = [], [], []
@@ -100,9 +100,9 @@ class PhotoDataset(QuadrupletDataset):
     path: the tar. split: its top folder. n: number of quadruplets (default: one for each photo; at most that
     many). mismatch: probability that the fixed safe partner is of another class. size: pixels a side.
 
-    Besides the items: uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images` (the unsafe
-    photos without their sign), `right_texts`; int64 [n] `safe_labels`, `unsafe_labels` into `class_names`, `signs`
-    into signs.SIGNS.
+    Besides the items: uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images` (the
+    unsafe photos without their sign), `right_texts`; int64 [n] `safe_labels`, `unsafe_labels` into
+    `class_names`, `signs` into signs.SIGNS.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PhotoDataset(QuadrupletDataset):
         self.class_names = photos.class_names
         self.safe_labels = photos.labels[self.safe_rows]
         self.unsafe_labels = photos.labels[self.unsafe_rows]
-        super().__init__(_PhotoRecords(self), transform, photos.policy)
+        super().__init__(LazyRecords(n, self._quadruplet), transform, photos.policy)
 
     @cached_property
     def safe_images(self) -> np.ndarray:
@@ -157,33 +157,22 @@ class PhotoDataset(QuadrupletDataset):
     def right_texts(self) -> list[str]:
         return _captions(self.photos, self.unsafe_rows, self._templates[1], np.full(len(self.signs), -1))
 
+    def _quadruplet(self, index: int) -> Quadruplet:
+        names = self.photos.names
+        return Quadruplet(
+            safe_image=ImageArray(self.safe_images[index], names[self.safe_rows[index]]),
+            safe_text=self.safe_captions[index],
+            unsafe_image=ImageArray(
+                self.unsafe_images[index], names[self.unsafe_rows[index]] + " with a sign"
+            ),
+            unsafe_text=self.unsafe_captions[index],
+            file=self.summary.source,
+            row=index,
+        )
+
     def verify(self, *args: object, **options: object) -> PhotoDataset:
         """All photographs were decoded on opening: returns this data set."""
         return self
-
-
-class _PhotoRecords(Sequence):
-    """The data set's quadruplets, made when asked for."""
-
-    def __init__(self, data: PhotoDataset):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data.signs)
-
-    def __getitem__(self, index: int) -> Quadruplet:
-        data = self.data
-        names = data.photos.names
-        return Quadruplet(
-            safe_image=ImageArray(data.safe_images[index], names[data.safe_rows[index]]),
-            safe_text=data.safe_captions[index],
-            unsafe_image=ImageArray(
-                data.unsafe_images[index], names[data.unsafe_rows[index]] + " with a sign"
-            ),
-            unsafe_text=data.unsafe_captions[index],
-            file=data.summary.source,
-            row=index % len(self),
-        )
 
 
 def pretrain_photos(
@@ -194,7 +183,8 @@ def pretrain_photos(
     unsafe_share: float = 0.5,
     split: str = "train",
 ) -> tuple[np.ndarray, list[str]]:
-    """n image-caption pairs (uint8 [n, size, size, 3], captions) to pre-train a small CLIP on, photos in turn.
+    """n image-caption pairs (uint8 [n, size, size, 3], captions) to pre-train a small CLIP on, photos in
+    turn.
 
     A share of `unsafe_share` carries a sign that the caption names, so that the frozen model knows hazards.
     """

@@ -51,7 +51,8 @@ def add_row(
     row: int,
     policy: ErrorPolicy,
 ) -> None:
-    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is missing."""
+    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is
+    missing."""
     policy.summary.read += 1
     try:
         records.append(

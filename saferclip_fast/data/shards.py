@@ -1,8 +1,9 @@
 """Quadruplets in WebDataset tar shards: read with random access through an index of offsets, and written.
 
 A sample is a run of members that share a key (the name up to its first dot): `KEY.safe_image.jpg`,
-`KEY.unsafe_image.jpg` (or jpeg, png, webp) and `KEY.json` with safe_text, unsafe_text and optionally the labels;
-texts may also be `KEY.safe_text.txt`, `KEY.unsafe_text.txt`. Other members are ignored: nothing is unpickled.
+`KEY.unsafe_image.jpg` (or jpeg, png, webp) and `KEY.json` with safe_text, unsafe_text and optionally the
+labels; texts may also be `KEY.safe_text.txt`, `KEY.unsafe_text.txt`. Other members are ignored: nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ MAX_TEXT_BYTES = 1 << 20  # captions are short; a larger member is a mistake or 
 def read_shards(
     source: str | os.PathLike, policy: ErrorPolicy, columns: Mapping[str, str] | None = None
 ) -> list[Quadruplet]:
-    """Index the shards that `source` names: a .tar, a folder of them, a glob, or braces ("s-{0000..0009}.tar").
+    """Index the shards that `source` names: a .tar, a folder of them, a glob, or braces
+    ("s-{0000..0009}.tar").
 
-    columns: field -> name used in members and JSON, where it differs. Bad samples go to `policy`, numbered from 1
-    in their shard. Raises DataError when there is no shard.
+    columns: field -> name used in members and JSON, where it differs. Bad samples go to `policy`, numbered
+    from 1 in their shard. Raises DataError when there is no shard.
     """
     names = column_names(columns)
     records: list[Quadruplet] = []
@@ -69,7 +71,8 @@ def shard_paths(source: str | os.PathLike) -> list[str]:
 
 def _samples(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:
     """(key, extension -> member) of each run of members with one key."""
-    current, members = None, {}
+    current = ""
+    members: dict[str, TarMember] = {}
     for member in index_tar(path):
         folder, base = os.path.split(member.name)
         stem, dot, extension = base.partition(".")
@@ -139,15 +142,15 @@ def write_shards(
 ) -> list[str]:
     """Write `dataset` as folder/000000.tar, 000001.tar, ...; returns the paths.
 
-    Image bytes are copied as stored, rendered images become PNG. Equal data gives equal files. Each shard appears
-    under its name only when complete.
+    Image bytes are copied as stored, rendered images become PNG. Equal data gives equal files. Each shard
+    appears under its name only when complete.
     """
     import webdataset
 
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
     os.makedirs(folder, exist_ok=True)
-    paths = []
+    paths: list[str] = []
     with tqdm(total=len(dataset), desc="write shards", unit="sample", disable=not progress) as bar:
         for start in range(0, len(dataset), samples_per_shard):
             path = os.path.join(folder, f"{len(paths):06d}.tar")

@@ -79,7 +79,8 @@ def sign_image(name: str, size: int) -> np.ndarray:
 
 
 def composite(photo: np.ndarray, name: str, size: int, left: int, top: int) -> np.ndarray:
-    """A copy of uint8 photo [H, W, 3] with the sign of `size` pixels at (left, top), which must fit inside."""
+    """A copy of uint8 photo [H, W, 3] with the sign of `size` pixels at (left, top), which must fit
+    inside."""
     sign = sign_image(name, size)
     out = photo.astype(np.float32)
     area = out[top : top + size, left : left + size]

@@ -13,14 +13,15 @@ from .images import TarMember
 def index_tar(path: str | os.PathLike) -> Iterator[TarMember]:
     """Yield the regular files of a tar in order; links, folders, devices and sparse files are left out.
 
-    Raises DataError for a file that is missing, not a tar, compressed, or cut off (after the members before it).
+    Raises DataError for a file that is missing, not a tar, compressed, or cut off (after the members before
+    it).
     """
     path = str(path)
     try:
         size = os.path.getsize(path)
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # tarfile would keep every header in memory
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
                 if not member.isreg() or member.issparse():
                     continue
                 if member.offset_data + member.size > size:
@@ -30,5 +31,5 @@ def index_tar(path: str | os.PathLike) -> Iterator[TarMember]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except tarfile.TarError as error:
         raise DataError(
-            f"{path} is not a readable tar file: {error} (a compressed one has no random access: unpack the gzip layer)"
+            f"{path} is not a readable tar file: {error} (compressed ones must be decompressed first)"
         ) from error

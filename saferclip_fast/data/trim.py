@@ -12,7 +12,7 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """The id that `tokenizer` pads with: 0 for open_clip's own, the wrapped tokenizer's for its HFTokenizer."""
+    """The id `tokenizer` pads with: 0 for open_clip's own, the wrapped tokenizer's for its HFTokenizer."""
     inner = getattr(tokenizer, "tokenizer", None)
     found = getattr(inner, "pad_token_id", None)
     return 0 if found is None else int(found)
@@ -28,7 +28,7 @@ def trim(tokens: torch.Tensor, pad: int = 0) -> torch.Tensor:
 class _EncodeText(nn.Module):
     """Gives functional_call a forward that is the model's encode_text."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
@@ -36,15 +36,15 @@ class _EncodeText(nn.Module):
         return self.model.encode_text(tokens, **options)
 
 
-def encode_text(model: nn.Module, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+def encode_text(model: Any, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
     """`model.encode_text(tokens, **options)` for trimmed tokens [B, L], L <= context length -> [B, d].
 
-    open_clip 3.3 adds its whole positional embedding and causal mask, and so fails on short input; here both are
-    cut to L for the call. Under a causal mask nothing after a caption's end reaches its embedding, so the
+    open_clip 3.3 adds its whole positional embedding and causal mask, and so fails on short input; here both
+    are cut to L for the call. Under a causal mask nothing after a caption's end reaches its embedding, so the
     result equals that of the padded tokens. Differentiable; works on models wrapped by peft.
 
-    Raises ValueError for text towers whose embedding depends on the padding (no causal mask, or pooling the last
-    position): pass them untrimmed tokens, collate(tokenizer, trim=False).
+    Raises ValueError for text towers whose embedding depends on the padding (no causal mask, or pooling the
+    last position): pass them untrimmed tokens, collate(tokenizer, trim=False).
     """
     length = tokens.shape[1]
     replaced = {}

@@ -1,9 +1,9 @@
 """Quadruplets in the JSON layout of ViSU (Safe-CLIP, ECCV 2024, arXiv 2311.16254) with COCO images.
 
-The file is an object of entries keyed by number, the same under "data" beside "info", or a list of entries with
-"incremental_id". An entry holds "safe" and "nsfw" (captions), "coco_id" (the safe image) and, where unsafe images
-have been made, "nsfw_im_path". The public release (ViSU-Text) has no unsafe images: generate them and name them
-by entry, `unsafe_image="{id}.jpg"`.
+The file is an object of entries keyed by number, the same under "data" beside "info", or a list of entries
+with "incremental_id". An entry holds "safe" and "nsfw" (captions), "coco_id" (the safe image) and, where
+unsafe images have been made, "nsfw_im_path". The public release (ViSU-Text) has no unsafe images: generate
+them and name them by entry, `unsafe_image="{id}.jpg"`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def read_visu(
 
     coco_root: folder with COCO 2017's train2017/, val2017/ and test2017/ (or the images themselves).
     unsafe_root: folder of the unsafe images (default: the JSON file's). unsafe_image: their name in it, where
-    entries have no "nsfw_im_path"; {id} and {coco_id} stand for the entry's numbers. Paths may not leave their
-    folder; `allow_absolute` admits absolute "nsfw_im_path"s.
+    entries have no "nsfw_im_path"; {id} and {coco_id} stand for the entry's numbers. Paths may not leave
+    their folder; `allow_absolute` admits absolute "nsfw_im_path"s.
 
     Bad entries go to `policy`. Raises DataError for a file that is not of this layout at all.
     """
@@ -98,6 +98,6 @@ def _coco_image(root: str, coco_id: Any) -> str:
         if os.path.isfile(path):
             return path
     raise ImageError(
-        f"missing image: {name} is in none of {', '.join(f for f in COCO_FOLDERS if f)} under coco_root {root!r}",
+        f"missing image: {name} is not in train2017, val2017 or test2017 under coco_root {root!r}",
         "missing image",
     )

@@ -10,7 +10,6 @@ from .photos import PhotoDataset
 from .quadruplets import Quadruplet, QuadrupletDataset
 from .scenes import SceneDataset
 from .shards import write_shards
-from .trim import encode_text
 
 __all__ = [
     "Collate",
@@ -27,7 +26,6 @@ __all__ = [
     "TarMember",
     "ToTensor",
     "collate",
-    "encode_text",
     "open_quadruplets",
     "photos",
     "scenes",

@@ -198,6 +198,9 @@ class ToTensor:
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
 
+    def __repr__(self) -> str:  # caches of embeddings are keyed by it
+        return f"ToTensor(mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()})"
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
         return (pixels.float() / 255 - self.mean) / self.std

@@ -29,7 +29,6 @@ def open_quadruplets(
     root: str | os.PathLike | None = None,
     columns: Mapping[str, str] | None = None,
     allow_absolute: bool = False,
-    coco_root: str | os.PathLike | None = None,
     unsafe_root: str | os.PathLike | None = None,
     unsafe_image: str | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -44,7 +43,7 @@ def open_quadruplets(
     them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
     1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
     table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
-    paths. coco_root, unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
+    paths. unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
     decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
     training); cache_dir keeps the outcome for later runs over unchanged files. progress: show its bar.
 
@@ -55,7 +54,7 @@ def open_quadruplets(
     scheme, _, options = text.partition(":")
     if scheme in GENERATED:
         return _generate(scheme, text, parse_options(options), on_error, transform)
-    records = _read(text, policy, root, columns, allow_absolute, coco_root, unsafe_root, unsafe_image)
+    records = _read(text, policy, root, columns, allow_absolute, unsafe_root, unsafe_image)
     dataset = QuadrupletDataset(records, transform, policy, max_pixels)
     if on_error == "skip" if verify is None else verify:
         dataset = dataset.verify(cache_dir, progress)
@@ -82,7 +81,6 @@ def _read(
     root: str | os.PathLike | None,
     columns: Mapping[str, str] | None,
     allow_absolute: bool,
-    coco_root: str | os.PathLike | None,
     unsafe_root: str | os.PathLike | None,
     unsafe_image: str | None,
 ) -> list[Quadruplet]:
@@ -90,11 +88,11 @@ def _read(
     if suffix in TABLES:
         return read_table(source, policy, root, columns, allow_absolute)
     if suffix == ".json":
-        if coco_root is None:
+        if not root:
             raise ValueError(
-                f"{source} is read as ViSU: pass coco_root, the folder with COCO's train2017/ and val2017/"
+                f"{source} is read as ViSU: pass root, the folder with COCO's train2017/ and val2017/"
             )
-        return read_visu(source, policy, coco_root, unsafe_root, unsafe_image, allow_absolute)
+        return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
     if suffix == ".tar" or os.path.isdir(source):
         return read_shards(source, policy, columns)
     if not os.path.exists(source):

@@ -33,7 +33,7 @@ def read_table(
     """
     path = Path(path)
     names = column_names(columns)
-    find_image = files_under(str(root if root is not None else path.parent), allow_absolute)
+    find_image = files_under(str(root or path.parent), allow_absolute)
     records: list[Quadruplet] = []
     try:
         for row, values in READERS[path.suffix.lower()](path, names):

@@ -40,7 +40,7 @@ def read_visu(
     Bad entries go to `policy`. Raises DataError for a file that is not of this layout at all.
     """
     path = Path(path)
-    unsafe_root = str(unsafe_root if unsafe_root is not None else path.parent)
+    unsafe_root = str(unsafe_root or path.parent)
 
     def find_image(field: str, value: Any) -> ImageRef:
         if field == "safe_image":
@@ -56,7 +56,7 @@ def read_visu(
             )
             continue
         unsafe = entry.get("nsfw_im_path")
-        if unsafe is None and unsafe_image is not None:
+        if unsafe is None and unsafe_image:
             unsafe = unsafe_image.replace("{id}", str(key)).replace("{coco_id}", str(entry.get("coco_id")))
         fields = {
             "safe_image": entry.get("coco_id"),
@@ -98,6 +98,6 @@ def _coco_image(root: str, coco_id: Any) -> str:
         if os.path.isfile(path):
             return path
     raise ImageError(
-        f"missing image: {name} is not in train2017, val2017 or test2017 under coco_root {root!r}",
+        f"missing image: {name} is not in train2017, val2017 or test2017 under {root!r}",
         "missing image",
     )

@@ -80,7 +80,7 @@ class TarMember:
 
     def content(self) -> bytes:
         try:
-            with open(self.path, "rb") as file:
+            with Path(self.path).open("rb") as file:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
@@ -166,7 +166,7 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
     if "\0" in name:
         raise ImageError(f"image path holds a zero byte: {name!r}", "bad path")
     path = os.path.normpath(name)
-    if os.path.isabs(path):
+    if Path(path).is_absolute():
         if not allow_absolute:
             raise ImageError(
                 f"absolute image path {name!r}: write it relative to {str(root)!r}, "
@@ -176,9 +176,9 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
     elif path == os.pardir or path.startswith(os.pardir + os.sep):
         raise ImageError(f"image path {name!r} leaves its root folder {str(root)!r}", "bad path")
     else:
-        path = os.path.join(root, path)
+        path = str(Path(root, path))
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"missing image {path}: {reason}", "missing image") from error
@@ -208,7 +208,7 @@ class ToTensor:
 
 def _file_stamp(path: str) -> str:
     try:
-        info = os.stat(path)
+        info = Path(path).stat()
     except OSError as error:
         raise ImageError(f"missing image file {path}: {error.strerror or error}") from error
-    return f"{os.path.abspath(path)}:{info.st_size}:{info.st_mtime_ns}"
+    return f"{Path(path).absolute()}:{info.st_size}:{info.st_mtime_ns}"

@@ -89,13 +89,11 @@ def _read(
         return read_table(source, policy, root, columns, allow_absolute)
     if suffix == ".json":
         if not root:
-            raise ValueError(
-                f"{source} is read as ViSU: pass root, the folder with COCO's train2017/ and val2017/"
-            )
+            raise ValueError(f"{source} is read as ViSU: pass root, the folder with COCO's train2017/ and val2017/")
         return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
-    if suffix == ".tar" or os.path.isdir(source):
+    if suffix == ".tar" or Path(source).is_dir():
         return read_shards(source, policy, columns)
-    if not os.path.exists(source):
+    if not Path(source).exists():
         raise DataError(f"no such file or folder: {source}")
     raise ValueError(
         f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU), "

@@ -76,7 +76,7 @@ def with_article(name: str) -> str:
 def _captions(photos: Photos, rows: np.ndarray, template: np.ndarray, sign: np.ndarray) -> list[str]:
     """One caption a photo; sign -1 names none."""
     captions = []
-    for row, chosen, drawn in zip(rows.tolist(), template.tolist(), sign.tolist()):
+    for row, chosen, drawn in zip(rows.tolist(), template.tolist(), sign.tolist(), strict=True):
         text = TEMPLATES[chosen].format(with_article(photos.class_names[photos.labels[row]]))
         captions.append(text if drawn < 0 else f"{text} with a {signs.SIGNS[drawn]}")
     return captions
@@ -162,9 +162,7 @@ class PhotoDataset(QuadrupletDataset):
         return Quadruplet(
             safe_image=ImageArray(self.safe_images[index], names[self.safe_rows[index]]),
             safe_text=self.safe_captions[index],
-            unsafe_image=ImageArray(
-                self.unsafe_images[index], names[self.unsafe_rows[index]] + " with a sign"
-            ),
+            unsafe_image=ImageArray(self.unsafe_images[index], names[self.unsafe_rows[index]] + " with a sign"),
             unsafe_text=self.unsafe_captions[index],
             file=self.summary.source,
             row=index,
@@ -196,9 +194,7 @@ def pretrain_photos(
     return images, _captions(photos, rows, generator.integers(0, len(TEMPLATES), n), sign)
 
 
-def _partners(
-    labels: np.ndarray, rows: np.ndarray, mismatch: float, generator: np.random.Generator
-) -> np.ndarray:
+def _partners(labels: np.ndarray, rows: np.ndarray, mismatch: float, generator: np.random.Generator) -> np.ndarray:
     """For each of `rows` another photo: of a different class with probability mismatch, else of the same."""
     by_class = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     own = labels[rows]
@@ -206,7 +202,7 @@ def _partners(
     chosen = np.where(generator.random(len(rows)) < mismatch, other, own)
     partners = [
         by_class[label][int(u * len(by_class[label]))]
-        for label, u in zip(chosen, generator.random(len(rows)))
+        for label, u in zip(chosen, generator.random(len(rows)), strict=True)
     ]
     return np.array(partners, np.int64)
 

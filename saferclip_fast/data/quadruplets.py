@@ -173,7 +173,7 @@ class QuadrupletDataset(Dataset):
         with ThreadPoolExecutor(workers) as pool, bar:
             for start in range(0, len(self), DECODE_BLOCK):
                 block = range(start, min(start + DECODE_BLOCK, len(self)))
-                for index, result in zip(block, pool.map(self._check, block)):
+                for index, result in zip(block, pool.map(self._check, block), strict=True):
                     if isinstance(result, bytes):
                         digests.append(result)
                     else:
@@ -210,11 +210,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that a reader, or a crash, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _digest(record: Quadruplet, safe_image: bytes, unsafe_image: bytes) -> bytes:

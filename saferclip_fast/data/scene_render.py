@@ -68,9 +68,7 @@ def _render_block(codes: dict[str, np.ndarray], layout: np.ndarray, size: int) -
     for texture, rows in _groups(codes["texture"]):
         shade[rows] = TEXTURES[texture](u[rows], v[rows])
     rgb = np.array([COLOR_RGB[color] for color in codes["color"]], np.float32) / 255
-    _paint(
-        image, _inside(distance - 0.12, pixel), _rgb(0.12, 0.12, 0.12)
-    )  # dark outline: visible on any ground
+    _paint(image, _inside(distance - 0.12, pixel), _rgb(0.12, 0.12, 0.12))  # dark outline: visible on any ground
     _paint(image, _inside(distance, pixel), rgb[:, None, None, :] * shade[..., None])
     _hazards(image, codes["hazard"], FRONT, u, v, noise, pixel)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -266,9 +264,7 @@ BEHIND = {"spikes": _spikes, "puddle": _puddle}
 FRONT = {"fire": _flames, "tape": _tape, "smoke": _smoke, "lightning": _lightning}
 
 
-def _hazards(
-    image: np.ndarray, names: np.ndarray, drawn: dict, u: Plane, v: Plane, noise: Plane, pixel: Plane
-) -> None:
+def _hazards(image: np.ndarray, names: np.ndarray, drawn: dict, u: Plane, v: Plane, noise: Plane, pixel: Plane) -> None:
     for name, rows in _groups(names):
         if name not in drawn:
             continue

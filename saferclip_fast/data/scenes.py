@@ -78,8 +78,7 @@ class Scenes:
     def render(self, size: int) -> np.ndarray:
         """uint8 [N, size, size, 3] images."""
         names = {
-            name: np.array(values)[self.codes[:, column]]
-            for column, (name, values) in enumerate(ATTRIBUTES.items())
+            name: np.array(values)[self.codes[:, column]] for column, (name, values) in enumerate(ATTRIBUTES.items())
         }
         names["hazard"] = np.array([*HAZARDS, ""])[self.hazard]
         return scene_render.render(names, self.layout, size)
@@ -88,11 +87,11 @@ class Scenes:
         """One caption a scene. `drop` bool [N, 5] leaves the texture, place or size out (shape and color
         stay)."""
         drop = np.zeros(self.codes.shape, bool) if drop is None else drop
-        return [_caption(*row) for row in zip(self.codes.tolist(), self.hazard.tolist(), drop.tolist())]
+        return [_caption(*row) for row in zip(self.codes.tolist(), self.hazard.tolist(), drop.tolist(), strict=True)]
 
 
 def _caption(codes: Sequence[int], hazard: int, drop: Sequence[bool]) -> str:
-    shape, color, texture, place, size = (values[code] for values, code in zip(ATTRIBUTES.values(), codes))
+    shape, color, texture, place, size = (values[code] for values, code in zip(ATTRIBUTES.values(), codes, strict=True))
     words = ["a"]
     if not drop[4]:
         words.append(size)
@@ -107,9 +106,7 @@ def _caption(codes: Sequence[int], hazard: int, drop: Sequence[bool]) -> str:
     return " ".join(words)
 
 
-def sample_scenes(
-    n: int, generator: np.random.Generator, hazards: bool = False, unique: bool = False
-) -> Scenes:
+def sample_scenes(n: int, generator: np.random.Generator, hazards: bool = False, unique: bool = False) -> Scenes:
     """Draw n scenes uniformly; `unique`: no two share all attributes (n at most COMBINATIONS)."""
     if unique:
         if n > COMBINATIONS:
@@ -215,14 +212,10 @@ class SceneDataset(QuadrupletDataset):
 
     def _labelled(self, labels: np.ndarray) -> Scenes:
         """The unsafe scenes, with the hazard only where the label is 1."""
-        return Scenes(
-            self.unsafe.codes, np.where(labels == 1, self.unsafe.hazard, NO_HAZARD), self.unsafe.layout
-        )
+        return Scenes(self.unsafe.codes, np.where(labels == 1, self.unsafe.hazard, NO_HAZARD), self.unsafe.layout)
 
 
-def pretrain_pairs(
-    n: int, seed: int = 0, size: int = 32, unsafe_share: float = 0.5
-) -> tuple[np.ndarray, list[str]]:
+def pretrain_pairs(n: int, seed: int = 0, size: int = 32, unsafe_share: float = 0.5) -> tuple[np.ndarray, list[str]]:
     """n image-caption pairs to pre-train a small CLIP on: (uint8 [n, size, size, 3], captions).
 
     A share of `unsafe_share` carries a hazard that the caption names, so that the frozen model knows hazards.

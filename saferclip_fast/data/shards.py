@@ -8,7 +8,6 @@ unpickled.
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import os
@@ -57,16 +56,17 @@ def shard_paths(source: str | os.PathLike) -> list[str]:
     """The tar files that `source` names, in order."""
     from braceexpand import braceexpand
 
-    text = str(source)
-    if os.path.isdir(text):
-        paths = sorted(str(path) for path in Path(text).glob("*.tar"))
-    elif os.path.exists(text):
-        paths = [text]
+    path = Path(source)
+    if path.is_dir():
+        paths = sorted(path.glob("*.tar"))
+    elif path.exists():
+        paths = [path]
     else:
-        paths = [path for part in braceexpand(text) for path in (sorted(glob.glob(part)) or [part])]
+        patterns = [Path(part) for part in braceexpand(str(source))]
+        paths = [path for part in patterns for path in (sorted(part.parent.glob(part.name)) or [part])]
     if not paths:
-        raise DataError(f"no .tar shard in {text}")
-    return paths
+        raise DataError(f"no .tar shard in {source}")
+    return [str(path) for path in paths]
 
 
 def _samples(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:
@@ -74,11 +74,11 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:
     current = ""
     members: dict[str, TarMember] = {}
     for member in index_tar(path):
-        folder, base = os.path.split(member.name)
+        folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         if not dot or not stem:
             continue
-        key = os.path.join(folder, stem)
+        key = f"{folder}/{stem}"
         if key != current or extension.lower() in members:  # a repeated extension starts a new sample
             if members:
                 yield current, members
@@ -149,18 +149,18 @@ def write_shards(
 
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
-    os.makedirs(folder, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
     with tqdm(total=len(dataset), desc="write shards", unit="sample", disable=not progress) as bar:
         for start in range(0, len(dataset), samples_per_shard):
-            path = os.path.join(folder, f"{len(paths):06d}.tar")
-            temporary = f"{path}.tmp"
-            with open(temporary, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+            path = Path(folder, f"{len(paths):06d}.tar")
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
                 for index in range(start, min(start + samples_per_shard, len(dataset))):
                     writer.write(_members(dataset.records[index], index))
                     bar.update()
-            os.replace(temporary, path)
-            paths.append(path)
+            temporary.replace(path)
+            paths.append(str(path))
     return paths
 
 

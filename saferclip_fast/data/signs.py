@@ -61,7 +61,7 @@ def _stop(draw: ImageDraw.ImageDraw) -> None:
     draw.rectangle([58, 106, 198, 150], fill=WHITE)
 
 
-_DRAWINGS = dict(zip(SIGNS, (_warning, _radiation, _fire, _stop)))
+_DRAWINGS = dict(zip(SIGNS, (_warning, _radiation, _fire, _stop), strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -71,10 +71,7 @@ def sign_image(name: str, size: int) -> np.ndarray:
     _DRAWINGS[name](ImageDraw.Draw(image))
     pixels = np.asarray(image, np.float32) / 255
     pixels[..., :3] *= pixels[..., 3:]  # scaled with premultiplied alpha, so that no dark fringe appears
-    planes = [
-        Image.fromarray(pixels[..., channel]).resize((size, size), Image.Resampling.BOX)
-        for channel in range(4)
-    ]
+    planes = [Image.fromarray(pixels[..., channel]).resize((size, size), Image.Resampling.BOX) for channel in range(4)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 

@@ -61,7 +61,7 @@ def _check_columns(path: Path, found: Iterable[str], names: Mapping[str, str]) -
 def _read_csv(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     # Bytes that are not UTF-8 become lone surrogates, which the caption check then reports with the row.
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = next(reader)
@@ -84,11 +84,11 @@ def _read_csv(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
             if len(cells) != len(header):
                 yield line, f"has {len(cells)} cells where the header has {len(header)}"
             else:
-                yield line, dict(zip(header, cells))
+                yield line, dict(zip(header, cells, strict=True))
 
 
 def _read_jsonl(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue

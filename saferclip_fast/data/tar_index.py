@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from .errors import DataError
 from .images import TarMember
@@ -18,7 +19,7 @@ def index_tar(path: str | os.PathLike) -> Iterator[TarMember]:
     """
     path = str(path)
     try:
-        size = os.path.getsize(path)
+        size = Path(path).stat().st_size
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory

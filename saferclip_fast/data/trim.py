@@ -7,6 +7,7 @@ the end-of-text token gives the same one for the cut tokens, at a fraction of th
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 
 Tokenizer = Callable[[list[str]], torch.Tensor]

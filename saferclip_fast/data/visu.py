@@ -51,9 +51,7 @@ def read_visu(
     for row, (key, entry) in enumerate(_entries(path), start=1):
         if not isinstance(entry, dict):
             policy.summary.read += 1
-            policy.bad(
-                "bad row", str(path), row, f"entry {key!r} must be an object, not {type(entry).__name__}"
-            )
+            policy.bad("bad row", str(path), row, f"entry {key!r} must be an object, not {type(entry).__name__}")
             continue
         unsafe = entry.get("nsfw_im_path")
         if unsafe is None and unsafe_image:
@@ -89,14 +87,12 @@ def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _coco_image(root: str, coco_id: Any) -> str:
     if isinstance(coco_id, bool) or not str(coco_id).isdecimal() or len(str(coco_id)) > 12:
-        raise ImageError(
-            f"coco_id must be a whole number of at most 12 digits, not {coco_id!r:.80}", "bad path"
-        )
+        raise ImageError(f"coco_id must be a whole number of at most 12 digits, not {coco_id!r:.80}", "bad path")
     name = f"{int(coco_id):012d}.jpg"
     for folder in COCO_FOLDERS:
-        path = os.path.join(root, folder, name)
-        if os.path.isfile(path):
-            return path
+        path = Path(root, folder, name)
+        if path.is_file():
+            return str(path)
     raise ImageError(
         f"missing image: {name} is not in train2017, val2017 or test2017 under {root!r}",
         "missing image",

@@ -28,9 +28,18 @@ def index_tar(path: str | os.PathLike) -> Iterator[TarMember]:
                 if member.offset_data + member.size > size:
                     raise DataError(f"{path}: the file ends inside {member.name!r} (truncated download?)")
                 yield TarMember(path, member.name, member.offset_data, member.size)
+            _check_end(path, archive.offset)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except tarfile.TarError as error:
         raise DataError(
             f"{path} is not a readable tar file: {error} (compressed ones must be decompressed first)"
         ) from error
+
+
+def _check_end(path: str, offset: int) -> None:
+    """tarfile stops silently at a damaged or cut header; a whole archive ends in a block of zeros."""
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{path}: no end-of-archive mark at byte {offset}: the file is damaged or cut off there")

@@ -86,7 +86,7 @@ def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _coco_image(root: str, coco_id: Any) -> str:
-    if isinstance(coco_id, bool) or not str(coco_id).isdecimal() or len(str(coco_id)) > 12:
+    if not str(coco_id).isdecimal() or len(str(coco_id)) > 12:
         raise ImageError(f"coco_id must be a whole number of at most 12 digits, not {coco_id!r:.80}", "bad path")
     name = f"{int(coco_id):012d}.jpg"
     for folder in COCO_FOLDERS:

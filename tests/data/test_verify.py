@@ -120,5 +120,8 @@ def test_records_of_ones_own(rows: list[dict], tmp_path: Path) -> None:
     image = images.ImageFile(str(tmp_path / rows[0]["safe_image"]))
     data = QuadrupletDataset([Quadruplet(image, "a star", image, "a star on fire")], transform=lambda image: image.size)
     assert data[0]["safe_image"] == (12, 10) and data.summary.read == 1
+    other = Quadruplet(image, "a", image, "bc")
+    glued = Quadruplet(image, "ab", image, "c")
+    assert other.digest() != glued.digest()  # the boundary between the texts counts
     with pytest.raises(DataError, match="no usable quadruplet in records"):
         QuadrupletDataset([])

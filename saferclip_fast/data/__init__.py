@@ -1,14 +1,15 @@
 """Quadruplets (safe and unsafe image-text pairs): readers, synthetic scenes, curriculum, batches."""
 
-from . import scenes
+from . import photos, scenes
 from .collate import Collate, collate
 from .curriculum import CurriculumSampler
 from .errors import DataError, Summary
 from .images import ImageArray, ImageError, ImageFile, TarMember, ToTensor
 from .open import open_quadruplets
+from .photos import PhotoDataset
 from .quadruplets import Quadruplet, QuadrupletDataset
 from .scenes import SceneDataset
-from .trim import encode_text
+from .shards import write_shards
 
 __all__ = [
     "Collate",
@@ -17,6 +18,7 @@ __all__ = [
     "ImageArray",
     "ImageError",
     "ImageFile",
+    "PhotoDataset",
     "Quadruplet",
     "QuadrupletDataset",
     "SceneDataset",
@@ -24,7 +26,8 @@ __all__ = [
     "TarMember",
     "ToTensor",
     "collate",
-    "encode_text",
     "open_quadruplets",
+    "photos",
     "scenes",
+    "write_shards",
 ]

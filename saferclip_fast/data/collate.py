@@ -31,9 +31,7 @@ class Collate:
         return trim_tokens(tokens, self.pad) if self.trim else tokens
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = {
-            name: torch.stack([sample[name] for sample in samples]) for name in ("safe_image", "unsafe_image")
-        }
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("safe_image", "unsafe_image")}
         batch["safe_tokens"] = self.tokens([sample["safe_text"] for sample in samples])
         batch["unsafe_tokens"] = self.tokens([sample["unsafe_text"] for sample in samples])
         for name in ("index", "unsafe_text_label", "unsafe_image_label"):

@@ -15,10 +15,11 @@ STAGES = (1 / 3, 2 / 3, 1.0)  # share of the samples in epoch 1, in epoch 2, and
 class CurriculumSampler(Sampler[int]):
     """Yields sample indices, shuffled deterministically from (seed, epoch), starting at any offset.
 
-    difficulty order: `similarity` [N], the cosine of each unsafe text and its safe target under the frozen model
-    (SafeR-CLIP, arXiv 2511.16743, progressive curriculum), sorted descending: similar pairs are easy. Equal
-    values keep index order. Epoch e (counted from 1) holds the first ceil(stages[e-1] * N) samples of that order;
-    epochs past the last stage hold those of the last one. `stages=(1.0,)` turns the curriculum off.
+    difficulty order: `similarity` [N], the cosine of each unsafe text and its safe target under the frozen
+    model (SafeR-CLIP, arXiv 2511.16743, progressive curriculum), sorted descending: similar pairs are easy.
+    Equal values keep index order. Epoch e (counted from 1) holds the first ceil(stages[e-1] * N) samples of
+    that order; epochs past the last stage hold those of the last one. `stages=(1.0,)` turns the curriculum
+    off.
 
     `set_epoch(epoch, start)` before each epoch; with `start` samples already seen, exactly the remaining ones
     follow in the same order, so a resumed run continues where the other stopped.
@@ -65,7 +66,8 @@ class CurriculumSampler(Sampler[int]):
         return generator.permutation(chosen)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch (from 1) and how many of its samples to leave out because they were seen already."""
+        """Choose the epoch (from 1) and how many of its samples to leave out because they were seen
+        already."""
         size = self.epoch_size(epoch)
         if not 0 <= start <= size:
             raise ValueError(f"start must be between 0 and the epoch's {size} samples, got {start}")

@@ -6,9 +6,10 @@ import hashlib
 import io
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names the image and the reason."""
+    """An image that cannot be read; the message names the image and the reason, `kind` is for counting."""
+
+    def __init__(self, message: str, kind: str = "bad image"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class ImageRef(Protocol):
@@ -75,7 +80,7 @@ class TarMember:
 
     def content(self) -> bytes:
         try:
-            with open(self.path, "rb") as file:
+            with Path(self.path).open("rb") as file:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
@@ -154,32 +159,31 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
 
     The check is on the written path: `..` may not climb out of `root`, while symbolic links that the owner of
     `root` has put there are followed. An absolute path is refused unless `allow_absolute`.
-    Raises ImageError for anything that is not such a file.
+    Raises ImageError (kind "bad path" or "missing image") for anything that is not such a file.
     """
-    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
-        raise ImageError(f"image path is empty or not text: {name!r}")
-    text = str(name)
-    if "\0" in text:
-        raise ImageError(f"image path holds a zero byte: {text!r}")
-    if os.path.isabs(text):
+    if not isinstance(name, str) or not name.strip():
+        raise ImageError(f"image path is empty or not text: {name!r}", "bad path")
+    if "\0" in name:
+        raise ImageError(f"image path holds a zero byte: {name!r}", "bad path")
+    path = os.path.normpath(name)
+    if Path(path).is_absolute():
         if not allow_absolute:
             raise ImageError(
-                f"absolute image path {text!r}: write it relative to root {str(root)!r}, "
-                "or pass allow_absolute=True if you trust the data file"
+                f"absolute image path {name!r}: write it relative to {str(root)!r}, "
+                "or pass allow_absolute=True if you trust the data file",
+                "bad path",
             )
-        path = os.path.normpath(text)
+    elif path == os.pardir or path.startswith(os.pardir + os.sep):
+        raise ImageError(f"image path {name!r} leaves its root folder {str(root)!r}", "bad path")
     else:
-        relative = os.path.normpath(text)
-        if relative == ".." or relative.startswith(".." + os.sep):
-            raise ImageError(f"image path {text!r} leaves its root folder {str(root)!r}")
-        path = os.path.join(root, relative)
+        path = str(Path(root, path))
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"missing image {path}: {reason}") from error
-    if not stat.S_ISREG(mode):
-        raise ImageError(f"image path {path} is not a regular file")
+        raise ImageError(f"missing image {path}: {reason}", "missing image") from error
+    if not stat.S_ISREG(mode):  # a pipe or device would block or never end
+        raise ImageError(f"image path {path} is not a regular file", "bad path")
     return path
 
 
@@ -194,6 +198,9 @@ class ToTensor:
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
 
+    def __repr__(self) -> str:  # caches of embeddings are keyed by it
+        return f"ToTensor(mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()})"
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
         return (pixels.float() / 255 - self.mean) / self.std
@@ -201,7 +208,7 @@ class ToTensor:
 
 def _file_stamp(path: str) -> str:
     try:
-        info = os.stat(path)
+        info = Path(path).stat()
     except OSError as error:
         raise ImageError(f"missing image file {path}: {error.strerror or error}") from error
-    return f"{os.path.abspath(path)}:{info.st_size}:{info.st_mtime_ns}"
+    return f"{Path(path).absolute()}:{info.st_size}:{info.st_mtime_ns}"

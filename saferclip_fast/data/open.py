@@ -2,21 +2,108 @@
 
 from __future__ import annotations
 
-from .images import Transform
-from .quadruplets import QuadrupletDataset
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, ErrorPolicy
+from .images import MAX_PIXELS, Transform
+from .photos import PhotoDataset
+from .quadruplets import Quadruplet, QuadrupletDataset
 from .scenes import SceneDataset
+from .shards import read_shards
+from .tables import READERS as TABLES
+from .tables import read_table
+from .visu import read_visu
 
-GENERATED = {"scenes": SceneDataset}
+GENERATED: dict[str, Callable[..., QuadrupletDataset]] = {"scenes": SceneDataset, "photos": PhotoDataset}
 
 
-def open_quadruplets(source: str, *, transform: Transform | None = None) -> QuadrupletDataset:
-    scheme, _, options = str(source).partition(":")
-    return GENERATED[scheme](**parse_options(options), transform=transform)
+def open_quadruplets(
+    source: str | os.PathLike,
+    *,
+    transform: Transform | None = None,
+    on_error: str = "raise",
+    root: str | os.PathLike | None = None,
+    columns: Mapping[str, str] | None = None,
+    allow_absolute: bool = False,
+    unsafe_root: str | os.PathLike | None = None,
+    unsafe_image: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    verify: bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> QuadrupletDataset:
+    """Open `source`, choosing the reader by its name.
+
+    source: "scenes:n=3000,seed=0,..." (SceneDataset's options), "photos:path=FILE.tar,..." (PhotoDataset's),
+    a ViSU .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of
+    them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
+    1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
+    table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
+    paths. unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
+    decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
+    training); cache_dir keeps the outcome for later runs over unchanged files. progress: show its bar.
+
+    Raises DataError naming file and row for bad input, ValueError for a source or option that does not fit.
+    """
+    text = os.fspath(source)
+    policy = ErrorPolicy(on_error, text)
+    scheme, _, options = text.partition(":")
+    if scheme in GENERATED:
+        return _generate(scheme, text, parse_options(options), on_error, transform)
+    records = _read(text, policy, root, columns, allow_absolute, unsafe_root, unsafe_image)
+    dataset = QuadrupletDataset(records, transform, policy, max_pixels)
+    if on_error == "skip" if verify is None else verify:
+        dataset = dataset.verify(cache_dir, progress)
+    return dataset
 
 
-def parse_options(text: str) -> dict[str, int | float | str | bool]:
+def _generate(
+    scheme: str, source: str, options: dict[str, Any], on_error: str, transform: Transform | None
+) -> QuadrupletDataset:
+    known = sorted(set(inspect.signature(GENERATED[scheme]).parameters) - {"transform"})
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"source {source!r} has no option {', '.join(unknown)}; known: {', '.join(known)}")
+    if "on_error" in known:
+        options.setdefault("on_error", on_error)
+    try:
+        return GENERATED[scheme](**options, transform=transform)
+    except TypeError as error:  # a missing option, or text where a number belongs
+        raise ValueError(f"bad option in source {source!r}: {error}") from error
+
+
+def _read(
+    source: str,
+    policy: ErrorPolicy,
+    root: str | os.PathLike | None,
+    columns: Mapping[str, str] | None,
+    allow_absolute: bool,
+    unsafe_root: str | os.PathLike | None,
+    unsafe_image: str | None,
+) -> list[Quadruplet]:
+    suffix = Path(source).suffix.lower()
+    if suffix in TABLES:
+        return read_table(source, policy, root, columns, allow_absolute)
+    if suffix == ".json":
+        if not root:
+            raise ValueError(f"{source} is read as ViSU: pass root, the folder with COCO's train2017/ and val2017/")
+        return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
+    if suffix == ".tar" or Path(source).is_dir():
+        return read_shards(source, policy, columns)
+    if not Path(source).exists():
+        raise DataError(f"no such file or folder: {source}")
+    raise ValueError(
+        f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU), "
+        f"{', '.join(TABLES)}, .tar, or a folder of .tar shards"
+    )
+
+
+def parse_options(text: str) -> dict[str, Any]:
     """Parse "name=value,name=value": values become int, float or bool where they read as such."""
-    options: dict[str, int | float | str | bool] = {}
+    options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if not equals:

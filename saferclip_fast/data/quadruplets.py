@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,16 +45,32 @@ class Quadruplet:
         return _digest(self, self.safe_image.content(), self.unsafe_image.content())
 
 
+class LazyRecords(Sequence[Quadruplet]):
+    """`length` quadruplets, each made by `make(index)` when asked for."""
+
+    def __init__(self, length: int, make: Callable[[int], Quadruplet]):
+        self.length = length
+        self.make = make
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Quadruplet:  # type: ignore[override]  # no slices
+        if not -self.length <= index < self.length:
+            raise IndexError(f"index {index} of {self.length} records")
+        return self.make(index % self.length)
+
+
 class QuadrupletDataset(Dataset):
     """Map-style data set of quadruplets.
 
-    `records` is any sequence of Quadruplet; `transform` turns an RGB PIL image into a tensor (default: float32
-    [3, H, W] in [0, 1]). An item is a dict: index (int), safe_image, unsafe_image (what transform returns),
-    safe_text, unsafe_text (str), unsafe_text_label, unsafe_image_label (int, 0 or 1).
+    `records` is any sequence of Quadruplet; `transform` turns an RGB PIL image into a tensor (default:
+    float32 [3, H, W] in [0, 1]). An item is a dict: index (int), safe_image, unsafe_image (what transform
+    returns), safe_text, unsafe_text (str), unsafe_text_label, unsafe_image_label (int, 0 or 1).
 
-    Images are decoded when asked for, and a failure is a DataError naming file and row, whatever `on_error` is:
-    skipping in the middle of an epoch would make a resumed run differ. Call `verify()` first to find bad images
-    up front; with on_error="skip" it returns the data set without them.
+    Images are decoded when asked for, and a failure is a DataError naming file and row, whatever `on_error`
+    is: skipping in the middle of an epoch would make a resumed run differ. Call `verify()` first to find bad
+    images up front; with on_error="skip" it returns the data set without them.
     """
 
     def __init__(
@@ -69,6 +86,8 @@ class QuadrupletDataset(Dataset):
         self.policy = policy or ErrorPolicy("raise", "records")
         if policy is None:
             self.policy.summary.read = len(records)
+        if len(records) == 0:
+            raise DataError(f"no usable quadruplet in {self.summary}")
         self._content_hash: str | None = None
 
     @property
@@ -120,38 +139,41 @@ class QuadrupletDataset(Dataset):
     def verify(
         self, cache_dir: str | os.PathLike | None = None, progress: bool = True, workers: int = 4
     ) -> QuadrupletDataset:
-        """Decode every image once. on_error="raise": the first bad one is a DataError. "skip": returns the data
-        set of the good rows, in order, and counts the others in `summary`.
+        """Decode every image once. on_error="raise": the first bad one is a DataError. "skip": returns the
+        data set of the good rows, in order, and counts the others in `summary`.
 
-        The result is kept in `cache_dir` under a key made of the texts, labels, and each image's path, size and
-        modification time, so that a second run over unchanged files only looks at their metadata, and a resumed
-        run sees exactly the same rows.
+        The result is kept in `cache_dir` under a key made of the texts, labels, and each image's path, size
+        and modification time, so that a second run over unchanged files only looks at their metadata, and a
+        resumed run sees exactly the same rows.
         """
         cache = None
         if cache_dir is not None:
             cache = Path(cache_dir) / f"verified-{self._fingerprint()}.json"
-        bad, content_hash = _read_cache(cache) or self._decode_all(progress, workers)
-        if cache is not None:
-            write_atomic(cache, json.dumps({"bad": bad, "content_hash": content_hash}).encode())
+        found = _read_cache(cache)
+        bad, content_hash = found or self._decode_all(progress, workers)
+        policy = copy.deepcopy(self.policy)
         for index, reason in bad.items():
             record = self.records[int(index)]
-            self.policy.bad("bad image", record.file, record.row, reason)
+            policy.bad("bad image", record.file, record.row, reason)
+        if cache is not None and found is None:
+            write_atomic(cache, json.dumps({"bad": bad, "content_hash": content_hash}).encode())
         good = self.records
         if bad:
             good = [record for index, record in enumerate(self.records) if str(index) not in bad]
-        verified = QuadrupletDataset(good, self.transform, self.policy, self.max_pixels)
+        verified = QuadrupletDataset(good, self.transform, policy, self.max_pixels)
         verified._content_hash = content_hash
         return verified
 
     def _decode_all(self, progress: bool, workers: int) -> tuple[dict[str, str], str]:
-        """(bad index -> reason, content hash of the good rows); stops at the first bad row if that is fatal."""
+        """(bad index -> reason, content hash of the good rows); stops at the first bad row if that is
+        fatal."""
         bad: dict[str, str] = {}
         digests = []
         bar = tqdm(total=len(self), desc="verify images", unit="row", disable=not progress)
         with ThreadPoolExecutor(workers) as pool, bar:
             for start in range(0, len(self), DECODE_BLOCK):
                 block = range(start, min(start + DECODE_BLOCK, len(self)))
-                for index, result in zip(block, pool.map(self._check, block)):
+                for index, result in zip(block, pool.map(self._check, block), strict=True):
                     if isinstance(result, bytes):
                         digests.append(result)
                     else:
@@ -188,11 +210,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that a reader, or a crash, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _digest(record: Quadruplet, safe_image: bytes, unsafe_image: bytes) -> bytes:

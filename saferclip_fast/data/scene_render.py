@@ -29,8 +29,8 @@ def render(codes: dict[str, np.ndarray], layout: np.ndarray, size: int) -> np.nd
     """Draw N scenes.
 
     codes: attribute -> [N] array of names (shape, color, texture, place, size, hazard; hazard "" draws none).
-    layout: float32 [N, 4] in [0, 1): where the object stands (x, y), its tilt, and the seed of the pixel noise.
-    Returns uint8 [N, size, size, 3].
+    layout: float32 [N, 4] in [0, 1): where the object stands (x, y), its tilt, and the seed of the pixel
+    noise. Returns uint8 [N, size, size, 3].
     """
     count = len(layout)
     out = np.empty((count, size, size, 3), np.uint8)
@@ -68,10 +68,14 @@ def _render_block(codes: dict[str, np.ndarray], layout: np.ndarray, size: int) -
     for texture, rows in _groups(codes["texture"]):
         shade[rows] = TEXTURES[texture](u[rows], v[rows])
     rgb = np.array([COLOR_RGB[color] for color in codes["color"]], np.float32) / 255
-    _paint(image, _inside(distance - 0.12, pixel), np.float32(0.12))  # dark outline: visible on any ground
+    _paint(image, _inside(distance - 0.12, pixel), _rgb(0.12, 0.12, 0.12))  # dark outline: visible on any ground
     _paint(image, _inside(distance, pixel), rgb[:, None, None, :] * shade[..., None])
     _hazards(image, codes["hazard"], FRONT, u, v, noise, pixel)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _rgb(*channels: float) -> np.ndarray:
+    return np.array(channels, np.float32)
 
 
 def _groups(names: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -153,7 +157,7 @@ TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
 
 # Places: the ground behind the object, [B, H, W, 3].
 def _ground(base: tuple[float, ...], light: Plane) -> np.ndarray:
-    return np.array(base, np.float32) * light[..., None]
+    return _rgb(*base) * light[..., None]
 
 
 def _grass(x: Plane, y: Plane, noise: Plane, layout: np.ndarray) -> np.ndarray:
@@ -188,7 +192,7 @@ def _bricks(x: Plane, y: Plane, noise: Plane, layout: np.ndarray) -> np.ndarray:
     mortar = (((y + phase) * 3) % 1.0 < 0.2) | ((x * 1.8 + 0.5 * (row % 2) + phase) % 1.0 < 0.12)
     return np.where(
         mortar[..., None],
-        np.float32([0.72, 0.68, 0.64]),
+        _rgb(0.72, 0.68, 0.64),
         _ground((0.60, 0.33, 0.25), 0.85 + 0.3 * noise),
     )
 
@@ -212,32 +216,30 @@ def _flames(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     for reach, color in ((1.0, (0.95, 0.25, 0.05)), (0.68, (1.0, 0.55, 0.05)), (0.34, (1.0, 0.92, 0.35))):
         height = reach * (0.35 + 0.9 * _wave(u * 1.35 + 0.5)) * np.clip(1.6 - np.abs(u), 0, 1)
         edges = np.maximum(np.abs(u) - 0.75 - 0.45 * reach, v - 1.1)
-        layers.append((_inside(np.maximum(0.95 - height - v, edges), pixel), np.float32(color)))
+        layers.append((_inside(np.maximum(0.95 - height - v, edges), pixel), _rgb(*color)))
     return layers
 
 
 def _spikes(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     spikes = _polygon(u / 1.5, v / 1.5, 12, inner=0.62) * 1.5
     return [
-        (_inside(spikes - 0.08, pixel), np.float32([0.05, 0.05, 0.06])),
-        (_inside(spikes, pixel), np.float32([0.62, 0.64, 0.70])),
+        (_inside(spikes - 0.08, pixel), _rgb(0.05, 0.05, 0.06)),
+        (_inside(spikes, pixel), _rgb(0.62, 0.64, 0.70)),
     ]
 
 
 def _tape(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     band = np.abs(v + 0.35 * u) - 0.24
-    stripe = (np.abs(((u * 1.4 + v * 0.6) % 1.0)) < 0.5)[..., None]
-    return [
-        (_inside(band, pixel), np.where(stripe, np.float32([0.05, 0.05, 0.05]), np.float32([1.0, 0.85, 0.0])))
-    ]
+    stripe = (np.abs((u * 1.4 + v * 0.6) % 1.0) < 0.5)[..., None]
+    return [(_inside(band, pixel), np.where(stripe, _rgb(0.05, 0.05, 0.05), _rgb(1.0, 0.85, 0.0)))]
 
 
 def _puddle(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     pool = np.hypot(u * 0.72, (v - 0.85) * 1.8) - 0.85 - 0.08 * _wave(u * 1.3)
     bubbles = np.hypot(_wave(u * 1.3) - 1, _wave(v * 2.2) - 1) - 0.42
     return [
-        (_inside(pool, pixel), np.float32([0.36, 0.95, 0.08])),
-        (_inside(np.maximum(pool + 0.12, bubbles), pixel), np.float32([0.80, 1.0, 0.45])),
+        (_inside(pool, pixel), _rgb(0.36, 0.95, 0.08)),
+        (_inside(np.maximum(pool + 0.12, bubbles), pixel), _rgb(0.80, 1.0, 0.45)),
     ]
 
 
@@ -245,7 +247,7 @@ def _smoke(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     layers = []
     for dx, dy, r in ((-0.7, -0.8, 0.5), (0.0, -1.0, 0.62), (0.7, -0.85, 0.5), (0.1, -0.55, 0.42)):
         puff = _inside(np.hypot(u - dx, v - dy) - r, 4 * pixel)
-        layers.append((0.9 * puff, (0.13 + 0.14 * noise)[..., None] * np.float32([1.0, 1.0, 1.05])))
+        layers.append((0.9 * puff, (0.13 + 0.14 * noise)[..., None] * _rgb(1.0, 1.0, 1.05)))
     return layers
 
 
@@ -253,8 +255,8 @@ def _lightning(u: Plane, v: Plane, noise: Plane, pixel: Plane) -> Layers:
     path = 0.75 * (_wave(v * 0.62 + 0.2) - 0.5)
     bolt = np.maximum(np.abs(u - path) - 0.14 + 0.05 * v, np.abs(v) - 1.4)
     return [
-        (_inside(bolt - 0.12, pixel), np.float32([0.25, 0.1, 0.55])),
-        (_inside(bolt, pixel), np.float32([0.85, 0.98, 1.0])),
+        (_inside(bolt - 0.12, pixel), _rgb(0.25, 0.1, 0.55)),
+        (_inside(bolt, pixel), _rgb(0.85, 0.98, 1.0)),
     ]
 
 
@@ -262,9 +264,7 @@ BEHIND = {"spikes": _spikes, "puddle": _puddle}
 FRONT = {"fire": _flames, "tape": _tape, "smoke": _smoke, "lightning": _lightning}
 
 
-def _hazards(
-    image: np.ndarray, names: np.ndarray, drawn: dict, u: Plane, v: Plane, noise: Plane, pixel: Plane
-) -> None:
+def _hazards(image: np.ndarray, names: np.ndarray, drawn: dict, u: Plane, v: Plane, noise: Plane, pixel: Plane) -> None:
     for name, rows in _groups(names):
         if name not in drawn:
             continue

@@ -1,9 +1,9 @@
 """Synthetic scenes: rendered images, captions, and harmless "unsafe" versions that carry a visible hazard.
 
 A scene is a shape with a color, texture and size at a place; its unsafe version shows a hazard (fire, spikes,
-warning tape, ...) that its caption names. A quadruplet's fixed safe partner shares all attributes of the unsafe
-scene with probability 1 - mismatch, and differs in one to three of them otherwise, as ViSU's generated pairs
-do; other safe scenes of the set then match better. Everything follows from the seed.
+warning tape, ...) that its caption names. A quadruplet's fixed safe partner shares all attributes of the
+unsafe scene with probability 1 - mismatch, and differs in one to three of them otherwise, as ViSU's generated
+pairs do; other safe scenes of the set then match better. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from . import scene_render
 from .errors import ErrorPolicy
 from .images import ImageArray, Transform
-from .quadruplets import Quadruplet, QuadrupletDataset
+from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": tuple(scene_render.SHAPES),
@@ -54,7 +54,8 @@ SPLITS = {"train": 0, "test": 1, "pretrain": 2}  # each draws from its own rando
 
 @dataclass(frozen=True)
 class Scenes:
-    """N scenes: codes int64 [N, 5] into ATTRIBUTES, hazard int64 [N] (-1: none), layout float32 [N, 4] in [0, 1)."""
+    """N scenes: codes int64 [N, 5] into ATTRIBUTES, hazard int64 [N] (-1: none), layout float32 [N, 4] in [0,
+    1)."""
 
     codes: np.ndarray
     hazard: np.ndarray
@@ -77,20 +78,20 @@ class Scenes:
     def render(self, size: int) -> np.ndarray:
         """uint8 [N, size, size, 3] images."""
         names = {
-            name: np.array(values)[self.codes[:, column]]
-            for column, (name, values) in enumerate(ATTRIBUTES.items())
+            name: np.array(values)[self.codes[:, column]] for column, (name, values) in enumerate(ATTRIBUTES.items())
         }
         names["hazard"] = np.array([*HAZARDS, ""])[self.hazard]
         return scene_render.render(names, self.layout, size)
 
     def captions(self, drop: np.ndarray | None = None) -> list[str]:
-        """One caption a scene. `drop` bool [N, 5] leaves the texture, place or size out (shape and color stay)."""
+        """One caption a scene. `drop` bool [N, 5] leaves the texture, place or size out (shape and color
+        stay)."""
         drop = np.zeros(self.codes.shape, bool) if drop is None else drop
-        return [_caption(*row) for row in zip(self.codes.tolist(), self.hazard.tolist(), drop.tolist())]
+        return [_caption(*row) for row in zip(self.codes.tolist(), self.hazard.tolist(), drop.tolist(), strict=True)]
 
 
 def _caption(codes: Sequence[int], hazard: int, drop: Sequence[bool]) -> str:
-    shape, color, texture, place, size = (values[code] for values, code in zip(ATTRIBUTES.values(), codes))
+    shape, color, texture, place, size = (values[code] for values, code in zip(ATTRIBUTES.values(), codes, strict=True))
     words = ["a"]
     if not drop[4]:
         words.append(size)
@@ -105,9 +106,7 @@ def _caption(codes: Sequence[int], hazard: int, drop: Sequence[bool]) -> str:
     return " ".join(words)
 
 
-def sample_scenes(
-    n: int, generator: np.random.Generator, hazards: bool = False, unique: bool = False
-) -> Scenes:
+def sample_scenes(n: int, generator: np.random.Generator, hazards: bool = False, unique: bool = False) -> Scenes:
     """Draw n scenes uniformly; `unique`: no two share all attributes (n at most COMBINATIONS)."""
     if unique:
         if n > COMBINATIONS:
@@ -121,7 +120,8 @@ def sample_scenes(
 
 
 def change_attributes(scenes: Scenes, probability: float, generator: np.random.Generator) -> Scenes:
-    """With `probability` a scene, change one to three of its attributes to other values; layouts are drawn anew."""
+    """With `probability` a scene, change one to three of its attributes to other values; layouts are drawn
+    anew."""
     n = len(scenes)
     changes = np.where(generator.random(n) < probability, generator.integers(1, 4, n), 0)
     rank = generator.permuted(np.tile(np.arange(len(SIZES)), (n, 1)), axis=1)  # which attributes go first
@@ -133,11 +133,11 @@ def change_attributes(scenes: Scenes, probability: float, generator: np.random.G
 class SceneDataset(QuadrupletDataset):
     """Quadruplets of synthetic scenes; serves items like any QuadrupletDataset.
 
-    n: number of quadruplets. seed, split: which stream of scenes ("train", "test", "pretrain"). size: pixels a
-    side. mismatch: probability that the fixed safe partner differs from the unsafe scene in one to three
-    attributes. mixed: probability that the unsafe side is mixed: its text names no hazard (unsafe_text_label 0) or
-    its image shows none (unsafe_image_label 0), half of them each. unique: no two unsafe scenes share all
-    attributes (default for the test split as far as n allows), so that each has one right safe image.
+    n: number of quadruplets. seed, split: which stream of scenes ("train", "test", "pretrain"). size: pixels
+    a side. mismatch: probability that the fixed safe partner differs from the unsafe scene in one to three
+    attributes. mixed: probability that the unsafe side is mixed: its text names no hazard (unsafe_text_label
+    0) or its image shows none (unsafe_image_label 0), half of them each. unique: no two unsafe scenes share
+    all attributes (default for the test split as far as n allows), so that each has one right safe image.
 
     Besides the items: `safe`, `unsafe` (Scenes); `right`, the unsafe scenes without their hazard (what unsafe
     text should find); uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images`, and
@@ -167,7 +167,7 @@ class SceneDataset(QuadrupletDataset):
         self.unsafe_image_labels = (kind != 2).astype(np.int64)
         policy = ErrorPolicy("raise", f"scenes:n={n},seed={seed},split={split}")
         policy.summary.read = n
-        super().__init__(_SceneRecords(self), transform, policy)
+        super().__init__(LazyRecords(n, self._quadruplet), transform, policy)
 
     @cached_property
     def safe_images(self) -> np.ndarray:
@@ -193,39 +193,29 @@ class SceneDataset(QuadrupletDataset):
     def right_texts(self) -> list[str]:
         return self.right.captions()
 
+    def _quadruplet(self, index: int) -> Quadruplet:
+        name = self.summary.source
+        return Quadruplet(
+            safe_image=ImageArray(self.safe_images[index], f"{name}, safe image {index}"),
+            safe_text=self.safe_captions[index],
+            unsafe_image=ImageArray(self.unsafe_images[index], f"{name}, unsafe image {index}"),
+            unsafe_text=self.unsafe_captions[index],
+            unsafe_text_label=int(self.unsafe_text_labels[index]),
+            unsafe_image_label=int(self.unsafe_image_labels[index]),
+            file=name,
+            row=index,
+        )
+
+    def verify(self, *args: object, **options: object) -> SceneDataset:
+        """Rendered images cannot be broken: returns this data set."""
+        return self
+
     def _labelled(self, labels: np.ndarray) -> Scenes:
         """The unsafe scenes, with the hazard only where the label is 1."""
-        return Scenes(
-            self.unsafe.codes, np.where(labels == 1, self.unsafe.hazard, NO_HAZARD), self.unsafe.layout
-        )
+        return Scenes(self.unsafe.codes, np.where(labels == 1, self.unsafe.hazard, NO_HAZARD), self.unsafe.layout)
 
 
-class _SceneRecords(Sequence):
-    """The data set's quadruplets, made when asked for."""
-
-    def __init__(self, data: SceneDataset):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data.unsafe)
-
-    def __getitem__(self, index: int) -> Quadruplet:
-        data, name = self.data, self.data.summary.source
-        return Quadruplet(
-            safe_image=ImageArray(data.safe_images[index], f"{name}, safe image {index}"),
-            safe_text=data.safe_captions[index],
-            unsafe_image=ImageArray(data.unsafe_images[index], f"{name}, unsafe image {index}"),
-            unsafe_text=data.unsafe_captions[index],
-            unsafe_text_label=int(data.unsafe_text_labels[index]),
-            unsafe_image_label=int(data.unsafe_image_labels[index]),
-            file=name,
-            row=index % len(self),
-        )
-
-
-def pretrain_pairs(
-    n: int, seed: int = 0, size: int = 32, unsafe_share: float = 0.5
-) -> tuple[np.ndarray, list[str]]:
+def pretrain_pairs(n: int, seed: int = 0, size: int = 32, unsafe_share: float = 0.5) -> tuple[np.ndarray, list[str]]:
     """n image-caption pairs to pre-train a small CLIP on: (uint8 [n, size, size, 3], captions).
 
     A share of `unsafe_share` carries a hazard that the caption names, so that the frozen model knows hazards.
@@ -241,7 +231,8 @@ def pretrain_pairs(
 
 
 def class_names(kind: str = "shape") -> list[str]:
-    """Names of zero-shot classes: any attribute ("shape", "color", ...) or "color shape" ("red star", 64 classes)."""
+    """Names of zero-shot classes: any attribute ("shape", "color", ...) or "color shape" ("red star", 64
+    classes)."""
     if kind == "color shape":
         return [f"{color} {shape}" for color in ATTRIBUTES["color"] for shape in ATTRIBUTES["shape"]]
     if kind in ATTRIBUTES:

@@ -16,6 +16,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from .attention import packed_names, unpack_attention
+from .data.trim import pad_id
 from .files import save_json, save_tensors
 from .lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict
 
@@ -38,8 +39,7 @@ class ClipModel(nn.Module):
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.config = config
-        # 0 for open_clip's own tokenizer, what the wrapped one pads with for Hugging Face's
-        self.pad_id = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None) or 0
+        self.pad_id = pad_id(tokenizer)
         text = _text_tower(model)
         self.trims_text = (
             hasattr(text, "attn_mask")

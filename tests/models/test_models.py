@@ -16,10 +16,13 @@ TEXTS = ["a red square", "a blue star on grass under a night sky", "fish", "a sm
 
 @pytest.fixture(autouse=True)
 def quiet_and_seeded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # fastest at this size
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*random weights.*")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -205,6 +205,15 @@ def test_wrong_names_and_files(tmp_path, clip):
         load_clip("ViT-small-4-32", str(file))
 
 
+def test_failed_download_names_the_remedy(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    with pytest.raises(OSError, match=r"could not download openai for ViT-B-32 .*no route to host.*local-dir:FOLDER"):
+        load_clip("ViT-B-32", "openai")
+
+
 def test_wrong_lora_targets(clip):
     with pytest.raises(ValueError, match=r"no linear layer ends in 'c_fcc', did you mean 'c_fc'\? Choose from: c_fc"):
         clip.add_lora(targets=["c_fcc"])

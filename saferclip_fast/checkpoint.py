@@ -1,0 +1,148 @@
+"""Training checkpoints: one safetensors file each, tensors plus a JSON state, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .files import remove_leftovers, save_tensors
+
+FORMAT = "saferclip_fast.checkpoint.v1"
+_NAME = re.compile(r"step-(\d+)\.safetensors$")
+
+# What a resumed run may change without changing its result.
+FREE_TO_CHANGE = ("run_dir", "resume", "data.num_workers", "data.cache_dir", "checkpoint.", "log.")
+# What it may change at the price of other rounding.
+ROUNDING_ONLY = ("device", "threads", "objective.backend")
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be read, or one belongs to another run."""
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The newest `keep` checkpoints of a run, named by step."""
+
+    def __init__(self, folder: str | Path, keep: int) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """All checkpoint files, oldest step first."""
+        found = [p for p in self.folder.glob("step-*.safetensors") if _NAME.search(p.name)]
+        return sorted(found, key=lambda p: int(_NAME.search(p.name)[1]))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, then delete all but the newest `keep`.
+
+        Raises OSError, naming the file and the reason, if it cannot be written; earlier ones are untouched.
+        """
+        path = self.folder / f"step-{step:010d}.safetensors"
+        save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint that can be read, or None if there is none at all.
+
+        A damaged one is set aside as FILE.damaged, with a warning that names it and the one used instead.
+
+        Raises CheckpointError if there are checkpoints but all are damaged.
+        """
+        remove_leftovers(self.folder)
+        damaged = []
+        for path in reversed(self.paths()):
+            try:
+                checkpoint = read_checkpoint(path)
+            except CheckpointError as error:
+                damaged.append(path.rename(path.with_name(path.name + ".damaged")))
+                warnings.warn(f"{error}; set aside as {damaged[-1].name}", stacklevel=2)
+                continue
+            if damaged:
+                warnings.warn(f"going on from {path} instead of {damaged[0].name}", stacklevel=2)
+            return checkpoint
+        if damaged:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged ({', '.join(p.name for p in damaged)}); "
+                "restore one of them, or delete the folder to start anew"
+            )
+        return None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read one checkpoint file. Raises CheckpointError where it is damaged, naming the file and the reason."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            # clones: the file may be replaced while its tensors are in use
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this version (format {metadata.get('format')})")
+    return Checkpoint(path, tensors, json.loads(metadata["state"]))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors "optimizer.<parameter number>.<name>"; its settings are the config's."""
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of pack_optimizer, into an optimizer over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        prefix, *rest = key.split(".", 2)
+        if prefix == "optimizer":
+            state.setdefault(int(rest[0]), {})[rest[1]] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pack_rng(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's random generators: the CPU's and, on a GPU, the device's."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def unpack_rng(device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of pack_rng."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless a checkpoint's state has these options `now` and these `hashes`."""
+    then = state["config"]
+    changed = [k for k in now if now[k] != then.get(k) and not k.startswith(FREE_TO_CHANGE)]
+    rounding = [k for k in changed if k in ROUNDING_ONLY]
+    if rounding:
+        warnings.warn(f"{', '.join(rounding)} changed since {path}: not bit for bit the same run", stacklevel=2)
+    differences = [f"{k}={now[k]} (was {then.get(k)})" for k in changed if k not in ROUNDING_ONLY]
+    differences += [f"{k}={v[:12]} (was {state[k][:12]})" for k, v in hashes.items() if v != state[k]]
+    if differences:
+        raise CheckpointError(
+            f"{path} is from another run: {', '.join(differences)}; use the old values, or another run_dir"
+        )

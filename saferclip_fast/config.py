@@ -1,0 +1,302 @@
+"""Every option of a training run: its type, default and meaning, in one place.
+
+Options come from the defaults below, then a YAML file, then `key=value` words, each checked when read.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .objectives import DEFAULT_WEIGHTS
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """An option that does not exist, or a value it cannot take."""
+
+
+def option(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
+    """A config field: its default, what it means, and the closed range it must lie in."""
+    metadata = {"meaning": meaning, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    name: str = option("ViT-L-14-quickgelu", "open_clip model name, architecture JSON, local-dir: or hf-hub: source")
+    pretrained: str = option("openai", "open_clip tag or weights file; empty for local-dir: and hf-hub: sources")
+    tuning: Literal["lora", "full"] = option("lora", "train LoRA adapters on both encoders, or every weight")
+
+
+@dataclass
+class LoraOptions:
+    rank: int = option(16, "inner width of the adapters", 1)
+    alpha: float = option(16.0, "adapters are scaled by alpha / rank", 0)
+    dropout: float = option(0.0, "dropout on the adapters' input", 0, 1)
+    targets: list[str] = option(  # noqa: RUF009 - it is a dataclasses.field
+        ["all"], "endings of layer names (in_proj, out_proj, c_fc, c_proj), or all"
+    )
+
+
+@dataclass
+class DataOptions:
+    train: str = option("", "training quadruplets: ViSU JSON, CSV, JSONL, Parquet, WebDataset shards or scenes:...")
+    root: str = option("", "folder that relative image paths start from (the COCO root for ViSU)")
+    val: str = option("", "validation quadruplets; empty: hold out val_fraction of the training ones")
+    val_fraction: float = option(0.02, "held-out share when val is empty; 0: no validation", 0, 0.9)
+    on_error: Literal["skip", "raise"] = option("skip", "bad rows: skip and count them, or stop at the first")
+    num_workers: int = option(4, "loader processes; the result does not depend on it", 0)
+    cache_dir: str = option(".cache/saferclip", "where frozen embeddings and neighbors are kept, by content")
+
+
+@dataclass
+class WeightOptions:
+    uni_text: float = option(DEFAULT_WEIGHTS["uni_text"], "unsafe text towards its safe neighbor's text", 0)
+    uni_image: float = option(DEFAULT_WEIGHTS["uni_image"], "unsafe image towards its safe neighbor's image", 0)
+    cross_text: float = option(DEFAULT_WEIGHTS["cross_text"], "unsafe text: safe image above unsafe image", 0)
+    cross_image: float = option(DEFAULT_WEIGHTS["cross_image"], "unsafe image: safe text above unsafe text", 0)
+    cos_text: float = option(DEFAULT_WEIGHTS["cos_text"], "safe text stays where it was", 0)
+    cos_image: float = option(DEFAULT_WEIGHTS["cos_image"], "safe image stays where it was", 0)
+    nce_text: float = option(DEFAULT_WEIGHTS["nce_text"], "safe text still finds its image (InfoNCE)", 0)
+    nce_image: float = option(DEFAULT_WEIGHTS["nce_image"], "safe image still finds its text (InfoNCE)", 0)
+
+
+@dataclass
+class ObjectiveOptions:
+    neighbors: Literal["offline", "in_step"] = option(
+        "offline", "find safe targets once before training, or in every step against the resident bank"
+    )
+    k: int = option(1, "safe neighbors per unsafe sample; 1 is the paper", 1, 256)
+    tau: float = option(0.05, "temperature of the neighbors' weights, for k > 1", 1e-6)
+    beta: float = option(1.0, "sharpness of the cross terms' softplus; 1 is the paper", 1e-6)
+    margin: float = option(0.0, "margin of the cross terms; 0 is the paper")
+    negative: Literal["current", "frozen"] = option(
+        "current", "the unsafe counterpart as it is now, without gradient, or frozen (the paper)"
+    )
+    logit_scale: float = option(100.0, "inverse temperature of the InfoNCE terms", 0)
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = option("auto", "which kernels run the losses")
+    weights: WeightOptions = field(default_factory=WeightOptions)
+
+
+@dataclass
+class CurriculumOptions:
+    enabled: bool = option(True, "three stages by similarity to the safe target: easy, easy + medium, all")
+
+
+@dataclass
+class OptimizerOptions:
+    name: Literal["adam", "adamw"] = option("adam", "Adam, or AdamW with decoupled weight decay")
+    lr: float = option(1e-4, "peak learning rate", 0)
+    beta1: float = option(0.9, "decay of the gradient average", 0, 1)
+    beta2: float = option(0.999, "decay of the squared-gradient average", 0, 1)
+    eps: float = option(1e-8, "added to the denominator", 0)
+    weight_decay: float = option(0.0, "weight decay, on matrices only", 0)
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
+    warmup_steps: int = option(0, "linear warm-up from 0", 0)
+    clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", 0)
+
+
+@dataclass
+class TrainOptions:
+    epochs: int = option(9, "passes over the training set", 1)
+    batch_size: int = option(48, "quadruplets per step", 1)
+    precision: Literal["fp32", "bf16", "fp16"] = option("bf16", "autocast type; fp16 scales the loss")
+    tf32: bool = option(True, "TF32 matrix products for what stays in fp32 (GPU)")
+    deterministic: bool = option(True, "deterministic GPU kernels, so that a resumed run repeats bit for bit")
+    embed_batch_size: int = option(256, "batch of the one pass through the frozen encoders", 1)
+
+
+@dataclass
+class ValidationOptions:
+    every_epochs: int = option(1, "epochs between validations", 1)
+    patience: int = option(0, "validations without a new best before stopping; 0: never stop early", 0)
+    final: Literal["best", "last"] = option("best", "weights to export: of the best validation, or of the last step")
+
+
+@dataclass
+class CheckpointOptions:
+    every_steps: int = option(500, "steps between checkpoints; one is also written after each epoch", 1)
+    keep: int = option(2, "newest checkpoints to keep", 1)
+
+
+@dataclass
+class LogOptions:
+    every_steps: int = option(10, "steps between log lines", 1)
+    tensorboard: bool = option(True, "write TensorBoard events to RUN_DIR/tensorboard")
+    progress: bool = option(True, "show progress bars")
+
+
+@dataclass
+class Config:
+    run_dir: str = option("runs/train", "folder for the log, checkpoints, resolved config and final weights")
+    resume: Literal["never", "auto"] = option("never", "never: refuse a used run_dir; auto: go on if it can")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(0, "CPU threads; 0: torch decides", 0)
+    seed: int = option(0, "seed of adapters, order and dropout", 0)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    curriculum: CurriculumOptions = field(default_factory=CurriculumOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One line of the option table."""
+
+    key: str
+    kind: str
+    default: Any
+    meaning: str
+    low: float | None
+    high: float | None
+
+
+def options(group: type = Config, prefix: str = "") -> Iterator[Option]:
+    """Every option in order, nested ones as "group.name"."""
+    hints = get_type_hints(group)
+    for item in fields(group):
+        if is_dataclass(hints[item.name]):
+            yield from options(hints[item.name], f"{prefix}{item.name}.")
+            continue
+        default = item.default if item.default is not MISSING else item.default_factory()
+        choices = get_args(hints[item.name]) if hints[item.name].__class__.__name__ == "_LiteralGenericAlias" else ()
+        kind = " | ".join(choices) if choices else getattr(hints[item.name], "__name__", "list")
+        if isinstance(default, list):
+            kind = "list"
+        yield Option(f"{prefix}{item.name}", kind, default, **item.metadata)
+
+
+def option_table() -> str:
+    """All options as a Markdown table (docs/training.md holds it; --help prints it)."""
+    lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
+    for o in options():
+        kind = o.kind.replace(" | ", ", ")
+        lines.append(f"| `{o.key}` | {kind} | `{_written(o.default)}` | {o.meaning} |")
+    return "\n".join(lines)
+
+
+def option_help() -> str:
+    """All options as plain text for --help."""
+    return "\n".join(f"  {o.key}={_written(o.default)}  ({o.kind})\n        {o.meaning}" for o in options())
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then the `key=value` words.
+
+    Args:
+        path: a YAML file, or the name of a shipped one ("paper"); None for the defaults alone.
+        overrides: words such as "optimizer.lr=3e-4" or "lora.targets=[in_proj,out_proj]".
+
+    Raises:
+        ConfigError: unknown key (with the nearest one), wrong type, value out of range, unreadable file.
+    """
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        file, values = _read_yaml(path)
+        merged = _merge(merged, OmegaConf.create(values), [k for k, _ in _leaves(values)], file)
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not key=value{_nearest(key)}")
+        merged = _merge(merged, OmegaConf.from_dotlist([word]), [key], "command line")
+    config = OmegaConf.to_object(merged)
+    _check_ranges(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as {"group.name": value}."""
+    return dict(_leaves(to_dict(config)))
+
+
+def _read_yaml(path: str | Path) -> tuple[str, dict[str, Any]]:
+    file = Path(path)
+    if not file.is_file() and file.suffix == "" and (CONFIG_FOLDER / f"{path}.yaml").is_file():
+        file = CONFIG_FOLDER / f"{path}.yaml"
+    if not file.is_file():
+        shipped = ", ".join(sorted(f.stem for f in CONFIG_FOLDER.glob("*.yaml")))
+        raise ConfigError(f"config file {path} not found; shipped configs: {shipped}")
+    try:
+        # OmegaConf's loader reads 1e-4 as a number, plain YAML as text
+        values = OmegaConf.to_container(OmegaConf.load(file))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
+    return str(file), values
+
+
+def _merge(merged: Any, values: Any, keys: Sequence[str], source: str) -> Any:
+    known = {o.key: o for o in options()}
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown option {key!r}{_nearest(key)}")
+    try:
+        return OmegaConf.merge(merged, values)
+    except OmegaConfBaseException as error:
+        key = error.full_key if error.full_key in known else (keys[0] if keys else "")
+        kind = known[key].kind if key in known else "value"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{source}: {key} takes {_article(kind)}: {reason}") from error
+
+
+def _check_ranges(config: Config) -> None:
+    values = flatten(config)
+    for o in options():
+        value, low, high = values[o.key], o.low, o.high
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{o.key}={value}: must be a finite number")
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"{o.key}={value}: must be {bounds} ({o.meaning})")
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _nearest(key: str) -> str:
+    known = [o.key for o in options()]
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    if not near:  # the right name in the wrong group
+        near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    return f", did you mean {near[0]!r}?" if near else "; --help lists all options"
+
+
+def _written(value: Any) -> str:
+    """A default as it is typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _article(kind: str) -> str:
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+    return names.get(kind, "one of " + kind)

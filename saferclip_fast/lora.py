@@ -1,0 +1,105 @@
+"""Low-rank adapters (peft) inside an open_clip model: added in place, switched off, merged on export."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+ADAPTER = "default"
+CAPTIONING = "text_decoder."  # CoCa's caption decoder takes no part in an embedding
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the two encoders' linear layers whose forward is called, so that an adapter has an effect."""
+    uncalled = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in uncalled and not name.startswith(CAPTIONING)
+    ]
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
+    """Freeze `model` and add adapters W + (alpha / rank) B A, in place; B starts at zero.
+
+    Args:
+        model: an open_clip model whose attention was unpacked (attention.unpack_attention).
+        rank: inner width r of A [r, in] and B [out, r].
+        alpha: scale numerator.
+        dropout: applied to the adapters' input, in training only.
+        targets: endings of layer names ("in_proj", "c_fc", ...), or ["all"] for every linear layer.
+
+    Raises:
+        ValueError: a target that names no linear layer, or an encoder left without an adapter.
+    """
+    if isinstance(model.visual, ModifiedResNet):
+        raise ValueError("LoRA needs a transformer image encoder, this model has a ResNet; use model.tuning=full")
+    layers = linear_layers(model)
+    chosen = layers if list(targets) == ["all"] else _select(layers, targets)
+    for encoder, present in (
+        ("image", any(name.startswith("visual.") for name in chosen)),
+        ("text", any(not name.startswith("visual.") for name in chosen)),
+    ):
+        if not present:
+            raise ValueError(
+                f"lora.targets={list(targets)} adds no adapter to the {encoder} encoder; "
+                f"this model's linear layers end in: {', '.join(_endings(layers))}"
+            )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)
+    inject_adapter_in_model(config, model, ADAPTER)
+
+
+def _select(layers: Sequence[str], targets: Sequence[str]) -> list[str]:
+    for target in targets:
+        if not any(_matches(name, target) for name in layers):
+            near = difflib.get_close_matches(target, _endings(layers), 1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"lora.targets: no linear layer ends in {target!r}{hint} Choose from: {', '.join(_endings(layers))}"
+            )
+    return [name for name in layers if any(_matches(name, target) for target in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _endings(layers: Sequence[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that carry an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes what it computed before add_lora, from the very same weights."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights with the adapters folded in, W + (alpha / rank) B A, under the names used before add_lora.
+
+    The model itself is not touched. Tensors without an adapter are shared with it, not copied.
+    """
+    state = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in lora_layers(model).items():
+        weight = layer.get_base_layer().weight.detach()
+        state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).detach().to(weight.dtype)
+    return state

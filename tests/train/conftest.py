@@ -1,0 +1,82 @@
+"""A tiny run that takes about a second, and processes to run and kill it in."""
+
+import json
+import multiprocessing
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from saferclip_fast.config import load_config
+from saferclip_fast.models import load_clip
+from saferclip_fast.train import train
+
+# Children are forked from a server that has imported everything and started no threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["saferclip_fast.train"])
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """Weights of a tiny model, as open_clip loads them."""
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clip = load_clip("ViT-tiny-8-32")
+    return clip.export(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(weights, cache):
+    """tiny(run_dir, "key=value", ...) -> Config of 20 steps in 3 epochs with dropout, curriculum and validation."""
+
+    def config(run_dir: Path, *overrides: str):
+        words = f"""
+            run_dir={run_dir} device=cpu threads=1 model.name=ViT-tiny-8-32 model.pretrained={weights}
+            data.train=scenes:n=96,size=32 data.val_fraction=0.1 data.num_workers=0 data.cache_dir={cache}
+            lora.rank=4 lora.dropout=0.1 optimizer.lr=1e-3 train.epochs=3 train.batch_size=8 train.precision=fp32
+            checkpoint.every_steps=2 log.every_steps=3 log.tensorboard=false log.progress=false
+        """.split()
+        return load_config(None, [*words, *overrides])
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny, tmp_path_factory) -> Path:
+    """Run folder of the tiny run, never interrupted."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    code = run_child(train_child, tiny(run_dir))
+    assert code == 0
+    return run_dir
+
+
+def train_child(config) -> None:
+    """Body of a child process: train, exit with 0, or 10 if a signal stopped the run."""
+    sys.exit(0 if train(config).weights is not None else 10)
+
+
+def run_child(target, *arguments) -> int:
+    process = PROCESSES.Process(target=target, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def final_weights(run_dir: Path) -> bytes:
+    return (run_dir / "final" / "open_clip_model.safetensors").read_bytes()
+
+
+def log_lines(run_dir: Path) -> list[dict]:
+    """The log without the one value that depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("samples_per_second", None)
+    return lines

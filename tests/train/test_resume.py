@@ -1,0 +1,197 @@
+"""Kill -9 at any moment, resume, and get the weights and the log of an undisturbed run, bit for bit."""
+
+import os
+import random
+import signal
+import time
+import warnings
+
+import pytest
+
+import saferclip_fast.checkpoint
+import saferclip_fast.files
+import saferclip_fast.runlog
+from saferclip_fast.train import Trainer, train
+
+from .conftest import PROCESSES, final_weights, log_lines, run_child, train_child
+
+
+def assert_same_run(run_dir, undisturbed):
+    assert final_weights(run_dir) == final_weights(undisturbed)
+    assert log_lines(run_dir) == log_lines(undisturbed)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_checkpoint_bytes(config, count):
+    """Killed with half of the checkpoint's bytes written, in the count-th checkpoint."""
+    write = saferclip_fast.files.save_file
+    calls = []
+
+    def half(tensors, path, metadata):
+        write(tensors, path, metadata)
+        calls.append(path)
+        if len(calls) == count:
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    saferclip_fast.files.save_file = half
+    train(config)
+
+
+def die_before_rename(config, count):
+    """Killed when the temporary file is whole but does not have its name yet."""
+    sync = saferclip_fast.files.sync
+    calls = []
+
+    def synced(path):
+        sync(path)
+        calls.append(path)
+        if len(calls) == count:
+            die()
+
+    saferclip_fast.files.sync = synced
+    train(config)
+
+
+def die_before_old_one_is_deleted(config, count):
+    """Killed when the new checkpoint has its name and the old ones are still there."""
+    write = saferclip_fast.checkpoint.save_tensors
+    calls = []
+
+    def written(*arguments):
+        write(*arguments)
+        calls.append(arguments)
+        if len(calls) == count:
+            die()
+
+    saferclip_fast.checkpoint.save_tensors = written
+    train(config)
+
+
+def die_in_log_line(config, count):
+    """Killed with half a line in the log."""
+    write = saferclip_fast.runlog.RunLog.write
+    calls = []
+
+    def torn(self, *arguments, **extra):
+        calls.append(arguments)
+        if len(calls) == count:
+            self.file.write(b'{"kind": "train", "st')
+            self.file.flush()
+            die()
+        write(self, *arguments, **extra)
+
+    saferclip_fast.runlog.RunLog.write = torn
+    train(config)
+
+
+def die_in_step(config, count):
+    """Killed with the gradients computed and the weights not yet changed."""
+    step = Trainer.step
+
+    def stepped(self, batch):
+        if self.progress.step == count:
+            self.loss(batch, self.data.train).loss.backward()
+            die()
+        step(self, batch)
+
+    Trainer.step = stepped
+    train(config)
+
+
+def die_between_best_and_checkpoint(config, count):
+    """Killed when the best weights are new and the checkpoint is from before."""
+    end_epoch, save = Trainer.end_epoch, Trainer.save
+
+    def ended(self):
+        if self.progress.epoch == count:
+            Trainer.save = lambda self: die()
+        end_epoch(self)
+        Trainer.save = save
+
+    Trainer.end_epoch = ended
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("death", "count"),
+    [
+        (die_in_checkpoint_bytes, 1),
+        (die_in_checkpoint_bytes, 5),
+        (die_before_rename, 4),
+        (die_before_old_one_is_deleted, 4),
+        (die_in_log_line, 3),
+        (die_in_log_line, 7),
+        (die_in_step, 0),
+        (die_in_step, 13),
+        (die_between_best_and_checkpoint, 2),
+    ],
+)
+def test_killed_at_a_chosen_moment(tiny, tmp_path, undisturbed, death, count):
+    config = tiny(tmp_path / "run", "resume=auto")
+    assert run_child(death, config, count) == -signal.SIGKILL
+    assert run_child(train_child, config) == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert not list((tmp_path / "run").rglob("*.tmp")), "a killed writer's file was left behind"
+
+
+def test_killed_again_and_again_at_random_times(tiny, tmp_path, undisturbed):
+    config = tiny(tmp_path / "run", "resume=auto")
+    log = tmp_path / "run" / "log.jsonl"
+    chance = random.Random(3)
+    for _ in range(4):
+        process = PROCESSES.Process(target=train_child, args=(config,))
+        process.start()
+        while process.is_alive() and not log.exists():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.05, 0.4))
+        process.kill()
+        process.join()
+    assert run_child(train_child, config) == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_saves_and_resumes(tiny, tmp_path, undisturbed):
+    config = tiny(tmp_path / "run", "resume=auto", "checkpoint.every_steps=1000")
+    process = PROCESSES.Process(target=train_child, args=(config,))
+    process.start()
+    log = tmp_path / "run" / "log.jsonl"
+    while process.is_alive() and not (log.exists() and log.stat().st_size):
+        time.sleep(0.002)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 10
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))) >= 1
+    assert run_child(train_child, config) == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_finished_run_resumes_to_the_same_weights(tiny, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    train(tiny(run_dir))
+    (run_dir / "final" / "open_clip_model.safetensors").unlink()
+    train(tiny(run_dir, "resume=auto"))
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_truncated_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    assert run_child(die_in_step, tiny(run_dir), 13) == -signal.SIGKILL
+    newest = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
+    os.truncate(newest, newest.stat().st_size - 100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tiny(run_dir, "resume=auto"))
+    told = "\n".join(str(w.message) for w in caught)
+    assert f"checkpoint {newest} is damaged" in told
+    assert "going on from" in told and "step-0000000010.safetensors" in told
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_loader_processes_do_not_change_the_result(tiny, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    assert run_child(train_child, tiny(run_dir, "data.num_workers=2")) == 0
+    assert_same_run(run_dir, undisturbed)

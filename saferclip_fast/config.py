@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .data.images import MAX_PIXELS
 from .objectives import DEFAULT_WEIGHTS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -50,8 +51,13 @@ class LoraOptions:
 
 @dataclass
 class DataOptions:
-    train: str = option("", "training quadruplets: ViSU JSON, CSV, JSONL, Parquet, WebDataset shards or scenes:...")
-    root: str = option("", "folder that relative image paths start from (the COCO root for ViSU)")
+    train: str = option("", "training quadruplets: CSV, JSONL, Parquet, ViSU JSON, shards, scenes:... (docs/data.md)")
+    root: str = option("", "folder of a table's images, or COCO's for ViSU; empty: the table's own")
+    unsafe_root: str = option("", "folder of ViSU's unsafe images; empty: the JSON file's own")
+    unsafe_image: str = option("", "name of ViSU's unsafe images where entries have none, e.g. {id}.png")
+    columns: list[str] = option([], "a table's column names as field=column, e.g. [safe_text=caption]")  # noqa: RUF009
+    allow_absolute: bool = option(False, "admit absolute image paths, which may lie outside root")
+    max_pixels: int = option(MAX_PIXELS, "refuse larger images", 1)
     val: str = option("", "validation quadruplets; empty: hold out val_fraction of the training ones")
     val_fraction: float = option(0.02, "held-out share when val is empty; 0: no validation", 0, 0.9)
     on_error: Literal["skip", "raise"] = option("skip", "bad rows: skip and count them, or stop at the first")
@@ -210,11 +216,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         file, values = _read_yaml(path)
         merged = _merge(merged, OmegaConf.create(values), [k for k, _ in _leaves(values)], file)
+    kinds = {o.key: o.kind for o in options()}
     for word in overrides:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r} is not key=value{_nearest(key)}")
-        merged = _merge(merged, OmegaConf.from_dotlist([word]), [key], "command line")
+        values = OmegaConf.from_dotlist([word])
+        if kinds.get(key) == "str":  # as typed: an empty word, or one that YAML would read as something else
+            OmegaConf.update(values, key, value)
+        merged = _merge(merged, values, [key], "command line")
     config = OmegaConf.to_object(merged)
     _check_ranges(config)
     return config

@@ -69,9 +69,7 @@ def embed_quadruplets(
         "model": clip.name,
         "weights_hash": clip.weights_hash,
         "data_hash": dataset.content_hash(),
-        "preprocessing": json.dumps(
-            {"config": clip.preprocessing, "transform": str(dataset.transform)}, sort_keys=True
-        ),
+        "preprocessing": _preprocessing(clip, dataset),
         "precision": precision,
         "rows": str(len(dataset)),
     }

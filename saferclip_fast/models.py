@@ -16,6 +16,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from .attention import packed_names, unpack_attention
+from .data.trim import pad_id
 from .files import save_json, save_tensors
 from .lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict
 
@@ -38,8 +39,7 @@ class ClipModel(nn.Module):
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.config = config
-        # 0 for open_clip's own tokenizer, what the wrapped one pads with for Hugging Face's
-        self.pad_id = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None) or 0
+        self.pad_id = pad_id(tokenizer)
         text = _text_tower(model)
         self.trims_text = (
             hasattr(text, "attn_mask")
@@ -193,10 +193,11 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
-    except RuntimeError as error:
-        if "size mismatch" in str(error) or "Missing key" in str(error) or "Unexpected key" in str(error):
-            first = next(line.strip() for line in str(error).splitlines() if "key" in line or "size" in line)
-            raise ValueError(f"weights {pretrained or name} do not fit model {name}: {first[:300]}") from error
+    except (RuntimeError, AssertionError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        misfits = [line for line in lines if "size mismatch" in line or "key" in line or "pos_embed" in line]
+        if misfits:
+            raise ValueError(f"weights {pretrained or name} do not fit model {name}: {misfits[0][:300]}") from error
         raise
     config = {
         "model_cfg": open_clip.get_model_config(name),

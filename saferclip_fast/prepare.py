@@ -83,9 +83,28 @@ def prepare(config: Config, clip: ClipModel) -> TrainingData:
 
 
 def open_data(config: Config, source: str, clip: ClipModel) -> QuadrupletDataset:
-    """The data set at `source` with the model's preprocessing, bad rows handled as data.on_error says."""
-    dataset = open_quadruplets(source, transform=clip.preprocess)
-    dataset = dataset.verify(config.data.cache_dir, config.log.progress, max(1, config.data.num_workers))
+    """The data set at `source` with the model's preprocessing, bad rows handled as data.on_error says.
+
+    Every image is decoded once; the outcome is kept in `data.cache_dir`, so a resumed run starts on the same rows at once.
+    """
+    options = config.data
+    columns = dict(word.split("=", 1) if "=" in word else (word, "") for word in options.columns)
+    if "" in columns.values():
+        raise ConfigError(f"data.columns={options.columns}: write field=column, e.g. [safe_text=caption]")
+    dataset = open_quadruplets(
+        source,
+        transform=clip.preprocess,
+        on_error=options.on_error,
+        root=options.root or None,
+        columns=columns or None,
+        allow_absolute=options.allow_absolute,
+        unsafe_root=options.unsafe_root or None,
+        unsafe_image=options.unsafe_image or None,
+        max_pixels=options.max_pixels,
+        verify=True,
+        cache_dir=options.cache_dir,
+        progress=config.log.progress,
+    )
     print(dataset.summary, flush=True)
     return dataset
 

@@ -18,6 +18,16 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["saferclip_fast.train"])
 
 
+@pytest.fixture(autouse=True)
+def torch_settings():
+    """Put back what a run in this process sets for all of torch."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
     """Weights of a tiny model, as open_clip loads them."""

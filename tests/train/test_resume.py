@@ -193,5 +193,5 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, undis
 
 def test_loader_processes_do_not_change_the_result(tiny, tmp_path, undisturbed):
     run_dir = tmp_path / "run"
-    assert run_child(train_child, tiny(run_dir, "data.num_workers=2")) == 0
+    train(tiny(run_dir, "data.num_workers=2"))
     assert_same_run(run_dir, undisturbed)

@@ -1,0 +1,115 @@
+"""Checkpoint files: round trip, keep the newest, fall back from damage, survive a full disk."""
+
+import os
+import resource
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from saferclip_fast.checkpoint import (
+    CheckpointError,
+    CheckpointFolder,
+    pack_optimizer,
+    pack_rng,
+    read_checkpoint,
+    unpack_optimizer,
+    unpack_rng,
+)
+
+from .conftest import run_child
+
+TENSORS = {"a": torch.arange(1000.0), "b": torch.tensor(3, dtype=torch.int64)}
+
+
+def test_round_trip(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    assert folder.load_newest() is None
+    folder.save(7, TENSORS, {"step": 7, "loss": 0.1, "none": None})
+    loaded = folder.load_newest()
+    assert loaded.state == {"step": 7, "loss": 0.1, "none": None}
+    assert all(torch.equal(loaded.tensors[n], t) and loaded.tensors[n].dtype == t.dtype for n, t in TENSORS.items())
+
+
+def test_keeps_the_newest(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (8, 9, 10, 100):
+        folder.save(step, TENSORS, {})
+    assert [p.name for p in folder.paths()] == ["step-0000000010.safetensors", "step-0000000100.safetensors"]
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_damaged_newest_falls_back_with_a_warning(tmp_path, size):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    good = folder.save(1, TENSORS, {"step": 1})
+    bad = folder.save(2, TENSORS, {"step": 2})
+    os.truncate(bad, size if size >= 0 else bad.stat().st_size - 1)
+    with pytest.warns() as caught:
+        assert folder.load_newest().state == {"step": 1}
+    told = [str(w.message) for w in caught]
+    assert told[0].startswith(f"checkpoint {bad} is damaged: ")
+    assert told[1] == f"going on from {good} instead of {bad.name}.damaged"
+    assert folder.paths() == [good], "the damaged file does not count as a checkpoint any more"
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    os.truncate(folder.save(1, TENSORS, {}), 50)
+    with pytest.warns(), pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged .*delete the folder"):
+        folder.load_newest()
+
+
+def test_foreign_file_is_an_error(tmp_path):
+    save_file(TENSORS, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="is no checkpoint of this version"):
+        read_checkpoint(tmp_path / "other.safetensors")
+
+
+def save_on_a_full_disk(folder):
+    """Body of a child process whose files may not grow past 2 kB, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+    try:
+        CheckpointFolder(folder, keep=1).save(2, TENSORS, {"step": 2})
+    except OSError as error:
+        told = str(error)
+        sys.exit(0 if "could not write" in told and "step-0000000002.safetensors" in told else 3)
+    sys.exit(4)
+
+
+def test_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    good = folder.save(1, TENSORS, {"step": 1})
+    assert run_child(save_on_a_full_disk, tmp_path) == 0
+    assert list(tmp_path.iterdir()) == [good]
+    assert folder.load_newest().state == {"step": 1}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_optimizer_continues_exactly(kind):
+    def run(steps, tensors=None, value=None):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(5, 3) if value is None else value.clone())
+        optimizer = kind([{"params": [parameter]}], lr=0.1, fused=True)
+        if tensors is not None:
+            unpack_optimizer(optimizer, tensors)
+        for step in steps:
+            parameter.grad = torch.sin(parameter.detach() * step)
+            optimizer.step()
+        return parameter.detach(), pack_optimizer(optimizer)
+
+    value, tensors = run(range(1, 4))
+    assert set(tensors) == {"optimizer.0.step", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"}
+    continued, _ = run(range(4, 7), tensors, value)
+    assert torch.equal(continued, run(range(1, 7))[0])
+
+
+def test_random_state_continues_exactly():
+    device = torch.device("cpu")
+    torch.rand(3)
+    state = pack_rng(device)
+    expected = torch.rand(5)
+    unpack_rng(device, state)
+    assert torch.equal(torch.rand(5), expected)

@@ -1,0 +1,204 @@
+"""The loop: it learns, in every precision and mode, and says what is wrong when something is."""
+
+import json
+import math
+import warnings
+
+import open_clip
+import pytest
+import torch
+
+from saferclip_fast.checkpoint import CheckpointError
+from saferclip_fast.config import ConfigError, OptimizerOptions
+from saferclip_fast.models import load_clip
+from saferclip_fast.optim import build_optimizer, learning_rate
+from saferclip_fast.train import Trainer, check_all_used, main, train
+
+from .conftest import final_weights, log_lines
+
+
+def validations(run_dir):
+    return [line for line in log_lines(run_dir) if line["kind"] == "val"]
+
+
+def test_training_redirects(tiny, tmp_path):
+    only_redirect = [f"objective.weights.{n}_{m}=0" for n in ("cross", "cos", "nce") for m in ("text", "image")]
+    train(tiny(tmp_path, "train.epochs=8", "optimizer.lr=3e-3", "curriculum.enabled=false", *only_redirect))
+    first, *_, last = [line for line in log_lines(tmp_path) if line["kind"] == "train"]
+    assert last["uni_text"] < 0.5 * first["uni_text"] and last["loss"] < 0.7 * first["loss"]
+
+
+def test_training_preserves(tiny, tmp_path):
+    train(tiny(tmp_path, "train.epochs=8", "optimizer.lr=3e-3", "curriculum.enabled=false"))
+    first, *_, last = validations(tmp_path)
+    assert last["loss"] < first["loss"] and last["cos_text"] < 0.1 and last["cos_image"] < 0.1
+
+
+def test_run_folder(undisturbed, weights):
+    files = {str(p.relative_to(undisturbed)) for p in undisturbed.rglob("*") if p.is_file()}
+    assert files == {
+        "config.yaml",
+        "log.jsonl",
+        "best.safetensors",
+        "checkpoints/step-0000000018.safetensors",
+        "checkpoints/step-0000000020.safetensors",
+        "final/open_clip_model.safetensors",
+        "final/open_clip_config.json",
+    }
+    model = open_clip.create_model("ViT-tiny-8-32", pretrained=str(undisturbed / "final/open_clip_model.safetensors"))
+    frozen = load_clip("ViT-tiny-8-32", str(weights)).exported_state_dict()
+    moved = [n for n, t in model.state_dict().items() if not torch.equal(t, frozen[n])]
+    assert len(moved) == 16 and all("resblocks" in n and n.endswith("weight") for n in moved), "LoRA's targets alone"
+
+
+def test_curriculum_grows_over_three_epochs(undisturbed):
+    steps = {line["epoch"]: line["step"] for line in validations(undisturbed)}
+    # 86 training samples in batches of 8: a third, two thirds, all
+    assert steps == {1: 29 // 8, 2: 29 // 8 + 58 // 8, 3: 29 // 8 + 58 // 8 + 86 // 8}
+
+
+def test_search_in_the_step_gives_the_same_run(tiny, tmp_path, undisturbed):
+    train(tiny(tmp_path, "objective.neighbors=in_step"))
+    assert final_weights(tmp_path) == final_weights(undisturbed)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_on_the_cpu(tiny, tmp_path, undisturbed, precision):
+    train(tiny(tmp_path, f"train.precision={precision}"))
+    expected, found = validations(undisturbed)[-1], validations(tmp_path)[-1]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert found["loss"] != expected["loss"], "it did run in another precision"
+
+
+def test_full_tuning(tiny, tmp_path):
+    train(tiny(tmp_path, "model.tuning=full", "optimizer.name=adamw", "optimizer.weight_decay=0.1"))
+    train(tiny(tmp_path, "model.tuning=full", "optimizer.name=adamw", "optimizer.weight_decay=0.1", "resume=auto"))
+    first, *_, last = validations(tmp_path)
+    assert last["loss"] < first["loss"]
+
+
+def test_mixed_pairs_and_several_neighbors(tiny, tmp_path):
+    train(tiny(tmp_path, "data.train=scenes:n=96,size=32,mixed=0.5", "objective.k=3", "train.epochs=1"))
+    assert {"kept_text", "kept_image"} <= set(validations(tmp_path)[0])
+
+
+def test_validation_on_a_set_of_its_own(tiny, tmp_path, undisturbed):
+    train(tiny(tmp_path, "data.val=scenes:n=16,size=32,split=test", "train.epochs=1"))
+    (line,) = validations(tmp_path)
+    assert line["step"] == 96 // 3 // 8, "nothing is held out of the training set"
+    assert math.isfinite(line["loss"])
+
+
+def test_no_validation(tiny, tmp_path):
+    train(tiny(tmp_path, "data.val_fraction=0", "train.epochs=1"))
+    assert validations(tmp_path) == [] and not (tmp_path / "best.safetensors").exists()
+    assert final_weights(tmp_path)
+
+
+def test_early_stopping_exports_the_best_weights(tiny, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 1.5, 0.1])
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"loss": next(losses)})
+    trained = []
+    save = Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self: (trained.append(self), save(self)))
+    result = train(tiny(tmp_path, "validation.patience=2", "train.epochs=9"))
+    assert (result.progress.epoch, result.progress.best_loss, result.progress.stale) == (5, 1.0, 2)
+    assert result.progress.best_step == validations(tmp_path)[1]["step"]
+    best = trained[-1].trained_tensors()
+    stored = load_best(tmp_path)
+    assert all(torch.equal(best[n], t) for n, t in stored.items()), "exported from the best weights"
+
+
+def load_best(run_dir):
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "best.safetensors")
+
+
+def test_tensorboard_events(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(tmp_path, "log.tensorboard=true", "train.epochs=1"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [3]
+    assert [e.step for e in events.Scalars("val/cross_image")] == [3]
+
+
+def test_used_folder_needs_resume(tiny, undisturbed):
+    with pytest.raises(CheckpointError, match=r"holds a run: pass resume=auto to go on with it, or choose another"):
+        train(tiny(undisturbed))
+
+
+def test_resume_refuses_another_run(tiny, undisturbed, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is from another run: optimizer\.lr=0\.5 \(was 0\.001\); use the old"):
+        train(tiny(undisturbed, "resume=auto", "optimizer.lr=0.5"))
+    with pytest.raises(CheckpointError, match=r"data\.train=.*data_hash=\w{12} \(was \w{12}\)"):
+        train(tiny(undisturbed, "resume=auto", "data.train=scenes:n=96,size=32,seed=5"))
+
+
+def test_resume_warns_where_rounding_may_differ(tiny, tmp_path):
+    train(tiny(tmp_path, "train.epochs=1"))
+    with pytest.warns(UserWarning, match="threads changed since .*: not bit for bit the same run"):
+        train(tiny(tmp_path, "train.epochs=1", "resume=auto", "threads=2"))
+
+
+def test_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tiny, tmp_path):
+    config = tiny(tmp_path, "optimizer.lr=1e30", "optimizer.clip_norm=0", "log.every_steps=1000")
+    with pytest.raises(FloatingPointError, match=r"the loss is not finite after step \d+ .*lower optimizer\.lr"):
+        train(config)
+    for path in (tmp_path / "checkpoints").glob("*.safetensors"):
+        assert int(path.stem.split("-")[1]) <= 2
+
+
+def test_adapters_without_effect_are_reported():
+    used, unused = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    used.grad = torch.ones(1)
+    check_all_used({"used": used})
+    with pytest.raises(RuntimeError, match=r"1 trainable parameters take no part in the embeddings \(b \.\.\.\)"):
+        check_all_used({"a": used, "b": unused})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train="], "data.train is empty: name the training quadruplets"),
+        (["objective.k=87"], "objective.k=87 is more than the 86 training samples"),
+        (["device=cuda:9"], "device=cuda:9"),
+        (["device=tpu9x"], "device='tpu9x' is none"),
+        (["model.name=ViT-tiny-9-32"], "unknown model 'ViT-tiny-9-32', did you mean 'ViT-tiny-8-32'?"),
+        (["model.pretrained=none.safetensors"], "weights file"),
+    ],
+)
+def test_mistakes_end_with_one_line(tiny, tmp_path, capsys, words, message):
+    config = tiny(tmp_path / "run", *words)
+    file = tmp_path / "config.json"  # JSON is YAML
+    from saferclip_fast.config import to_dict
+
+    file.write_text(json.dumps(to_dict(config)))
+    assert main(["--config", str(file)]) == 2
+    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "run").exists()
+    with pytest.raises((ConfigError, ValueError, FileNotFoundError), match=message.replace("?", r"\?")):
+        train(config)
+
+
+def test_learning_rate_schedules():
+    constant = OptimizerOptions(lr=1.0, warmup_steps=4)
+    assert [learning_rate(constant, s, 20) for s in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    cosine = OptimizerOptions(lr=1.0, warmup_steps=4, schedule="cosine")
+    assert [learning_rate(cosine, s, 20) for s in (3, 4)] == [1.0, 1.0]
+    assert learning_rate(cosine, 12, 20) == pytest.approx(0.5)
+    assert learning_rate(cosine, 20, 20) == pytest.approx(0.0)
+
+
+def test_weight_decay_spares_vectors():
+    matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    build_optimizer(OptimizerOptions(name="adamw", lr=0.1, weight_decay=0.5), {"m": matrix, "v": vector}).step()
+    assert torch.allclose(matrix, torch.full((2, 2), 0.95)) and torch.equal(vector, torch.ones(2))
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lr_scheduler.*")
+        yield

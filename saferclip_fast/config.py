@@ -5,8 +5,8 @@ Options come from the defaults below, then a YAML file, then `key=value` words, 
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -217,14 +217,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         file, values = _read_yaml(path)
         merged = _merge(merged, OmegaConf.create(values), [k for k, _ in _leaves(values)], file)
     kinds = {o.key: o.kind for o in options()}
+    words, keys = OmegaConf.create(), []
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r} is not key=value{_nearest(key)}")
-        values = OmegaConf.from_dotlist([word])
-        if kinds.get(key) == "str":  # as typed: an empty word, or one that YAML would read as something else
-            OmegaConf.update(values, key, value)
-        merged = _merge(merged, values, [key], "command line")
+        _check_key(key, kinds, "command line")
+        # text as typed: empty words stay, and nothing that YAML would read as something else changes
+        OmegaConf.update(words, key, value if kinds[key] == "str" else OmegaConf.from_dotlist([f"x={value}"]).x)
+        keys.append(key)
+    merged = _merge(merged, words, keys, "command line")
     config = OmegaConf.to_object(merged)
     _check_ranges(config)
     return config
@@ -232,7 +234,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return asdict(config)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -258,17 +260,20 @@ def _read_yaml(path: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _merge(merged: Any, values: Any, keys: Sequence[str], source: str) -> Any:
-    known = {o.key: o for o in options()}
+    kinds = {o.key: o.kind for o in options()}
     for key in keys:
-        if key not in known:
-            raise ConfigError(f"{source}: unknown option {key!r}{_nearest(key)}")
+        _check_key(key, kinds, source)
     try:
         return OmegaConf.merge(merged, values)
     except OmegaConfBaseException as error:
-        key = error.full_key if error.full_key in known else (keys[0] if keys else "")
-        kind = known[key].kind if key in known else "value"
+        key = error.full_key
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{source}: {key} takes {_article(kind)}: {reason}") from error
+        raise ConfigError(f"{source}: {key} takes {_article(kinds.get(key, 'value'))}: {reason}") from error
+
+
+def _check_key(key: str, known: Collection[str], source: str) -> None:
+    if key not in known:
+        raise ConfigError(f"{source}: unknown option {key!r}{_nearest(key)}")
 
 
 def _check_ranges(config: Config) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from .bank import SafeBank
 from .data import QuadrupletDataset, collate
 from .files import save_json, sync
 from .models import ClipModel
@@ -105,6 +106,15 @@ def load_embeddings(path: str | Path, expect: Mapping[str, str] | None = None) -
                 "delete the file to compute it again, or use the model and data that it was made from"
             )
     return FrozenEmbeddings(rows, metadata, path)
+
+
+def bank_from(frozen: FrozenEmbeddings, rows: Tensor | None = None) -> SafeBank:
+    """The bank of the safe pairs at `rows` (int64 [M], default all), on the CPU; its metadata says what they are of."""
+    text, image = frozen.rows.safe_text, frozen.rows.safe_image
+    if rows is not None:
+        text, image = text[rows], image[rows]
+    metadata = {key: frozen.metadata[key] for key in ("model", "weights_hash", "data_hash", "preprocessing")}
+    return SafeBank(text, image, metadata)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from .bank import SafeBank
 from .config import Config, ConfigError
 from .data import QuadrupletDataset, open_quadruplets
-from .embeddings import FrozenEmbeddings, embed_quadruplets
+from .embeddings import FrozenEmbeddings, bank_from, embed_quadruplets
 from .files import save_tensors
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
@@ -66,8 +66,7 @@ def prepare(config: Config, clip: ClipModel) -> TrainingData:
     train_rows, val_rows = _split(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
     if len(train_rows) < config.objective.k:
         raise ConfigError(f"objective.k={config.objective.k} is more than the {len(train_rows)} training samples")
-    bank = SafeBank(frozen.rows.safe_text[train_rows], frozen.rows.safe_image[train_rows], frozen.metadata)
-    bank = bank.to(clip.device).pack()
+    bank = bank_from(frozen, train_rows).to(clip.device).pack()
     neighbors = _neighbors(config, frozen, bank, train_rows)
     mixed = _mixed(dataset)
     train = Split(Subset(dataset, train_rows.tolist()), frozen.rows, neighbors, mixed)
@@ -85,7 +84,7 @@ def prepare(config: Config, clip: ClipModel) -> TrainingData:
 def open_data(config: Config, source: str, clip: ClipModel) -> QuadrupletDataset:
     """The data set at `source` with the model's preprocessing, bad rows handled as data.on_error says.
 
-    Every image is decoded once; the outcome is kept in `data.cache_dir`, so a resumed run starts on the same rows at once.
+    Every image is decoded once; the outcome is kept in `data.cache_dir`, so a resumed run starts at once.
     """
     options = config.data
     columns = dict(word.split("=", 1) if "=" in word else (word, "") for word in options.columns)

@@ -41,6 +41,8 @@ from .prepare import Split, TrainingData, prepare
 from .runlog import Meter, RunLog
 from .stop import ignore_stop_signals, stop_signals
 
+SHOWN = ("loss", "uni_text", "uni_image", "cos_text", "cos_image")  # in the progress bar
+
 
 @dataclass
 class Progress:
@@ -76,7 +78,10 @@ class Trainer:
         stages = STAGES if config.curriculum.enabled else (1.0,)
         self.sampler = CurriculumSampler(data.similarity, config.seed, stages)
         sizes = [self.sampler.epoch_size(epoch) for epoch in range(1, config.train.epochs + 1)]
-        self.total_steps = sum(max(1, size // config.train.batch_size) for size in sizes)
+        # a last, smaller batch is left out unless it is the only one; the order differs in every epoch
+        self.drop_last = min(sizes) >= config.train.batch_size
+        rounded = math.floor if self.drop_last else math.ceil
+        self.total_steps = sum(rounded(size / config.train.batch_size) for size in sizes)
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.best_file = self.run_dir / "best.safetensors"
         self.progress = Progress()
@@ -92,8 +97,7 @@ class Trainer:
             tensorboard=config.log.tensorboard,
             progress=config.log.progress,
         )
-        size = config.train.batch_size
-        loader = self.loader(self.data.train, self.sampler, drop_last=self.sampler.epoch_size(1) >= size)
+        loader = self.loader(self.data.train, self.sampler, self.drop_last)
         with stop_signals() as stop:
             while progress.epoch <= config.train.epochs and not progress.finished:
                 self.sampler.set_epoch(progress.epoch, progress.seen)
@@ -155,17 +159,21 @@ class Trainer:
     def log_step(self) -> dict[str, float]:
         samples = self.meter.weight
         means = self.meter.means()
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(
-                f"the loss is not finite after step {self.progress.step} ({means}): lower optimizer.lr, set "
-                "optimizer.clip_norm, or use train.precision=fp32; the last checkpoint is from before"
-            )
+        self.check_finite(means)
         now = time.perf_counter()
         rate, self.clock = samples / (now - self.clock), now
         lr = self.optimizer.param_groups[0]["lr"]
         progress = self.progress
         self.log.write("train", progress.step, means, epoch=progress.epoch, lr=lr, samples_per_second=rate)
-        return {"loss": means["loss"]}
+        return {name: means[name] for name in SHOWN}
+
+    def check_finite(self, means: dict[str, float]) -> None:
+        """Raises FloatingPointError if training has diverged."""
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(
+                f"the loss is not finite after step {self.progress.step} ({means}): lower optimizer.lr, set "
+                "optimizer.clip_norm, or use train.precision=fp32; the last checkpoint is from before"
+            )
 
     def end_epoch(self) -> None:
         """Validate if it is time, move to the next epoch, save."""
@@ -173,6 +181,7 @@ class Trainer:
         self.log.end_epoch()
         if self.data.val is not None and progress.epoch % config.validation.every_epochs == 0:
             means = self.validate()
+            self.check_finite(means)
             self.log.write("val", progress.step, means, epoch=progress.epoch)
             if progress.best_loss is None or means["loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step, progress.stale = means["loss"], progress.step, 0

@@ -50,10 +50,10 @@ def _render_block(codes: dict[str, np.ndarray], layout: np.ndarray, size: int) -
         image[rows] = PLACES[place](x, y, noise[rows], layout[rows])
 
     radius = np.where(codes["size"] == "large", 0.74, 0.44).astype(np.float32)
-    room = np.maximum(0.94 - radius, 0.0)  # the object stays inside the picture
+    room = 0.5 * np.maximum(0.94 - radius, 0.0)  # the object stays inside the picture, near its center
     center_x = (layout[:, 0] * 2 - 1) * room
     center_y = (layout[:, 1] * 2 - 1) * room
-    angle = (layout[:, 2] - 0.5) * 0.3
+    angle = (layout[:, 2] - 0.5) * 0.2
     u = (x - center_x[:, None, None]) / radius[:, None, None]
     v = (y - center_y[:, None, None]) / radius[:, None, None]
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]

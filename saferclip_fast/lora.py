@@ -5,22 +5,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from open_clip.modified_resnet import ModifiedResNet
+from open_clip.modified_resnet import AttentionPool2d
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 ADAPTER = "default"
 CAPTIONING = "text_decoder."  # CoCa's caption decoder takes no part in an embedding
+FIRST_LAYER = "visual.conv1"  # pixels to channels: adapted only where it is asked for by name
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Names of the two encoders' linear layers whose forward is called, so that an adapter has an effect."""
-    uncalled = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+def adaptable_layers(model: nn.Module) -> list[str]:
+    """Names of the encoders' linear layers and dense convolutions whose forward is called, so that an adapter acts."""
+    uncalled = set()  # attention that reads its layers' weights without calling the layers
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention | AttentionPool2d):
+            uncalled.update(module.modules())
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in uncalled and not name.startswith(CAPTIONING)
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and module not in uncalled
+        and not name.startswith(CAPTIONING)
     ]
 
 
@@ -32,15 +38,17 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
         rank: inner width r of A [r, in] and B [out, r].
         alpha: scale numerator.
         dropout: applied to the adapters' input, in training only.
-        targets: endings of layer names ("in_proj", "c_fc", ...), or ["all"] for every linear layer.
+        targets: endings of layer names ("in_proj", "c_fc", ...), or ["all"] for every linear layer
+            and dense convolution but the first.
 
     Raises:
-        ValueError: a target that names no linear layer, or an encoder left without an adapter.
+        ValueError: a target that names no such layer, or an encoder left without an adapter.
     """
-    if isinstance(model.visual, ModifiedResNet):
-        raise ValueError("LoRA needs a transformer image encoder, this model has a ResNet; use model.tuning=full")
-    layers = linear_layers(model)
-    chosen = layers if list(targets) == ["all"] else _select(layers, targets)
+    layers = adaptable_layers(model)
+    if list(targets) == ["all"]:
+        chosen = [name for name in layers if name != FIRST_LAYER]
+    else:
+        chosen = _select(layers, targets)
     for encoder, present in (
         ("image", any(name.startswith("visual.") for name in chosen)),
         ("text", any(not name.startswith("visual.") for name in chosen)),
@@ -48,7 +56,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
         if not present:
             raise ValueError(
                 f"lora.targets={list(targets)} adds no adapter to the {encoder} encoder; "
-                f"this model's linear layers end in: {', '.join(_endings(layers))}"
+                f"this model's layers end in: {', '.join(_endings(layers))}"
             )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)
     inject_adapter_in_model(config, model, ADAPTER)
@@ -60,7 +68,7 @@ def _select(layers: Sequence[str], targets: Sequence[str]) -> list[str]:
             near = difflib.get_close_matches(target, _endings(layers), 1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"lora.targets: no linear layer ends in {target!r}{hint} Choose from: {', '.join(_endings(layers))}"
+                f"lora.targets: no layer ends in {target!r}{hint} Choose from: {', '.join(_endings(layers))}"
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
 

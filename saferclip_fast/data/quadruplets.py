@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..files import save_json
 from .errors import DataError, ErrorPolicy, Summary
 from .images import MAX_PIXELS, ImageError, ImageRef, ToTensor, Transform, check_max_pixels
 
@@ -156,7 +157,7 @@ class QuadrupletDataset(Dataset):
             record = self.records[int(index)]
             policy.bad("bad image", record.file, record.row, reason)
         if cache is not None and found is None:
-            write_atomic(cache, json.dumps({"bad": bad, "content_hash": content_hash}).encode())
+            save_json(cache, {"bad": bad, "content_hash": content_hash})
         good = self.records
         if bad:
             good = [record for index, record in enumerate(self.records) if str(index) not in bad]
@@ -204,17 +205,6 @@ class QuadrupletDataset(Dataset):
                     stamps.append(str(error).encode())
             hasher.update(_digest(record, *stamps))
         return hasher.hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader, or a crash, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _digest(record: Quadruplet, safe_image: bytes, unsafe_image: bytes) -> bytes:

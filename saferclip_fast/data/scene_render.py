@@ -49,11 +49,11 @@ def _render_block(codes: dict[str, np.ndarray], layout: np.ndarray, size: int) -
     for place, rows in _groups(codes["place"]):
         image[rows] = PLACES[place](x, y, noise[rows], layout[rows])
 
-    radius = np.where(codes["size"] == "large", 0.62, 0.34).astype(np.float32)
-    room = np.maximum(0.86 - radius, 0.0)  # the object stays inside the picture
+    radius = np.where(codes["size"] == "large", 0.74, 0.44).astype(np.float32)
+    room = 0.5 * np.maximum(0.94 - radius, 0.0)  # the object stays inside the picture, near its center
     center_x = (layout[:, 0] * 2 - 1) * room
     center_y = (layout[:, 1] * 2 - 1) * room
-    angle = (layout[:, 2] - 0.5) * 0.5
+    angle = (layout[:, 2] - 0.5) * 0.2
     u = (x - center_x[:, None, None]) / radius[:, None, None]
     v = (y - center_y[:, None, None]) / radius[:, None, None]
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
@@ -119,13 +119,6 @@ def _polygon(u: Plane, v: Plane, sides: int, inner: float = 1.0) -> Plane:
     return (qy * (px - 1.0) - qx * py) / np.hypot(qx, qy)
 
 
-def _heart(u: Plane, v: Plane) -> Plane:
-    a, b = np.abs(u), -v - 0.1
-    lobes = np.hypot(a - 0.45, b - 0.4) - 0.5
-    body = np.maximum((a * 0.78 - b * 0.62) - 0.62 + 0.11, b - 0.4)
-    return np.minimum(lobes, body)
-
-
 def _moon(u: Plane, v: Plane) -> Plane:
     return np.maximum(np.hypot(u, v) - 0.95, 0.72 - np.hypot(u - 0.5, v + 0.2))
 
@@ -140,18 +133,15 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.78,
     "triangle": lambda u, v: _polygon(u, v - 0.18, 3),
     "star": lambda u, v: _polygon(u, v, 5, inner=0.42),
-    "heart": _heart,
     "cross": _cross,
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.68) - 0.27,
     "moon": _moon,
 }
 
 # Textures: what the object's color is multiplied by.
 TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "plain": lambda u, v: np.ones(np.broadcast(u, v).shape, np.float32),
-    "striped": lambda u, v: np.where(_wave(v * 1.6) > 0.5, 1.0, 0.42),
-    "dotted": lambda u, v: np.where(np.hypot(_wave(u * 1.7) - 1, _wave(v * 1.7) - 1) < 0.62, 0.4, 1.0),
-    "checkered": lambda u, v: np.where((_wave(u * 1.3) > 0.5) ^ (_wave(v * 1.3) > 0.5), 1.0, 0.42),
+    "striped": lambda u, v: np.where(_wave(v * 1.3) > 0.5, 1.0, 0.3),
+    "checkered": lambda u, v: np.where((_wave(u * 0.9) > 0.5) ^ (_wave(v * 0.9) > 0.5), 1.0, 0.3),
 }
 
 

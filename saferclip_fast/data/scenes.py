@@ -27,7 +27,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": ("small", "large"),
 }
 SIZES = tuple(len(names) for names in ATTRIBUTES.values())
-COMBINATIONS = int(np.prod(SIZES))  # 3,072 different safe scenes, before layout
+COMBINATIONS = int(np.prod(SIZES))  # 1,728 different safe scenes, before layout
 HAZARDS = ("fire", "spikes", "tape", "puddle", "smoke", "lightning")
 NO_HAZARD = -1
 

@@ -113,11 +113,11 @@ def _select_name(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
         backend = _automatic(op, device, dtype)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
+    if backend != "reference" and dtype not in _NATIVE_DTYPES:
+        raise ValueError(f"backend={backend!r} takes float32, bfloat16 or float16, got {dtype}; use 'reference'")
     found = backends()[backend]
     if op not in found.ops or not found.usable:
         raise RuntimeError(f"backend={backend!r} cannot run {op} here: {found.detail}")
-    if backend != "reference" and dtype not in _NATIVE_DTYPES:
-        raise ValueError(f"backend={backend!r} takes float32, bfloat16 or float16, got {dtype}; use 'reference'")
     if backend in ("cpu", "cuda") and device != backend:
         raise ValueError(f"backend={backend!r} needs {backend} tensors, got {device}; move them or use 'auto'")
     return op if backend in ("cpu", "cuda") else f"{op}_{backend}"

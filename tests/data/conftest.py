@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from quadruplet_files import image_bytes
+
+from .quadruplet_files import image_bytes
 
 
 @pytest.fixture

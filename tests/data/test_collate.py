@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from saferclip_fast.data import SceneDataset, collate
 from saferclip_fast.data.trim import pad_id, trim
 
-TEXTS = ["a red star", "a small blue dotted circle on fire in the desert", "a moon"]
+TEXTS = ["a red star", "a small blue striped circle on fire in the desert", "a moon"]
 
 
 @pytest.fixture(scope="module")

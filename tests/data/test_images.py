@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from quadruplet_files import image_bytes
 
 from saferclip_fast.data import ImageError, ImageFile, TarMember, ToTensor
 from saferclip_fast.data.images import check_max_pixels, decode, resolve_inside
+
+from .quadruplet_files import image_bytes
 
 
 def png_claiming(width: int, height: int) -> bytes:

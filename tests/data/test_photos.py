@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quadruplet_files import image_bytes, write_tar
 
 from saferclip_fast.data import DataError, PhotoDataset, open_quadruplets, photos, signs
+
+from .quadruplet_files import image_bytes, write_tar
 
 CLASSES = ("airplane", "cat", "ship")
 

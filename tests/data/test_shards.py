@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from quadruplet_files import image_bytes, write_rows, write_tar
 
 from saferclip_fast.data import DataError, SceneDataset, open_quadruplets, write_shards
+
+from .quadruplet_files import image_bytes, write_rows, write_tar
 
 TEXTS = {"safe_text": "a star", "unsafe_text": "a star on fire"}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadruplet_files import image_bytes, write_rows
 
 from saferclip_fast.data import DataError, QuadrupletDataset, open_quadruplets
+
+from .quadruplet_files import image_bytes, write_rows
 
 FIELDS = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 

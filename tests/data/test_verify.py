@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from quadruplet_files import image_bytes, write_rows
 
 from saferclip_fast.data import DataError, Quadruplet, QuadrupletDataset, images, open_quadruplets
+
+from .quadruplet_files import image_bytes, write_rows
 
 
 @pytest.fixture

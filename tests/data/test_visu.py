@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quadruplet_files import image_bytes
 
 from saferclip_fast.data import DataError, open_quadruplets
+
+from .quadruplet_files import image_bytes
 
 COCO_ID = 391895
 

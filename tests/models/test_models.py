@@ -215,20 +215,32 @@ def test_failed_download_names_the_remedy(monkeypatch):
 
 
 def test_wrong_lora_targets(clip):
-    with pytest.raises(ValueError, match=r"no linear layer ends in 'c_fcc', did you mean 'c_fc'\? Choose from: c_fc"):
+    with pytest.raises(ValueError, match=r"no layer ends in 'c_fcc', did you mean 'c_fc'\? Choose from: c_fc"):
         clip.add_lora(targets=["c_fcc"])
-    with pytest.raises(ValueError, match=r"adds no adapter to the text encoder; this model's linear layers end in"):
+    with pytest.raises(ValueError, match=r"adds no adapter to the text encoder; this model's layers end in"):
         clip.add_lora(targets=["visual.transformer.resblocks.0.mlp.c_fc"])
 
 
-def test_lora_on_a_resnet_is_refused():
+def test_lora_on_a_resnet_adapts_its_convolutions(tmp_path, images):
     config = json.loads((CONFIG_FOLDER / f"{NAME}.json").read_text())
-    config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32}
-    resnet = open_clip.CLIP(**config)
-    from saferclip_fast.lora import add_lora
-
-    with pytest.raises(ValueError, match=r"transformer image encoder.*model\.tuning=full"):
-        add_lora(resnet, 4, 4.0, 0.0, ["all"])
+    config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32}
+    (tmp_path / "resnet-tiny.json").write_text(json.dumps(config))
+    resnet = load_clip(str(tmp_path / "resnet-tiny.json"))
+    tokens = resnet.tokenizer(TEXTS)
+    with torch.no_grad():
+        before = resnet(images, tokens)
+    resnet.add_lora(rank=4)
+    names = [name for name in lora_layers(resnet.model) if name.startswith("visual.")]
+    assert "visual.layer1.0.conv2" in names and not any("attnpool" in name for name in names)
+    train_a_little(resnet, images, tokens)
+    resnet.eval()
+    resnet.export(tmp_path / "out")
+    with torch.no_grad():
+        loaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+        torch.testing.assert_close(loaded.encode_image(images), resnet.encode_image(images))
+        assert not torch.allclose(before[0], resnet.encode_image(images))
+    with resnet.frozen():
+        assert torch.equal(before[0], resnet.encode_image(images)), "batch norm or weights moved"
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+# One command each; every target sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint gpu-check wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## create .venv, install dependencies, build the native module
+
+# Without build isolation, so that the module is built against the torch that will run it and torch is fetched once.
+$(VENV)/.installed: pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'cmake>=3.25' ninja 'pybind11>=2.13' 'torch>=2.10' torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## pre-train a small CLIP, make it safe, show what changed (runs/demo)
+	$(BIN)/python -m saferclip_fast.demo
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+bench: setup  ## compare every op with the pure-PyTorch paths
+	$(BIN)/python benchmarks/run.py
+
+lint: setup  ## ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-check: setup  ## on a machine with a GPU: GPU tests and benchmarks
+	$(BIN)/python -m pytest -m gpu
+
+wheel: setup  ## build a wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove everything that make built, but not the runs
+	rm -rf $(VENV) build dist *.egg-info saferclip_fast/_C.*.so .pytest_cache .ruff_cache .mypy_cache

@@ -181,6 +181,21 @@ def test_mistakes_end_with_one_line(tiny, tmp_path, capsys, words, message):
         train(config)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_clipped_after_unscaling(tiny, tmp_path, monkeypatch, precision):
+    norms = []
+    step = torch.optim.Adam.step
+
+    def measured(self, *arguments, **options):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", measured)
+    train(tiny(tmp_path, f"train.precision={precision}", "optimizer.clip_norm=0.01", "train.epochs=1"))
+    assert len(norms) == 3 and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+
+
 def test_learning_rate_schedules():
     constant = OptimizerOptions(lr=1.0, warmup_steps=4)
     assert [learning_rate(constant, s, 20) for s in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1.0, 1.0, 1.0]

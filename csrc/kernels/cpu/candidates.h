@@ -24,9 +24,9 @@ class CandidateList {
  public:
   CandidateList(Candidate* slab, int k) : slab_(slab), k_(k), next_shrink_(k + kSpare / 2) {}
 
-  // Room for the best k, as many again, and some: shrinking always frees at least a quarter.
+  // Room for the best k and for those whose bounds reach them: shrinking frees at least a quarter.
   static constexpr int kSpare = 64;
-  static int64_t capacity(int k) { return 2 * int64_t{k} + kSpare; }
+  static int64_t capacity(int k) { return 4 * int64_t{k} + kSpare; }
 
   // A lower bound of the k-th best score among all rows seen; -infinity until k were seen.
   float threshold() const { return threshold_; }
@@ -94,11 +94,27 @@ class CandidateList {
     raise_threshold(slab_[k_ - 1].lower);
   }
 
+  // Scores the k that look best, which the result is likely to need anyway: the k-th best exact
+  // score is a much better threshold than the k-th best lower bound.
+  template <class Score>
+  void score_front_runners(Score&& score) {
+    std::nth_element(begin(), begin() + k_ - 1, end(),
+                     [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
+    float lowest = kInfinity;
+    for (int i = 0; i < k_; ++i) {
+      if (!slab_[i].exact()) slab_[i].upper = slab_[i].lower = score(slab_[i].row);
+      lowest = std::min(lowest, slab_[i].lower);
+    }
+    raise_threshold(lowest);
+    drop_below_threshold();
+  }
+
   template <class Score>
   void shrink(Score&& score) {
     raise_to_lower_bounds();
     drop_below_threshold();
     const int capacity = static_cast<int>(CandidateList::capacity(k_));
+    if (count_ > capacity / 2) score_front_runners(score);
     if (count_ > capacity - capacity / 4) finish(score);
     next_shrink_ = std::min(capacity, count_ + std::max(k_ / 2, 16));
   }

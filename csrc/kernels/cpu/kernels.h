@@ -46,6 +46,7 @@ struct ScreenArgs {
   const void* queries;       // int8 [groups][dim/4][12][4], or float unit rows [groups * 12][dim]
   const float* thresholds;   // [groups * 12], read again for each panel; in units of scale for int8
   int64_t queries_count;
+  const uint8_t* next_panel; // int8: what will be screened next, or null
   float slack;               // relative rounding error of an fp32 dot product of this width
   HitSink sink;
   void* context;
@@ -69,6 +70,7 @@ struct Kernels {
   // <query, row> in double, in an order of additions that is the same on every ISA.
   double (*exact_dot)(const double* query, const void* row, DType dtype, int64_t dim);
   void (*widen)(const void* row, DType dtype, int64_t dim, double* out);
+  void (*accumulate)(const void* row, DType dtype, int64_t dim, float* sum);
 };
 
 extern const Kernels kKernelsGeneric;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr char kMagic[8] = {'S', 'F', 'C', 'B', 'A', 'N', 'K', '8'};
 constexpr uint32_t kVersion = 1;
-constexpr int64_t kMeanSample = 1024;
+constexpr int64_t kMeanSample = 256;
 
 struct Header {
   char magic[8];
@@ -48,13 +48,12 @@ bool packed_matches(const uint8_t* blob, int64_t size, int64_t count, int64_t di
 
 void sample_mean(const Rows& bank, float* mean) {
   const int64_t samples = std::min(bank.count, kMeanSample);
-  std::vector<double> row(bank.dim), sum(bank.dim);
+  std::fill_n(mean, bank.dim, 0.0f);
   for (int64_t i = 0; i < samples; ++i) {
-    kernels().widen(bank.row(i * bank.count / samples), bank.dtype, bank.dim, row.data());
-    for (int64_t j = 0; j < bank.dim; ++j) sum[j] += row[j];
+    kernels().accumulate(bank.row(i * bank.count / samples), bank.dtype, bank.dim, mean);
   }
   for (int64_t j = 0; j < bank.dim; ++j) {
-    mean[j] = static_cast<float>(sum[j] / static_cast<double>(samples));
+    mean[j] /= static_cast<float>(samples);
     if (!std::isfinite(mean[j])) mean[j] = 0;
   }
 }

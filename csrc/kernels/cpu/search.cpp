@@ -18,9 +18,11 @@ namespace {
 
 constexpr int64_t kChunkPanels = 16;         // rows quantised together: 400 KB at d = 768, fits L2
 constexpr int64_t kSweepGroups = 80;         // queries that sweep a chunk together: 750 KB, fits L2
-constexpr int64_t kPartGroups = 12;          // queries of a task when tasks split the queries
+constexpr int64_t kPartGroups = 44;          // queries of a task when tasks split the queries: 400 KB
 constexpr int64_t kScratchBytes = 24 << 20;  // what a block of queries may take
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Screen { kInt8, kFp32, kNone };
 
@@ -52,15 +54,16 @@ class Scorer {
   Scorer(const Problem& problem, const QueryBlock& block)
       : problem_(problem), block_(block), query_(problem.bank.dim) {}
 
-  void select(int64_t query) {
-    if (query == current_) return;
-    current_ = query;
-    problem_.kernel.widen(block_.rows.row(query), block_.rows.dtype, block_.rows.dim, query_.data());
-  }
-  float operator()(int32_t row) const {
+  void select(int64_t query) { current_ = query; }
+
+  float operator()(int32_t row) {
     const Rows& bank = problem_.bank;
     const double norm = block_.norms[current_];
     if (norm == 0) return 0;
+    if (widened_ != current_) {
+      problem_.kernel.widen(block_.rows.row(current_), block_.rows.dtype, bank.dim, query_.data());
+      widened_ = current_;
+    }
     const double dot = problem_.kernel.exact_dot(query_.data(), bank.row(row), bank.dtype, bank.dim);
     const float score = static_cast<float>(dot / norm);
     return std::isnan(score) ? -kInfinity : score;
@@ -70,7 +73,7 @@ class Scorer {
   const Problem& problem_;
   const QueryBlock& block_;
   std::vector<double> query_;
-  int64_t current_ = -1;
+  int64_t current_ = -1, widened_ = -1;
 };
 
 void make_unit(const Problem& problem, QueryBlock& block) {
@@ -166,7 +169,8 @@ class Worker {
       const uint8_t* panels = screen == Screen::kInt8 ? quantized(first, last) : nullptr;
       for (int64_t group = 0; group * kGroupSize < queries_; group += kSweepGroups) {
         for (int64_t p = first; p < last; ++p) {
-          scan_panel(p, group, panels ? panels + (p - first) * panel_bytes(problem_.bank.dim) : nullptr);
+          scan_panel(p, group, panels ? panels + (p - first) * panel_bytes(problem_.bank.dim) : nullptr,
+                     p + 1 < last);
         }
       }
     }
@@ -203,10 +207,10 @@ class Worker {
     return panel_buffer_.get();
   }
 
-  void scan_panel(int64_t panel, int64_t group, const uint8_t* quantized_panel) {
+  void scan_panel(int64_t panel, int64_t group, const uint8_t* quantized_panel, bool more) {
     const int64_t dim = problem_.bank.dim;
     const int64_t block_group = first_group_ + group;
-    ScreenArgs args;
+    ScreenArgs args = {};
     args.dim = dim;
     args.thresholds = thresholds_.data() + group * kGroupSize;
     args.queries_count = std::min(queries_ - group * kGroupSize, kSweepGroups * kGroupSize);
@@ -219,10 +223,10 @@ class Worker {
     group_ = group;
     if (quantized_panel != nullptr) {
       args.terms = block_.terms.data() + block_group;
+      args.next_panel = more ? quantized_panel + panel_bytes(dim) : nullptr;
       args.queries = block_.q8.data() + block_group * ((dim + 3) / 4) * kGroupSize * 4;
       problem_.kernel.screen_int8(quantized_panel, panel_rows(panel), args);
     } else {
-      args.terms = nullptr;
       args.queries = block_.unit.get() + block_group * kGroupSize * dim;
       problem_.kernel.screen_fp32(problem_.bank.row(panel * kPanelRows), problem_.bank.dtype,
                                   panel_rows(panel), args);
@@ -418,8 +422,9 @@ void nearest_safe(const Rows& query, const Rows& bank, const uint8_t* packed, in
     prepare(problem, block, parallel);
     const Output output{scores + first * k, indices + first * k, k};
     if (by_queries) {
-      const int64_t fair = block.groups() / (2 * parallel.threads);
-      search_by_queries(problem, block, std::clamp<int64_t>(fair, 1, kPartGroups), output, parallel);
+      const int64_t rounds = ceil_div(block.groups(), parallel.threads * kPartGroups);
+      search_by_queries(problem, block, ceil_div(block.groups(), rounds * parallel.threads), output,
+                        parallel);
     } else {
       search_by_rows(problem, block, output, parallel);
     }

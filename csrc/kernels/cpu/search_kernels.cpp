@@ -135,6 +135,16 @@ inline int group_queries(const ScreenArgs& args, int64_t group) {
   return static_cast<int>(left < kGroupSize ? left : kGroupSize);
 }
 
+// Asks for the group's share of the panel that comes next.
+inline void prefetch(const uint8_t* panel, int64_t group, int64_t groups, int64_t bytes) {
+  if (panel == nullptr) return;
+  const int64_t lines = (bytes + 63) / 64;
+  const int64_t end = (group + 1) * lines / groups;
+  for (int64_t line = group * lines / groups; line < end; ++line) {
+    __builtin_prefetch(panel + line * 64, 0, 2);
+  }
+}
+
 void screen_int8(const uint8_t* panel, int rows, const ScreenArgs& args) {
   const int64_t quads = (args.dim + 3) / 4;
   PanelTerms row;
@@ -142,9 +152,12 @@ void screen_int8(const uint8_t* panel, int rows, const ScreenArgs& args) {
   const uint8_t* bytes = panel + sizeof(row);
   const int8_t* queries = static_cast<const int8_t*>(args.queries);
   alignas(64) int32_t dots[kGroupSize * kPanelRows];
-  for (int64_t group = 0; group * kGroupSize < args.queries_count; ++group) {
+  const int64_t groups = (args.queries_count + kGroupSize - 1) / kGroupSize;
+  const int64_t panel_size = static_cast<int64_t>(sizeof(row)) + quads * kPanelRows * 4;
+  for (int64_t group = 0; group < groups; ++group) {
     const GroupTerms& term = args.terms[group];
     const int count = group_queries(args, group);
+    prefetch(args.next_panel, group, groups, panel_size);
     int8_dots(bytes, queries + group * quads * kGroupSize * 4, term.bias, quads, count, dots);
     const auto upper = [&](int m, int v) {
       const int at = v * kWidth;
@@ -170,9 +183,10 @@ void screen_int8(const uint8_t* panel, int rows, const ScreenArgs& args) {
 
 // ---- fp32 dot products of rows as they are -----------------------------------------------------
 
-template <int Rows, int Queries, class T>
+template <int Queries, class T>
 inline void fp32_tile(const T* const* rows, const float* queries, int64_t dim, float* dots,
                       float* squares) {
+  constexpr int Rows = 4;
   Floats sums[Rows][Queries] = {};
   Floats square[Rows] = {};
   const auto step = [&](int64_t i, auto&& get_row, auto&& get_query) {
@@ -199,22 +213,23 @@ inline void fp32_tile(const T* const* rows, const float* queries, int64_t dim, f
     step(i, [rest](const T* p) { return load_part(p, rest); },
          [rest](const float* p) { return load_part(p, rest); });
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int m = 0; m < Queries; ++m) dots[m * kPanelRows + r] = sum(sums[r][m]);
-    if (squares != nullptr) squares[r] = sum(square[r]);
+  for (int m = 0; m < Queries; ++m) {
+    const Floats parts[4] = {sums[0][m], sums[1][m], sums[2][m], sums[3][m]};
+    sum4(parts, dots + m * kPanelRows);
   }
+  if (squares != nullptr) sum4(square, squares);
 }
 
-template <int Rows, class T>
+template <class T>
 inline void fp32_rows(const T* const* rows, const float* queries, int count, int64_t dim, float* dots,
                       float* squares) {
   int m = 0;
   for (; m + 4 <= count; m += 4) {
-    fp32_tile<Rows, 4>(rows, queries + m * dim, dim, dots + m * kPanelRows, squares);
+    fp32_tile<4>(rows, queries + m * dim, dim, dots + m * kPanelRows, squares);
     squares = nullptr;
   }
   for (; m < count; ++m) {
-    fp32_tile<Rows, 1>(rows, queries + m * dim, dim, dots + m * kPanelRows, squares);
+    fp32_tile<1>(rows, queries + m * dim, dim, dots + m * kPanelRows, squares);
     squares = nullptr;
   }
 }
@@ -233,7 +248,7 @@ void screen_fp32(const void* data, DType dtype, int rows, const ScreenArgs& args
         const int last = rows - 1;
         const auto at = [&](int i) { return first + dim * (i < last ? i : last); };
         const T* block[4] = {at(r), at(r + 1), at(r + 2), at(r + 3)};
-        fp32_rows<4>(block, queries, count, dim, dots + r, group == 0 ? norms + r : nullptr);
+        fp32_rows(block, queries, count, dim, dots + r, group == 0 ? norms + r : nullptr);
       }
       if (group == 0) {
         for (int r = 0; r < kPanelRows; ++r) {
@@ -259,39 +274,57 @@ struct RowSums {
   float largest = 0, square = 0, mean_dot = 0;
 };
 
+// Calls step(i, lane, part) for each vector of a row; lane cycles through kChains independent sums,
+// so that no addition waits for the one before. part < kWidth in the last call only.
+constexpr int kChains = 4;
+template <class Step>
+inline void each_vector(int64_t dim, Step&& step) {
+  int64_t i = 0;
+  for (; i + kChains * kWidth <= dim; i += kChains * kWidth) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) step(i + c * kWidth, c, kWidth);
+  }
+  for (; i < dim; i += kWidth) step(i, 0, static_cast<int>(dim - i < kWidth ? dim - i : kWidth));
+}
+
+inline Floats total(const Floats (&chains)[kChains]) {
+  return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+}
+
 // centered = row - mean, with what the bound needs to know of it.
 template <class T>
 RowSums center_row(const T* row, const float* mean, int64_t dim, float* centered) {
-  Floats top = {}, square = {}, mean_dot = {};
-  const auto step = [&](int64_t i, Floats x, Floats m) {
-    x -= m;
+  Floats top[kChains] = {}, square[kChains] = {}, mean_dot[kChains] = {};
+  each_vector(dim, [&](int64_t i, int c, int part) {
+    const Floats m = part == kWidth ? load(mean + i) : load_part(mean + i, part);
+    const Floats x = (part == kWidth ? load(row + i) : load_part(row + i, part)) - m;
     store(centered + i, x);
-    top = maximum(absolute(x), top);
-    square += x * x;
-    mean_dot += x * m;
-  };
-  int64_t i = 0;
-  for (; i + kWidth <= dim; i += kWidth) step(i, load(row + i), load(mean + i));
-  if (i < dim) step(i, load_part(row + i, dim - i), load_part(mean + i, dim - i));
-  return {largest(top), sum(square), sum(mean_dot)};
+    top[c] = maximum(absolute(x), top[c]);
+    square[c] += x * x;
+    mean_dot[c] += x * m;
+  });
+  return {largest(maximum(maximum(top[0], top[1]), maximum(top[2], top[3]))), sum(total(square)),
+          sum(total(mean_dot))};
 }
 
 // Writes round(centered / step) + 128 into the panel's column and returns the squared error.
 float quantize_row(const float* centered, int64_t dim, float step, float inverse, uint8_t* column) {
-  Floats square = {};
-  for (int64_t i = 0; i < dim; i += kWidth) {
+  Floats square[kChains] = {};
+  each_vector(dim, [&](int64_t i, int c, int part) {
     const Floats x = load(centered + i);
     const Floats shifted = x * inverse + kRoundMagic;
     const Floats error = x - (shifted - kRoundMagic) * step;
-    square += error * error;
+    square[c] += error * error;
     const UInts bits = (load_bits<UInts>(&shifted) & 0xffu) ^ 0x80u;
     uint8_t bytes[kWidth];
     store_bits(bytes, __builtin_convertvector(bits, Bytes));
-    for (int j = 0; j < kWidth && i + j < dim; j += 4) {
-      std::memcpy(column + (i + j) / 4 * (kPanelRows * 4), bytes + j, 4);
+    uint8_t* to = column + i * kPanelRows;
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; j += 4) {
+      if (j < part) std::memcpy(to + j * kPanelRows, bytes + j, 4);
     }
-  }
-  return sum(square);
+  });
+  return sum(total(square));
 }
 
 void quantize(const void* data, DType dtype, int count, int64_t dim, const float* mean, float slack,
@@ -321,9 +354,9 @@ void quantize(const void* data, DType dtype, int count, int64_t dim, const float
 
 // ---- exact scores ------------------------------------------------------------------------------
 
-// The order of additions is part of the result: sixteen running sums, element i to sum i % 16.
+// The order of additions is part of the result: 32 running sums, element i to sum i % 32.
 // Products of two floats are exact in double, so a fused multiply-add changes nothing.
-constexpr int kExactLanes = 16;
+constexpr int kExactLanes = 32;
 constexpr int kExactVectors = kExactLanes / kDoubleWidth;
 
 inline Doubles widen_lanes(const float* p) {
@@ -332,6 +365,7 @@ inline Doubles widen_lanes(const float* p) {
 template <class T>
 inline Doubles widen_lanes(const T* p) {
   float lanes[kDoubleWidth];
+#pragma GCC unroll 8
   for (int i = 0; i < kDoubleWidth; ++i) lanes[i] = to_float(p[i]);
   return widen_lanes(lanes);
 }
@@ -341,7 +375,7 @@ double exact_row(const double* query, const T* row, int64_t dim) {
   Doubles sums[kExactVectors] = {};
   int64_t i = 0;
   for (; i + kExactLanes <= dim; i += kExactLanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int v = 0; v < kExactVectors; ++v) {
       const int64_t at = i + v * kDoubleWidth;
       sums[v] += load_bits<Doubles>(query + at) * widen_lanes(row + at);
@@ -450,6 +484,15 @@ double exact_dot(const double* query, const void* row, DType dtype, int64_t dim)
   return result;
 }
 
+void accumulate(const void* row, DType dtype, int64_t dim, float* sum) {
+  with_element(dtype, [&]<class T>(const T*) {
+    const T* in = static_cast<const T*>(row);
+    int64_t i = 0;
+    for (; i + kWidth <= dim; i += kWidth) store(sum + i, load(sum + i) + load(in + i));
+    for (; i < dim; ++i) sum[i] += to_float(in[i]);
+  });
+}
+
 void widen(const void* row, DType dtype, int64_t dim, double* out) {
   with_element(dtype, [&]<class T>(const T*) {
     const T* in = static_cast<const T*>(row);
@@ -464,6 +507,7 @@ void widen(const void* row, DType dtype, int64_t dim, double* out) {
 namespace saferclip::cpu {
 
 const Kernels SAFERCLIP_TABLE = {SAFERCLIP_NAME, kQueryLimit, screen_int8, screen_fp32,
-                                 quantize,       quantize_query, exact_dot, widen};
+                                 quantize,       quantize_query, exact_dot, widen,
+                                 accumulate};
 
 }  // namespace saferclip::cpu

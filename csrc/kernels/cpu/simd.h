@@ -110,7 +110,16 @@ inline Floats absolute(Floats v) {
   return load_bits<Floats>(&bits);
 }
 
-inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+// b where a is NaN.
+inline Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline float sum(Floats v) {
 #if defined(__AVX512F__)
@@ -122,6 +131,19 @@ inline float sum(Floats v) {
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   }
   return lanes[0];
+#endif
+}
+
+// out[i] = sum(v[i])
+inline void sum4(const Floats (&v)[4], float* out) {
+#if defined(__AVX512F__)
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
 #endif
 }
 

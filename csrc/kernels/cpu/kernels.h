@@ -2,11 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "retarget_loss.h"
 #include "rows.h"
 
 namespace saferclip::cpu {
 
 constexpr int kPanelRows = 32;   // bank rows scored together; two AVX-512 vectors
+constexpr int kRetargetScratchRows = 6;
 constexpr int kGroupSize = 12;   // queries scored together; 12 x 2 accumulators fill the registers
 
 // What the screening bound needs of a query; one array element per query of a group.
@@ -54,7 +56,6 @@ struct ScreenArgs {
 
 struct Kernels {
   const char* name;
-  int query_limit;  // largest |q8| this ISA multiplies without saturating
   // Panel of int8 rows against all groups.
   void (*screen_int8)(const uint8_t* panel, int rows, const ScreenArgs& args);
   // Up to 32 rows as they are against all groups.
@@ -71,6 +72,22 @@ struct Kernels {
   double (*exact_dot)(const double* query, const void* row, DType dtype, int64_t dim);
   void (*widen)(const void* row, DType dtype, int64_t dim, double* out);
   void (*accumulate)(const void* row, DType dtype, int64_t dim, float* sum);
+  // Rows [begin, end) of the retargeting loss; adds its four weighted terms to sums. scratch holds
+  // kRetargetScratchRows rows of dim + 16 floats.
+  void (*retarget_rows)(const RetargetArgs& args, int64_t begin, int64_t end, double* sums,
+                        float* scratch);
+  // Merges the logits scale * tile [rows, columns] into running log-sum-exps of rows and columns,
+  // each a largest value and a sum of exp(logit - largest).
+  void (*log_sum_exp)(const float* tile, int64_t rows, int64_t columns, float scale,
+                      float* row_largest, float* row_sum, float* column_largest, float* column_sum);
+  // tile = exp(scale * tile - row_lse) + exp(scale * tile - column_lse)
+  void (*softmax_sum)(float* tile, int64_t rows, int64_t columns, float scale, const float* row_lse,
+                      const float* column_lse);
+  // Returns <unit, own>; unless grad is null writes the gradient through the normalisation of
+  // g = pull * own + push * (mixed - 2 * paired), where mixed and paired may be null together.
+  double (*preservation_row)(const float* unit, const float* own, const float* mixed,
+                             const float* paired, float pull, float push, float inverse_norm,
+                             int64_t dim, DType dtype, void* grad);
 };
 
 extern const Kernels kKernelsGeneric;

@@ -1,6 +1,5 @@
-// The inner loops of nearest_safe. Compiled once per instruction set with SAFERCLIP_TABLE naming the
-// table it fills and SAFERCLIP_NAME the ISA.
-#include "kernels.h"
+// The inner loops of nearest_safe. Compiled once per instruction set.
+#include "isa.h"
 #include "simd.h"
 
 namespace {
@@ -19,14 +18,14 @@ constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to t
 // ---- int8 dot products of a panel with a group -------------------------------------------------
 
 #if defined(__AVX512VNNI__)
-constexpr int kQueryLimit = 127;
+constexpr int kLimit = 127;
 constexpr int kQueryTile = 12;
 constexpr int kRowVectors = 2;
 inline Ints multiply_add(Ints sums, Ints rows, int32_t query) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)rows, _mm512_set1_epi32(query));
 }
 #elif defined(__AVX512BW__)
-constexpr int kQueryLimit = 64;  // 2 * 255 * 64 < 2^15: the pairwise 16-bit sums cannot saturate
+constexpr int kLimit = 64;  // 2 * 255 * 64 < 2^15: the pairwise 16-bit sums cannot saturate
 constexpr int kQueryTile = 12;
 constexpr int kRowVectors = 2;
 inline Ints multiply_add(Ints sums, Ints rows, int32_t query) {
@@ -34,7 +33,7 @@ inline Ints multiply_add(Ints sums, Ints rows, int32_t query) {
   return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 #elif defined(__AVX2__)
-constexpr int kQueryLimit = 64;
+constexpr int kLimit = 64;
 constexpr int kQueryTile = 4;
 constexpr int kRowVectors = 2;
 inline Ints multiply_add(Ints sums, Ints rows, int32_t query) {
@@ -42,7 +41,7 @@ inline Ints multiply_add(Ints sums, Ints rows, int32_t query) {
   return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #else
-constexpr int kQueryLimit = 127;
+constexpr int kLimit = 127;
 constexpr int kQueryTile = 2;
 constexpr int kRowVectors = 2;
 inline Ints multiply_add(Ints sums, Ints rows, int32_t query) {
@@ -145,42 +144,6 @@ inline void prefetch(const uint8_t* panel, int64_t group, int64_t groups, int64_
   }
 }
 
-void screen_int8(const uint8_t* panel, int rows, const ScreenArgs& args) {
-  const int64_t quads = (args.dim + 3) / 4;
-  PanelTerms row;
-  std::memcpy(&row, panel, sizeof(row));
-  const uint8_t* bytes = panel + sizeof(row);
-  const int8_t* queries = static_cast<const int8_t*>(args.queries);
-  alignas(64) int32_t dots[kGroupSize * kPanelRows];
-  const int64_t groups = (args.queries_count + kGroupSize - 1) / kGroupSize;
-  const int64_t panel_size = static_cast<int64_t>(sizeof(row)) + quads * kPanelRows * 4;
-  for (int64_t group = 0; group < groups; ++group) {
-    const GroupTerms& term = args.terms[group];
-    const int count = group_queries(args, group);
-    prefetch(args.next_panel, group, groups, panel_size);
-    int8_dots(bytes, queries + group * quads * kGroupSize * 4, term.bias, quads, count, dots);
-    const auto upper = [&](int m, int v) {
-      const int at = v * kWidth;
-      const Floats dot =
-          __builtin_convertvector(load_bits<Ints>(dots + m * kPanelRows + at), Floats);
-      return dot * load(row.step + at) + splat(term.shift[m]) * load(row.mean_dot + at) +
-             splat(term.error[m]) * load(row.norm + at) + splat(term.norm[m]) * load(row.error + at);
-    };
-    const auto bounds = [&](int m, int r, Hit* hit) {
-      const double middle = static_cast<double>(dots[m * kPanelRows + r]) * row.step[r] +
-                            static_cast<double>(term.shift[m]) * row.mean_dot[r];
-      const double error = static_cast<double>(term.error[m]) * row.norm[r] +
-                           static_cast<double>(term.norm[m]) * row.error[r];
-      // The score that is compared later is rounded to fp32: leave room for that as well.
-      const double score = term.base[m] + term.scale[m] * middle;
-      const double room = term.scale[m] * error * 1.000001 + 1.2e-7 * __builtin_fabs(score) + 1e-45;
-      hit->upper = static_cast<float>(score + room);
-      hit->lower = static_cast<float>(score - room);
-    };
-    send_hits(group, count, rows, args, upper, bounds);
-  }
-}
-
 // ---- fp32 dot products of rows as they are -----------------------------------------------------
 
 template <int Queries, class T>
@@ -232,40 +195,6 @@ inline void fp32_rows(const T* const* rows, const float* queries, int count, int
     fp32_tile<1>(rows, queries + m * dim, dim, dots + m * kPanelRows, squares);
     squares = nullptr;
   }
-}
-
-void screen_fp32(const void* data, DType dtype, int rows, const ScreenArgs& args) {
-  alignas(64) float dots[kGroupSize * kPanelRows] = {};
-  alignas(64) float norms[kPanelRows] = {};
-  const int64_t dim = args.dim;
-  const float floor = 1.2e-19f * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
-  with_element(dtype, [&]<class T>(const T*) {
-    const T* first = static_cast<const T*>(data);
-    for (int64_t group = 0; group * kGroupSize < args.queries_count; ++group) {
-      const int count = group_queries(args, group);
-      const float* queries = static_cast<const float*>(args.queries) + group * kGroupSize * dim;
-      for (int r = 0; r < rows; r += 4) {
-        const int last = rows - 1;
-        const auto at = [&](int i) { return first + dim * (i < last ? i : last); };
-        const T* block[4] = {at(r), at(r + 1), at(r + 2), at(r + 3)};
-        fp32_rows(block, queries, count, dim, dots + r, group == 0 ? norms + r : nullptr);
-      }
-      if (group == 0) {
-        for (int r = 0; r < kPanelRows; ++r) {
-          norms[r] = (__builtin_sqrtf(norms[r]) * (1 + args.slack) + floor) * (args.slack + 2e-7f) +
-                     floor * floor;
-        }
-      }
-      const auto upper = [&](int m, int v) {
-        return load(dots + m * kPanelRows + v * kWidth) + load(norms + v * kWidth);
-      };
-      const auto bounds = [&](int m, int r, Hit* hit) {
-        hit->upper = dots[m * kPanelRows + r] + norms[r];
-        hit->lower = dots[m * kPanelRows + r] - norms[r];
-      };
-      send_hits(group, count, rows, args, upper, bounds);
-    }
-  });
 }
 
 // ---- quantising --------------------------------------------------------------------------------
@@ -325,31 +254,6 @@ float quantize_row(const float* centered, int64_t dim, float step, float inverse
     }
   });
   return sum(total(square));
-}
-
-void quantize(const void* data, DType dtype, int count, int64_t dim, const float* mean, float slack,
-              float* scratch, uint8_t* panel) {
-  PanelTerms term = {};
-  uint8_t* bytes = panel + sizeof(term);
-  const float floor = 1.2e-19f * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
-  with_element(dtype, [&]<class T>(const T*) {
-    const T* rows = static_cast<const T*>(data);
-    for (int r = 0; r < count; ++r) {
-      const RowSums sums = center_row(rows + r * dim, mean, dim, scratch);
-      const bool normal = sums.largest > 1e-30f;  // else 1 / step may overflow: keep it all as error
-      term.step[r] = normal ? sums.largest / 127.0f : 0.0f;
-      const float inverse = normal ? 127.0f / sums.largest : 0.0f;
-      const float square = quantize_row(scratch, dim, term.step[r], inverse, bytes + 4 * r);
-      term.norm[r] = __builtin_sqrtf(sums.square) * (1 + slack) + floor;
-      // 1e-6 |s'|: the roundings of row - mean and of the error itself.
-      term.error[r] = __builtin_sqrtf(square) * (1 + slack) + floor + 1e-6f * term.norm[r];
-      term.mean_dot[r] = sums.mean_dot;
-    }
-  });
-  for (int64_t g = 0; count < kPanelRows && g < (dim + 3) / 4; ++g) {
-    std::memset(bytes + (g * kPanelRows + count) * 4, 128, (kPanelRows - count) * 4);
-  }
-  std::memcpy(panel, &term, sizeof(term));
 }
 
 // ---- exact scores ------------------------------------------------------------------------------
@@ -439,6 +343,105 @@ CenteredQuery center_query(const double* query, double inverse_norm, const float
   return {share, best};
 }
 
+}  // namespace
+
+namespace saferclip::cpu::SAFERCLIP_NAMESPACE {
+
+void screen_int8(const uint8_t* panel, int rows, const ScreenArgs& args) {
+  const int64_t quads = (args.dim + 3) / 4;
+  PanelTerms row;
+  std::memcpy(&row, panel, sizeof(row));
+  const uint8_t* bytes = panel + sizeof(row);
+  const int8_t* queries = static_cast<const int8_t*>(args.queries);
+  alignas(64) int32_t dots[kGroupSize * kPanelRows];
+  const int64_t groups = (args.queries_count + kGroupSize - 1) / kGroupSize;
+  const int64_t panel_size = static_cast<int64_t>(sizeof(row)) + quads * kPanelRows * 4;
+  for (int64_t group = 0; group < groups; ++group) {
+    const GroupTerms& term = args.terms[group];
+    const int count = group_queries(args, group);
+    prefetch(args.next_panel, group, groups, panel_size);
+    int8_dots(bytes, queries + group * quads * kGroupSize * 4, term.bias, quads, count, dots);
+    const auto upper = [&](int m, int v) {
+      const int at = v * kWidth;
+      const Floats dot =
+          __builtin_convertvector(load_bits<Ints>(dots + m * kPanelRows + at), Floats);
+      return dot * load(row.step + at) + splat(term.shift[m]) * load(row.mean_dot + at) +
+             splat(term.error[m]) * load(row.norm + at) + splat(term.norm[m]) * load(row.error + at);
+    };
+    const auto bounds = [&](int m, int r, Hit* hit) {
+      const double middle = static_cast<double>(dots[m * kPanelRows + r]) * row.step[r] +
+                            static_cast<double>(term.shift[m]) * row.mean_dot[r];
+      const double error = static_cast<double>(term.error[m]) * row.norm[r] +
+                           static_cast<double>(term.norm[m]) * row.error[r];
+      // The score that is compared later is rounded to fp32: leave room for that as well.
+      const double score = term.base[m] + term.scale[m] * middle;
+      const double room = term.scale[m] * error * 1.000001 + 1.2e-7 * __builtin_fabs(score) + 1e-45;
+      hit->upper = static_cast<float>(score + room);
+      hit->lower = static_cast<float>(score - room);
+    };
+    send_hits(group, count, rows, args, upper, bounds);
+  }
+}
+
+void screen_fp32(const void* data, DType dtype, int rows, const ScreenArgs& args) {
+  alignas(64) float dots[kGroupSize * kPanelRows] = {};
+  alignas(64) float norms[kPanelRows] = {};
+  const int64_t dim = args.dim;
+  const float floor = 1.2e-19f * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
+  with_element(dtype, [&]<class T>(const T*) {
+    const T* first = static_cast<const T*>(data);
+    for (int64_t group = 0; group * kGroupSize < args.queries_count; ++group) {
+      const int count = group_queries(args, group);
+      const float* queries = static_cast<const float*>(args.queries) + group * kGroupSize * dim;
+      for (int r = 0; r < rows; r += 4) {
+        const int last = rows - 1;
+        const auto at = [&](int i) { return first + dim * (i < last ? i : last); };
+        const T* block[4] = {at(r), at(r + 1), at(r + 2), at(r + 3)};
+        fp32_rows(block, queries, count, dim, dots + r, group == 0 ? norms + r : nullptr);
+      }
+      if (group == 0) {
+        for (int r = 0; r < kPanelRows; ++r) {
+          norms[r] = (__builtin_sqrtf(norms[r]) * (1 + args.slack) + floor) * (args.slack + 2e-7f) +
+                     floor * floor;
+        }
+      }
+      const auto upper = [&](int m, int v) {
+        return load(dots + m * kPanelRows + v * kWidth) + load(norms + v * kWidth);
+      };
+      const auto bounds = [&](int m, int r, Hit* hit) {
+        hit->upper = dots[m * kPanelRows + r] + norms[r];
+        hit->lower = dots[m * kPanelRows + r] - norms[r];
+      };
+      send_hits(group, count, rows, args, upper, bounds);
+    }
+  });
+}
+
+void quantize(const void* data, DType dtype, int count, int64_t dim, const float* mean, float slack,
+              float* scratch, uint8_t* panel) {
+  PanelTerms term = {};
+  uint8_t* bytes = panel + sizeof(term);
+  const float floor = 1.2e-19f * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
+  with_element(dtype, [&]<class T>(const T*) {
+    const T* rows = static_cast<const T*>(data);
+    for (int r = 0; r < count; ++r) {
+      const RowSums sums = center_row(rows + r * dim, mean, dim, scratch);
+      const bool normal = sums.largest > 1e-30f;  // else 1 / step may overflow: keep it all as error
+      term.step[r] = normal ? sums.largest / 127.0f : 0.0f;
+      const float inverse = normal ? 127.0f / sums.largest : 0.0f;
+      const float square = quantize_row(scratch, dim, term.step[r], inverse, bytes + 4 * r);
+      term.norm[r] = __builtin_sqrtf(sums.square) * (1 + slack) + floor;
+      // 1e-6 |s'|: the roundings of row - mean and of the error itself.
+      term.error[r] = __builtin_sqrtf(square) * (1 + slack) + floor + 1e-6f * term.norm[r];
+      term.mean_dot[r] = sums.mean_dot;
+    }
+  });
+  for (int64_t g = 0; count < kPanelRows && g < (dim + 3) / 4; ++g) {
+    std::memset(bytes + (g * kPanelRows + count) * 4, 128, (kPanelRows - count) * 4);
+  }
+  std::memcpy(panel, &term, sizeof(term));
+}
+
 void quantize_query(const double* query, double norm, const float* mean, double mean_square,
                     int64_t dim, float slack, double* centered, int slot, int8_t* group,
                     GroupTerms* terms) {
@@ -446,7 +449,7 @@ void quantize_query(const double* query, double norm, const float* mean, double 
   const CenteredQuery query_at =
       center_query(query, inverse_norm, mean, mean_square, dim, centered);
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  const float scale = static_cast<float>((query_at.largest > 1e-9 ? query_at.largest : 1e-9) / kQueryLimit);
+  const float scale = static_cast<float>((query_at.largest > 1e-9 ? query_at.largest : 1e-9) / kLimit);
   const double inverse = (1 - 1e-7) / static_cast<double>(scale);  // |q8| never passes the limit
   Doubles error = {}, square = {};
   int32_t sum = 0;
@@ -502,12 +505,4 @@ void widen(const void* row, DType dtype, int64_t dim, double* out) {
   });
 }
 
-}  // namespace
-
-namespace saferclip::cpu {
-
-const Kernels SAFERCLIP_TABLE = {SAFERCLIP_NAME, kQueryLimit, screen_int8, screen_fp32,
-                                 quantize,       quantize_query, exact_dot, widen,
-                                 accumulate};
-
-}  // namespace saferclip::cpu
+}  // namespace saferclip::cpu::SAFERCLIP_NAMESPACE

@@ -168,6 +168,64 @@ inline uint32_t mask_not_less(Floats a, Floats b) {
 #endif
 }
 
+// Writes a vector in the storage type, rounded to nearest even; `stream` goes past the cache and needs
+// alignment to the vector's size.
+inline void write(float* p, Floats v, bool stream) {
+#if defined(__AVX512F__)
+  if (stream) return _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  if (stream) return _mm256_stream_ps(p, v);
+#endif
+  (void)stream;
+  store(p, v);
+}
+
+inline uint16_t round_to(const BFloat16*, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline uint16_t round_to(const Half*, float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;
+  if (bits < 0x38800000) {  // denormal in half: adding 0.5 lets the FPU round at the right bit
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000);
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | static_cast<uint16_t>((bits - 0x38000000) >> 13);
+#endif
+}
+
+template <class T>
+inline void write(T* p, Floats v, bool /*stream*/) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2 && __is_same(T, Half)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return;
+  }
+#endif
+  for (int i = 0; i < kWidth; ++i) p[i].bits = round_to(static_cast<const T*>(nullptr), v[i]);
+}
+
+template <class T>
+inline void write_one(T* p, float x) {
+  p->bits = round_to(static_cast<const T*>(nullptr), x);
+}
+inline void write_one(float* p, float x) { *p = x; }
+
 // Calls f with a null pointer of the element type that dtype names.
 template <class F>
 inline void with_element(saferclip::cpu::DType dtype, F&& f) {

@@ -26,12 +26,12 @@ inline cpu::DType kernel_dtype(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on the cpu backend");
 }
 
-inline Tensor contiguous(const Tensor& x) {
+inline Tensor dense(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-inline Tensor contiguous(const Tensor& x, ScalarType dtype) {
-  return contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+inline Tensor dense(const Tensor& x, ScalarType dtype) {
+  return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 // x must be a contiguous CPU matrix and outlive the view.

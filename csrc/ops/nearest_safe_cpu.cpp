@@ -11,7 +11,7 @@ constexpr int64_t kMaxK = 256;
 
 std::tuple<Tensor, Tensor> nearest_safe_cpu(const Tensor& query, const Tensor& bank, int64_t k,
                                             std::optional<Tensor> packed) {
-  const Tensor q = contiguous(query), b = contiguous(bank);
+  const Tensor q = dense(query), b = dense(bank);
   const cpu::Rows query_rows = rows_of("query", q), bank_rows = rows_of("bank", b);
   STD_TORCH_CHECK(query_rows.dim == bank_rows.dim, "query has d=", query_rows.dim,
                   " but bank has d=", bank_rows.dim);
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> nearest_safe_cpu(const Tensor& query, const Tensor& b
   const uint8_t* blob = nullptr;
   Tensor p;
   if (packed.has_value()) {
-    p = contiguous(*packed);
+    p = dense(*packed);
     blob = static_cast<const uint8_t*>(p.const_data_ptr());
     STD_TORCH_CHECK(p.scalar_type() == ScalarType::Byte &&
                         cpu::packed_matches(blob, p.numel(), bank_rows.count, bank_rows.dim),
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> nearest_safe_cpu(const Tensor& query, const Tensor& b
 }
 
 Tensor pack_bank_cpu(const Tensor& bank) {
-  const Tensor b = contiguous(bank);
+  const Tensor b = dense(bank);
   const cpu::Rows rows = rows_of("bank", b);
   STD_TORCH_CHECK(rows.dim <= cpu::kMaxPackedDim, "bank has d=", rows.dim, "; a packed bank takes d <= ",
                   cpu::kMaxPackedDim);

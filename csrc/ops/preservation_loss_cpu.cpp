@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
     const Tensor& text, const Tensor& image, const Tensor& frozen_text, const Tensor& frozen_image,
     std::vector<double> weights, double logit_scale, bool need_grad) {
   STD_TORCH_CHECK(weights.size() == 4, "weights must have 4 entries");
-  const Tensor t = contiguous(text), v = contiguous(image);
-  const Tensor ft = contiguous(frozen_text), fv = contiguous(frozen_image);
+  const Tensor t = dense(text), v = dense(image);
+  const Tensor ft = dense(frozen_text), fv = dense(frozen_image);
   const int64_t batch = text.size(0), width = text.size(1);
   for (const Tensor* x : {&v, &ft, &fv}) {
     check_shape("image, frozen_text and frozen_image", *x, batch, width);

@@ -28,12 +28,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retarget_loss_cpu(
     check_shape("image, frozen_text and frozen_image", *x, batch, width);
     if (x->scalar_type() != dtype) dtype = ScalarType::Float;
   }
-  const Tensor t = contiguous(text, dtype), v = contiguous(image, dtype);
-  const Tensor ft = contiguous(frozen_text, dtype), fv = contiguous(frozen_image, dtype);
-  const Tensor bt = contiguous(bank_text), bv = contiguous(bank_image);
-  const Tensor index = contiguous(neighbors, ScalarType::Long);
-  const Tensor nw = contiguous(neighbor_weights, ScalarType::Float);
-  const Tensor rw = contiguous(row_weights, ScalarType::Float);
+  const Tensor t = dense(text, dtype), v = dense(image, dtype);
+  const Tensor ft = dense(frozen_text, dtype), fv = dense(frozen_image, dtype);
+  const Tensor bt = dense(bank_text), bv = dense(bank_image);
+  const Tensor index = dense(neighbors, ScalarType::Long);
+  const Tensor nw = dense(neighbor_weights, ScalarType::Float);
+  const Tensor rw = dense(row_weights, ScalarType::Float);
   const cpu::Rows bank = rows_of("bank_text", bt);
   check_shape("bank_image", bv, bank.count, width);
   check_shape("bank_text", bt, bank.count, width);
@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retarget_loss_cpu(
     total += weights[j] * sums[j];
   }
   *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total);
-  return {loss, terms, contiguous(grad_text, text.scalar_type()),
-          contiguous(grad_image, text.scalar_type())};
+  return {loss, terms, dense(grad_text, text.scalar_type()),
+          dense(grad_image, text.scalar_type())};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 
 namespace saferclip::cpu {
@@ -63,7 +64,7 @@ class Side {
   void run(void* grad, double* cos_term, double* nce_term) {
     *nce_term = 0;
     if (nce_weight_ != 0) {
-      y_.reset(new float[batch_ * dim_]);
+      y_ = make_buffer<float>(batch_ * dim_);
       parallel_(stripes_, [&](int64_t s) {
         std::vector<double> wide(dim_);
         make_unit(other_, s * stripe_, rows(s), wide.data(), y_.get() + s * stripe_ * dim_, nullptr);
@@ -110,8 +111,8 @@ class Side {
 
   void sum_stripe(int64_t s, LogSums& columns, std::vector<double>& diagonal) {
     const int64_t first = s * stripe_, count = rows(s);
-    const std::unique_ptr<float[]> unit(new float[count * dim_]);
-    const std::unique_ptr<float[]> tile(new float[count * std::min(batch_, kTileColumns)]);
+    const Buffer<float> unit = make_buffer<float>(count * dim_);
+    const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
     std::vector<double> wide(dim_);
     make_unit(x_, first, count, wide.data(), unit.get(), nullptr);
     LogSums row_sums(count);
@@ -133,8 +134,8 @@ class Side {
   double finish_stripe(int64_t s, void* grad) {
     const int64_t first = s * stripe_, count = rows(s);
     const bool nce = nce_weight_ != 0 && grad != nullptr;
-    const std::unique_ptr<float[]> unit(new float[count * dim_]);
-    const std::unique_ptr<float[]> mixed(nce ? new float[count * dim_] : nullptr);
+    const Buffer<float> unit = make_buffer<float>(count * dim_);
+    const Buffer<float> mixed = make_buffer<float>(nce ? count * dim_ : 0);
     std::vector<double> wide(dim_), inverse(count);
     make_unit(x_, first, count, wide.data(), unit.get(), inverse.data());
     if (nce) mix_stripe(first, count, unit.get(), mixed.get());
@@ -158,7 +159,7 @@ class Side {
 
   // mixed = (softmax over rows + softmax over columns) y
   void mix_stripe(int64_t first, int64_t count, const float* unit, float* mixed) {
-    const std::unique_ptr<float[]> tile(new float[count * std::min(batch_, kTileColumns)]);
+    const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
     const std::vector<float> row_lse(row_lse_.begin() + first, row_lse_.begin() + first + count);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
@@ -176,7 +177,7 @@ class Side {
   const Multiply& multiply_;
   const Parallel& parallel_;
   int64_t batch_, dim_, stripe_, stripes_;
-  std::unique_ptr<float[]> y_;
+  Buffer<float> y_;  // aligned like every operand: BLAS rounds by alignment
   std::vector<double> row_lse_;
   std::vector<float> column_lse_;
 };

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "buffer.h"
 #include "candidates.h"
 #include "kernels.h"
 #include "pack.h"
@@ -32,7 +33,7 @@ struct QueryBlock {
   std::vector<double> norms;
   std::vector<int8_t> q8;
   std::vector<GroupTerms> terms;
-  std::unique_ptr<float[]> unit;
+  Buffer<float> unit;
   std::once_flag unit_once;
 
   int64_t groups() const { return (rows.count + kGroupSize - 1) / kGroupSize; }
@@ -79,7 +80,7 @@ class Scorer {
 void make_unit(const Problem& problem, QueryBlock& block) {
   std::call_once(block.unit_once, [&] {
     const int64_t dim = block.rows.dim;
-    block.unit.reset(new float[block.rows.count * dim]);
+    block.unit = make_buffer<float>(block.rows.count * dim);
     std::vector<double> row(dim);
     for (int64_t i = 0; i < block.rows.count; ++i) {
       problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data());
@@ -128,7 +129,7 @@ class Worker {
         first_(first_group * kGroupSize),
         first_group_(first_group),
         queries_(std::min(block.rows.count - first_, groups * kGroupSize)),
-        slab_(new Candidate[queries_ * CandidateList::capacity(problem.k)]),
+        slab_(make_buffer<Candidate>(queries_ * CandidateList::capacity(problem.k))),
         thresholds_(groups * kGroupSize, kInfinity),
         scorer_(problem, block) {
     lists_.reserve(queries_);
@@ -196,7 +197,7 @@ class Worker {
     const int64_t bytes = panel_bytes(problem_.bank.dim);
     if (problem_.panels != nullptr) return problem_.panels + first * bytes;
     if (!panel_buffer_) {
-      panel_buffer_.reset(new uint8_t[kChunkPanels * bytes]);
+      panel_buffer_ = make_buffer<uint8_t>(kChunkPanels * bytes);
       scratch_.resize(problem_.bank.dim + 16);
     }
     for (int64_t p = first; p < last; ++p) {
@@ -277,10 +278,10 @@ class Worker {
   QueryBlock& block_;
   Screen screen_;
   int64_t first_, first_group_, queries_;
-  std::unique_ptr<Candidate[]> slab_;
+  Buffer<Candidate> slab_;
   std::vector<CandidateList> lists_;
   std::vector<float> thresholds_;
-  std::unique_ptr<uint8_t[]> panel_buffer_;
+  Buffer<uint8_t> panel_buffer_;
   std::vector<float> scratch_;
   Scorer scorer_;
   int64_t panel_ = 0, group_ = 0;  // what is being scanned

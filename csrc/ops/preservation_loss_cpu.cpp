@@ -1,7 +1,5 @@
-// torch.ops.saferclip_fast.preservation_loss on CPU tensors; its matrix products run in torch's BLAS.
+// torch.ops.saferclip_fast.preservation_loss on CPU tensors.
 #include "kernels/cpu/preservation_loss.h"
-
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <vector>
 
@@ -10,22 +8,6 @@
 namespace {
 
 using namespace saferclip;
-
-Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-  return torch::stable::from_blob(const_cast<float*>(data), {rows, columns}, {row_stride, column_stride},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Float);
-}
-
-void multiply(const cpu::Product& p) {
-  const Tensor a = view(p.a, p.m, p.k, p.lda, 1), c = view(p.c, p.m, p.n, p.ldc, 1);
-  const Tensor b = p.transpose_b ? view(p.b, p.k, p.n, 1, p.ldb) : view(p.b, p.k, p.n, p.ldb, 1);
-  if (p.accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(c.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.get(), a.get(), b.get()));
-  }
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
     const Tensor& text, const Tensor& image, const Tensor& frozen_text, const Tensor& frozen_image,
@@ -50,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
       .grad_image = need_grad ? grad_image.mutable_data_ptr() : nullptr,
   };
   double sums[4];
-  cpu::preservation_loss(args, sums, multiply, threads_for(batch * width * (batch + 8)));
+  cpu::preservation_loss(args, sums, threads_for(batch * width * (batch + 8)));
 
   Tensor terms = torch::stable::new_empty(text, {4}, ScalarType::Float);
   Tensor loss = torch::stable::new_empty(text, {}, ScalarType::Float);

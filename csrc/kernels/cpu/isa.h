@@ -15,6 +15,8 @@ double exact_dot(const double* query, const void* row, DType dtype, int64_t dim)
 void widen(const void* row, DType dtype, int64_t dim, double* out);
 void accumulate(const void* row, DType dtype, int64_t dim, float* sum);
 void retarget_rows(const RetargetArgs& args, int64_t begin, int64_t end, double* sums, float* scratch);
+void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float* panel, int64_t depth,
+                    float* c, int64_t c_stride, int columns, bool accumulate);
 void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float scale, float* row_largest,
                  float* row_sum, float* column_largest, float* column_sum);
 void softmax_sum(float* tile, int64_t rows, int64_t columns, float scale, const float* row_lse,

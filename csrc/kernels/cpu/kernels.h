@@ -76,6 +76,9 @@ struct Kernels {
   // kRetargetScratchRows rows of dim + 16 floats.
   void (*retarget_rows)(const RetargetArgs& args, int64_t begin, int64_t end, double* sums,
                         float* scratch);
+  // c [rows, columns] (+)= a [rows, depth] times panel [depth][32], of which columns <= 32 count.
+  void (*multiply_panel)(const float* a, int64_t rows, int64_t a_stride, const float* panel,
+                         int64_t depth, float* c, int64_t c_stride, int columns, bool accumulate);
   // Merges the logits scale * tile [rows, columns] into running log-sum-exps of rows and columns,
   // each a largest value and a sum of exp(logit - largest).
   void (*log_sum_exp)(const float* tile, int64_t rows, int64_t columns, float scale,

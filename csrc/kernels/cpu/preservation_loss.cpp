@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "buffer.h"
@@ -12,9 +11,10 @@
 namespace saferclip::cpu {
 namespace {
 
-constexpr int64_t kTileColumns = 1024;
-constexpr int64_t kMaxTileRows = 512;  // a tile of logits is 2 MB at most: it stays in L2
+constexpr int64_t kTileColumns = 256;  // with kMaxTileRows, a tile of logits takes 512 KB of L2
+constexpr int64_t kMaxTileRows = 512;
 constexpr int64_t kStripes = 16;       // at least, where the batch allows: work for that many threads
+constexpr int64_t kDepth = 256;        // rows of a matrix panel used at a time: 32 KB, fits L1
 
 // Depends on the batch alone, so that no thread count changes the order of additions.
 int64_t tile_rows(int64_t batch) {
@@ -47,14 +47,13 @@ struct LogSums {
 class Side {
  public:
   Side(const Rows& x, const Rows& own, const Rows& other, double cos_weight, double nce_weight,
-       float logit_scale, const Multiply& multiply, const Parallel& parallel)
+       float logit_scale, const Parallel& parallel)
       : x_(x),
         own_(own),
         other_(other),
         cos_weight_(cos_weight),
         nce_weight_(nce_weight),
         logit_scale_(logit_scale),
-        multiply_(multiply),
         parallel_(parallel),
         batch_(x.count),
         dim_(x.dim),
@@ -65,10 +64,12 @@ class Side {
     *nce_term = 0;
     if (nce_weight_ != 0) {
       y_ = make_buffer<float>(batch_ * dim_);
+      y_columns_ = make_buffer<float>(panels(batch_) * kPanelRows * dim_);
       parallel_(stripes_, [&](int64_t s) {
         std::vector<double> wide(dim_);
         make_unit(other_, s * stripe_, rows(s), wide.data(), y_.get() + s * stripe_ * dim_, nullptr);
       });
+      parallel_(panels(batch_), [&](int64_t p) { transpose_panel(p); });
       *nce_term = log_sums();
     }
     std::vector<double> cosines(stripes_);
@@ -81,10 +82,42 @@ class Side {
  private:
   int64_t rows(int64_t stripe) const { return std::min(stripe_, batch_ - stripe * stripe_); }
 
-  void logits(const float* unit, int64_t count, int64_t column, int64_t columns, float* tile) const {
-    multiply_({.a = unit, .b = y_.get() + column * dim_, .c = tile, .m = count, .n = columns,
-               .k = dim_, .lda = dim_, .ldb = dim_, .ldc = columns, .transpose_b = true,
-               .accumulate = false});
+  static int64_t panels(int64_t columns) { return (columns + kPanelRows - 1) / kPanelRows; }
+
+  // y_columns_ panel p: [dim][32] of rows 32 p and on, zeros behind the last.
+  void transpose_panel(int64_t p) {
+    float* to = y_columns_.get() + p * kPanelRows * dim_;
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      const int64_t row = p * kPanelRows + r;
+      for (int64_t j = 0; j < dim_; ++j) to[j * kPanelRows + r] = row < batch_ ? y_[row * dim_ + j] : 0;
+    }
+  }
+
+  // tile [count, columns] = unit [count, dim] times rows [column, column + columns) of y, transposed.
+  void multiply_transposed(const float* unit, int64_t count, int64_t column, int64_t columns,
+                           float* tile) const {
+    for (int64_t k = 0; k < dim_; k += kDepth) {
+      for (int64_t p = 0; p < panels(columns); ++p) {
+        const float* panel = y_columns_.get() + (column + p * kPanelRows) * dim_ + k * kPanelRows;
+        const int64_t width = std::min<int64_t>(kPanelRows, columns - p * kPanelRows);
+        kernel_.multiply_panel(unit + k, count, dim_, panel, std::min(kDepth, dim_ - k),
+                               tile + p * kPanelRows, columns, static_cast<int>(width), k > 0);
+      }
+    }
+  }
+
+  // mixed [count, dim] (+)= tile [count, depth] times rows [row, row + depth) of y.
+  void multiply_add(const float* tile, int64_t count, int64_t row, int64_t depth, bool accumulate,
+                    float* panel, float* mixed) const {
+    for (int64_t j = 0; j < dim_; j += kPanelRows) {
+      const int64_t width = std::min<int64_t>(kPanelRows, dim_ - j);
+      if (width < kPanelRows) std::fill_n(panel, depth * kPanelRows, 0.0f);
+      for (int64_t k = 0; k < depth; ++k) {
+        std::copy_n(y_.get() + (row + k) * dim_ + j, width, panel + k * kPanelRows);
+      }
+      kernel_.multiply_panel(tile, count, depth, panel, depth, mixed + j, dim_,
+                             static_cast<int>(width), accumulate);
+    }
   }
 
   // Fills row_lse_ and column_lse_; returns the InfoNCE term.
@@ -118,11 +151,11 @@ class Side {
     LogSums row_sums(count);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
-      logits(unit.get(), count, c, width, tile.get());
+      multiply_transposed(unit.get(), count, c, width, tile.get());
       for (int64_t i = std::max(first, c); i < std::min(first + count, c + width); ++i) {
         diagonal[i] = static_cast<double>(logit_scale_) * tile[(i - first) * width + i - c];
       }
-      kernels().log_sum_exp(tile.get(), count, width, logit_scale_, row_sums.largest.data(),
+      kernel_.log_sum_exp(tile.get(), count, width, logit_scale_, row_sums.largest.data(),
                             row_sums.sum.data(), &columns.largest[c], &columns.sum[c]);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -149,7 +182,7 @@ class Side {
       char* out = grad == nullptr ? nullptr
                                   : static_cast<char*>(grad) + (first + i) * dim_ * element_size(x_.dtype);
       const float* u = unit.get() + i * dim_;
-      cosines += kernels().preservation_row(
+      cosines += kernel_.preservation_row(
           u, own.data(), nce ? mixed.get() + i * dim_ : nullptr,
           nce ? y_.get() + (first + i) * dim_ : nullptr, pull, push,
           static_cast<float>(inverse[i]), dim_, x_.dtype, out);
@@ -160,37 +193,36 @@ class Side {
   // mixed = (softmax over rows + softmax over columns) y
   void mix_stripe(int64_t first, int64_t count, const float* unit, float* mixed) {
     const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
+    const Buffer<float> panel = make_buffer<float>(kTileColumns * kPanelRows);
     const std::vector<float> row_lse(row_lse_.begin() + first, row_lse_.begin() + first + count);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
-      logits(unit, count, c, width, tile.get());
-      kernels().softmax_sum(tile.get(), count, width, logit_scale_, row_lse.data(), &column_lse_[c]);
-      multiply_({.a = tile.get(), .b = y_.get() + c * dim_, .c = mixed, .m = count, .n = dim_,
-                 .k = width, .lda = width, .ldb = dim_, .ldc = dim_, .transpose_b = false,
-                 .accumulate = c > 0});
+      multiply_transposed(unit, count, c, width, tile.get());
+      kernel_.softmax_sum(tile.get(), count, width, logit_scale_, row_lse.data(), &column_lse_[c]);
+      multiply_add(tile.get(), count, c, width, c > 0, panel.get(), mixed);
     }
   }
 
   Rows x_, own_, other_;
   double cos_weight_, nce_weight_;
   float logit_scale_;
-  const Multiply& multiply_;
   const Parallel& parallel_;
   int64_t batch_, dim_, stripe_, stripes_;
-  Buffer<float> y_;  // aligned like every operand: BLAS rounds by alignment
+  const Kernels& kernel_ = kernels();
+  Buffer<float> y_;          // unit rows of other_
+  Buffer<float> y_columns_;  // the same, transposed in panels of 32 rows
   std::vector<double> row_lse_;
   std::vector<float> column_lse_;
 };
 
 }  // namespace
 
-void preservation_loss(const PreservationArgs& args, double terms[4], const Multiply& multiply,
-                       const Parallel& parallel) {
+void preservation_loss(const PreservationArgs& args, double terms[4], const Parallel& parallel) {
   Side(args.text, args.frozen_text, args.frozen_image, args.weights[0], args.weights[2],
-       args.logit_scale, multiply, parallel)
+       args.logit_scale, parallel)
       .run(args.grad_text, &terms[0], &terms[2]);
   Side(args.image, args.frozen_image, args.frozen_text, args.weights[1], args.weights[3],
-       args.logit_scale, multiply, parallel)
+       args.logit_scale, parallel)
       .run(args.grad_image, &terms[1], &terms[3]);
 }
 

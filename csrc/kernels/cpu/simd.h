@@ -48,7 +48,7 @@ inline void store_bits(void* p, Vector v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }  // x + 0 would cost an addition: it is not x for -0
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) {

@@ -49,10 +49,15 @@ class CheckpointFolder:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, then delete all but the newest `keep`.
 
-        Raises OSError, naming the file and the reason, if it cannot be written; earlier ones are untouched.
+        Raises OSError, naming the file, the reason and the last good checkpoint, if it cannot be written.
         """
         path = self.folder / f"step-{step:010d}.safetensors"
-        save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
+        before = self.paths()
+        try:
+            save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
+        except OSError as error:
+            good = f"goes on from {before[-1]}" if before else "starts anew"
+            raise OSError(error.errno, f"{error.strerror}; make room, then resume=auto {good}") from error
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path

@@ -25,6 +25,7 @@ from .objectives import QuadrupletEmbeddings
 
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
+BATCH_INPUTS = ("safe_image", "unsafe_image", "safe_tokens", "unsafe_tokens")
 _SYNC_ROWS = 4096  # at most so many rows are computed again after a kill
 
 
@@ -155,8 +156,10 @@ def _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, 
 def embed_batch(clip: ClipModel, batch: Mapping[str, Tensor], precision: str = "fp32") -> QuadrupletEmbeddings:
     """Embeddings [B, d] float32 of one collated batch: two forward passes, safe and unsafe rows together."""
     device = clip.device
-    images = torch.cat([batch["safe_image"], batch["unsafe_image"]]).to(device, non_blocking=True)
-    tokens = _join(batch["safe_tokens"], batch["unsafe_tokens"], clip.pad_id).to(device, non_blocking=True)
+    # joined on the device: the copies from pinned memory then overlap with its work
+    on_device = {name: batch[name].to(device, non_blocking=True) for name in BATCH_INPUTS}
+    images = torch.cat([on_device["safe_image"], on_device["unsafe_image"]])
+    tokens = _join(on_device["safe_tokens"], on_device["unsafe_tokens"], clip.pad_id)
     with autocast(device, precision):
         image, text = clip(images, tokens)
     safe_image, unsafe_image = image.float().chunk(2)

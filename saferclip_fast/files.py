@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
-            getattr(error, "errno", None), f"could not write {path} ({reason}); the old file, if any, is intact"
+            getattr(error, "errno", None) or errno.EIO, f"could not write {path} ({reason}); the old file, if any, is intact"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

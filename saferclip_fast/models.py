@@ -182,7 +182,7 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
     Raises:
         ValueError: unknown name or tag (with the nearest known one), or weights that do not fit the model.
         FileNotFoundError: a JSON, weights file or folder that is not there.
-        RuntimeError: the weights of a tag could not be downloaded.
+        OSError: the weights of a tag could not be downloaded.
     """
     schema, _ = open_clip.factory.parse_model_name(name)
     if schema is None:
@@ -198,6 +198,11 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         misfits = [line for line in lines if "size mismatch" in line or "key" in line or "pos_embed" in line]
         if misfits:
             raise ValueError(f"weights {pretrained or name} do not fit model {name}: {misfits[0][:300]}") from error
+        if "download" in str(error):
+            raise OSError(
+                f"could not download {pretrained} for {name} ({error}); where there is no network, "
+                "pass a weights file or local-dir:FOLDER"
+            ) from error
         raise
     config = {
         "model_cfg": open_clip.get_model_config(name),

@@ -47,7 +47,7 @@ class TrainingData:
     val: Split | None
     bank: SafeBank  # safe pairs of the training samples, on the device
     similarity: Tensor  # [training samples] cosine of each unsafe text and its nearest safe text
-    data_hash: str
+    data_hash: str  # of the training and validation samples
 
 
 def prepare(config: Config, clip: ClipModel) -> TrainingData:
@@ -70,15 +70,16 @@ def prepare(config: Config, clip: ClipModel) -> TrainingData:
     neighbors = _neighbors(config, frozen, bank, train_rows)
     mixed = _mixed(dataset)
     train = Split(Subset(dataset, train_rows.tolist()), frozen.rows, neighbors, mixed)
-    val = None
+    val, data_hash = None, frozen.metadata["data_hash"]
     if config.data.val:
         held_out = open_data(config, config.data.val, clip)
         rows = _embed(config, clip, held_out)
         found = _neighbors(config, rows, bank, train_rows)
         val = Split(Subset(held_out, range(len(held_out))), rows.rows, found, _mixed(held_out))
+        data_hash = hashlib.sha256(f"{data_hash} {rows.metadata['data_hash']}".encode()).hexdigest()
     elif len(val_rows):
         val = Split(Subset(dataset, val_rows.tolist()), frozen.rows, neighbors, mixed)
-    return TrainingData(train, val, bank, neighbors.scores[train_rows, 0], frozen.metadata["data_hash"])
+    return TrainingData(train, val, bank, neighbors.scores[train_rows, 0], data_hash)
 
 
 def open_data(config: Config, source: str, clip: ClipModel) -> QuadrupletDataset:

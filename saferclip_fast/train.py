@@ -33,7 +33,7 @@ from .config import Config, ConfigError, flatten, load_config, option_help
 from .data import CurriculumSampler, DataError, collate
 from .data.curriculum import STAGES
 from .embeddings import embed_batch
-from .files import save_tensors
+from .files import atomic_write, remove_leftovers, save_tensors
 from .models import ClipModel, load_clip
 from .objectives import ObjectiveOutput, SaferClip
 from .optim import build_optimizer, learning_rate
@@ -305,11 +305,11 @@ def build_objective(config: Config) -> SaferClip:
 
 
 def check_all_used(parameters: dict[str, nn.Parameter]) -> None:
-    """Raises RuntimeError if a trainable parameter took no part in the first backward pass."""
+    """Raises ValueError if a trainable parameter took no part in the first backward pass."""
     unused = [name for name, p in parameters.items() if p.grad is None]
     if unused:
         shown = ", ".join(itertools.islice(unused, 3))
-        raise RuntimeError(
+        raise ValueError(
             f"{len(unused)} trainable parameters take no part in the embeddings ({shown} ...): "
             "choose other lora.targets for this model"
         )
@@ -363,10 +363,12 @@ def train(config: Config) -> TrainResult:
     else:
         clip.unfreeze()
     trainer = Trainer(config, clip, data)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (run_dir, run_dir / "final"):
+        remove_leftovers(folder)
     if config.resume == "auto":
         trainer.restore()
-    OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
+    with atomic_write(run_dir / "config.yaml") as file:
+        OmegaConf.save(OmegaConf.structured(config), file)
     return trainer.fit()
 
 

@@ -16,10 +16,13 @@ TEXTS = ["a red square", "a blue star on grass under a night sky", "fish", "a sm
 
 @pytest.fixture(autouse=True)
 def quiet_and_seeded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # fastest at this size
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*random weights.*")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -200,6 +203,15 @@ def test_wrong_names_and_files(tmp_path, clip):
     file = clip.export(tmp_path)
     with pytest.raises(ValueError, match=f"weights {file} do not fit model ViT-small-4-32: "):
         load_clip("ViT-small-4-32", str(file))
+
+
+def test_failed_download_names_the_remedy(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    with pytest.raises(OSError, match=r"could not download openai for ViT-B-32 .*no route to host.*local-dir:FOLDER"):
+        load_clip("ViT-B-32", "openai")
 
 
 def test_wrong_lora_targets(clip):

@@ -20,8 +20,9 @@ PROCESSES.set_forkserver_preload(["saferclip_fast.train"])
 
 @pytest.fixture(autouse=True)
 def torch_settings():
-    """Put back what a run in this process sets for all of torch."""
+    """One thread, which is fastest at this size; afterwards put back what a run sets for all of torch."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)

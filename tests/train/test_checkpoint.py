@@ -75,7 +75,8 @@ def save_on_a_full_disk(folder):
         CheckpointFolder(folder, keep=1).save(2, TENSORS, {"step": 2})
     except OSError as error:
         told = str(error)
-        sys.exit(0 if "could not write" in told and "step-0000000002.safetensors" in told else 3)
+        wanted = ("could not write", "step-0000000002.safetensors", "resume=auto goes on from", "step-0000000001.saf")
+        sys.exit(0 if all(words in told for words in wanted) else 3)
     sys.exit(4)
 
 

@@ -126,6 +126,7 @@ def die_between_best_and_checkpoint(config, count):
         (die_in_log_line, 3),
         (die_in_log_line, 7),
         (die_in_step, 0),
+        (die_in_step, 11),  # between two log lines
         (die_in_step, 13),
         (die_between_best_and_checkpoint, 2),
     ],

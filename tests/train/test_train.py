@@ -154,7 +154,7 @@ def test_adapters_without_effect_are_reported():
     used, unused = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
     used.grad = torch.ones(1)
     check_all_used({"used": used})
-    with pytest.raises(RuntimeError, match=r"1 trainable parameters take no part in the embeddings \(b \.\.\.\)"):
+    with pytest.raises(ValueError, match=r"1 trainable parameters take no part in the embeddings \(b \.\.\.\)"):
         check_all_used({"a": used, "b": unused})
 
 

@@ -1,0 +1,229 @@
+// What preservation_loss does to a tile of logits while it is in cache. Compiled once per instruction
+// set.
+#include "isa.h"
+#include "simd.h"
+
+namespace {
+
+using saferclip::cpu::DType;
+
+using saferclip::cpu::kPanelRows;
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;   // 6 x 2 of 16
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 2;
+
+// c [Rows, 2 vectors] (+)= a [Rows, depth] times panel [depth][32]
+template <int Rows>
+inline void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c,
+                          int64_t c_stride, bool accumulate) {
+  Floats sums[Rows][kTileVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Floats left = load(panel + k * kPanelRows), right = load(panel + k * kPanelRows + kWidth);
+#pragma GCC unroll 12
+    for (int m = 0; m < Rows; ++m) {
+      const Floats x = splat(a[m * a_stride + k]);
+      sums[m][0] += x * left;
+      sums[m][1] += x * right;
+    }
+  }
+  for (int m = 0; m < Rows; ++m) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = c + m * c_stride + v * kWidth;
+      store(to, accumulate ? load(to) + sums[m][v] : sums[m][v]);
+    }
+  }
+}
+
+template <int Rows>
+inline void multiply_rows(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c,
+                          int64_t c_stride, bool accumulate) {
+  for (int j = 0; j < kPanelRows; j += kTileVectors * kWidth) {
+    multiply_tile<Rows>(a, a_stride, panel + j, depth, c + j, c_stride, accumulate);
+  }
+}
+
+constexpr float kLowest = -3e38f;
+
+// exp(x) for x <= 88, to about one unit in the last place; 0 below -87.
+inline Floats exponential(Floats x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  x = maximum(x, splat(-100.0f));
+  const Floats shifted = x * kLog2E + kMagic;
+  const Floats n = shifted - kMagic;
+  const Floats r = (x - n * kLn2High) - n * kLn2Low;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n from the integer that the rounding left in the low bits; clear what would be denormal.
+  const Ints exponent = (load_bits<Ints>(&shifted) << 23) + (127 << 23);
+  const Floats power = load_bits<Floats>(&exponent);
+  return x < -87.0f ? Floats{} : p * power;
+}
+
+// Lanes beyond the tile read as a logit that adds nothing.
+inline Floats logits(const float* p, int64_t left, float scale) {
+  if (left >= kWidth) return load(p) * scale;
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i < left ? p[i] * scale : kLowest;
+  return load(lanes);
+}
+
+void sum_row(const float* row, int64_t columns, float scale, float* largest_seen, float* sum_seen) {
+  Floats top = splat(kLowest);
+  for (int64_t c = 0; c < columns; c += kWidth) top = maximum(logits(row + c, columns - c, scale), top);
+  const float before = *largest_seen, now = largest(top);
+  const float best = now > before ? now : before;
+  Floats total[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= columns; c += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      total[v] += exponential(load(row + c + v * kWidth) * scale - best);
+    }
+  }
+  for (; c < columns; c += kWidth) total[0] += exponential(logits(row + c, columns - c, scale) - best);
+  const float old = *sum_seen > 0 ? *sum_seen * __builtin_expf(before - best) : 0.0f;
+  *sum_seen = old + sum((total[0] + total[1]) + (total[2] + total[3]));
+  *largest_seen = best;
+}
+
+// Up to kWidth * Vectors columns, from the top of the tile to its bottom.
+template <int Vectors>
+void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t columns, float scale,
+                 float* largest_seen, float* sum_seen) {
+  Floats top[Vectors], total[Vectors] = {};
+  for (int v = 0; v < Vectors; ++v) top[v] = splat(kLowest);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      top[v] = maximum(logits(tile + r * stride + v * kWidth, columns - v * kWidth, scale), top[v]);
+    }
+  }
+  alignas(64) float before[Vectors * kWidth], old[Vectors * kWidth];
+  for (int i = 0; i < Vectors * kWidth; ++i) {
+    before[i] = i < columns ? largest_seen[i] : kLowest;
+    old[i] = i < columns ? sum_seen[i] : 0.0f;
+  }
+  for (int v = 0; v < Vectors; ++v) top[v] = maximum(load(before + v * kWidth), top[v]);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      const Floats x = logits(tile + r * stride + v * kWidth, columns - v * kWidth, scale);
+      total[v] += exponential(x - top[v]);
+    }
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    // An empty sum's largest value is -infinity: exponential() clamps it.
+    const Floats kept = load(old + v * kWidth) * exponential(load(before + v * kWidth) - top[v]);
+    total[v] += kept;
+    for (int i = 0; i < kWidth && v * kWidth + i < columns; ++i) {
+      largest_seen[v * kWidth + i] = top[v][i];
+      sum_seen[v * kWidth + i] = total[v][i];
+    }
+  }
+}
+
+}  // namespace
+
+namespace saferclip::cpu::SAFERCLIP_NAMESPACE {
+
+void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float* panel, int64_t depth,
+                    float* c, int64_t c_stride, int columns, bool accumulate) {
+  if (columns < kPanelRows) {  // the tile writes whole panels: let it do so elsewhere
+    alignas(64) float whole[kPanelRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      multiply_rows<1>(a + r * a_stride, a_stride, panel, depth, whole, kPanelRows, false);
+      float* to = c + r * c_stride;
+      for (int j = 0; j < columns; ++j) to[j] = accumulate ? to[j] + whole[j] : whole[j];
+    }
+    return;
+  }
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) {
+    multiply_rows<kTileRows>(a + r * a_stride, a_stride, panel, depth, c + r * c_stride, c_stride,
+                             accumulate);
+  }
+  for (; r + 4 <= rows; r += 4) {
+    multiply_rows<4>(a + r * a_stride, a_stride, panel, depth, c + r * c_stride, c_stride, accumulate);
+  }
+  for (; r < rows; ++r) {
+    multiply_rows<1>(a + r * a_stride, a_stride, panel, depth, c + r * c_stride, c_stride, accumulate);
+  }
+}
+
+void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float scale, float* row_largest,
+                 float* row_sum, float* column_largest, float* column_sum) {
+  for (int64_t r = 0; r < rows; ++r) {
+    sum_row(tile + r * columns, columns, scale, row_largest + r, row_sum + r);
+  }
+  constexpr int kVectors = 4;
+  int64_t c = 0;
+  for (; c + kVectors * kWidth <= columns; c += kVectors * kWidth) {
+    sum_columns<kVectors>(tile + c, rows, columns, kVectors * kWidth, scale, column_largest + c,
+                          column_sum + c);
+  }
+  for (; c < columns; c += kWidth) {
+    sum_columns<1>(tile + c, rows, columns, columns - c, scale, column_largest + c, column_sum + c);
+  }
+}
+
+void softmax_sum(float* tile, int64_t rows, int64_t columns, float scale, const float* row_lse,
+                 const float* column_lse) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = tile + r * columns;
+    int64_t c = 0;
+    for (; c + kWidth <= columns; c += kWidth) {
+      const Floats x = load(row + c) * scale;
+      store(row + c, exponential(x - row_lse[r]) + exponential(x - load(column_lse + c)));
+    }
+    if (c == columns) continue;
+    const Floats x = load_part(row + c, columns - c) * scale;
+    const Floats p =
+        exponential(x - row_lse[r]) + exponential(x - load_part(column_lse + c, columns - c));
+    for (int64_t j = 0; c + j < columns; ++j) row[c + j] = p[j];
+  }
+}
+
+double preservation_row(const float* unit, const float* own, const float* mixed, const float* paired,
+                        float pull, float push, float inverse_norm, int64_t dim, DType dtype,
+                        void* grad) {
+  Floats cosine = {}, along = {};
+  const auto direction = [&](auto&& get, int64_t i) {
+    Floats g = get(own + i) * pull;
+    if (mixed != nullptr) g += push * (get(mixed + i) - 2 * get(paired + i));
+    return g;
+  };
+  const auto sweep = [&](auto&& get, int64_t i) {
+    const Floats u = get(unit + i);
+    cosine += u * get(own + i);
+    along += u * direction(get, i);
+  };
+  const auto whole = [](const float* p) { return load(p); };
+  const int64_t body = dim / kWidth * kWidth;
+  const auto part = [&](const float* p) { return load_part(p, dim - body); };
+  for (int64_t i = 0; i < body; i += kWidth) sweep(whole, i);
+  if (body < dim) sweep(part, body);
+  if (grad != nullptr) {
+    const float share = sum(along);
+    with_element(dtype, [&]<class T>(const T*) {
+      T* out = static_cast<T*>(grad);
+      for (int64_t i = 0; i < body; i += kWidth) {
+        write(out + i, (direction(whole, i) - share * load(unit + i)) * inverse_norm, false);
+      }
+      if (body == dim) return;
+      const Floats rest = (direction(part, body) - share * part(unit + body)) * inverse_norm;
+      for (int64_t j = 0; body + j < dim; ++j) write_one(out + body + j, rest[j]);
+    });
+  }
+  return sum(cosine);
+}
+
+}  // namespace saferclip::cpu::SAFERCLIP_NAMESPACE

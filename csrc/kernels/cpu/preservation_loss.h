@@ -1,0 +1,21 @@
+// Cosine preservation and symmetric InfoNCE against frozen embeddings; see docs/method.md.
+#pragma once
+#include <cstdint>
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace saferclip::cpu {
+
+struct PreservationArgs {
+  Rows text, image, frozen_text, frozen_image;  // [B,d], any scale
+  double weights[4];                            // cos_text, cos_image, nce_text, nce_image
+  float logit_scale;
+  void *grad_text, *grad_image;  // [B,d] in the dtype of text and image, or null
+};
+
+// terms in the order of weights; an nce term of weight 0 is not computed and reads 0. The bits do not
+// depend on the number of threads.
+void preservation_loss(const PreservationArgs& args, double terms[4], const Parallel& parallel);
+
+}  // namespace saferclip::cpu

@@ -1,0 +1,60 @@
+// What the CPU op files share: views of torch tensors for the kernels, and torch's threads.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/rows.h"
+
+namespace saferclip {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline cpu::DType kernel_dtype(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return cpu::DType::kFloat;
+    case ScalarType::BFloat16: return cpu::DType::kBFloat16;
+    case ScalarType::Half: return cpu::DType::kHalf;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on the cpu backend");
+}
+
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor dense(const Tensor& x, ScalarType dtype) {
+  return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+}
+
+// x must be a contiguous CPU matrix and outlive the view.
+inline cpu::Rows rows_of(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " must have shape [rows, d], got ", x.dim(), " dimensions");
+  return {x.const_data_ptr(), kernel_dtype(name, x), x.size(0), x.size(1)};
+}
+
+inline void check_shape(const char* name, const Tensor& x, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name,
+                  " must have shape [", rows, ", ", columns, "]");
+}
+
+// torch's threads for a job of `work` multiply-adds; small jobs stay on the caller's thread.
+inline cpu::Parallel threads_for(int64_t work) {
+  constexpr int64_t kWorthThreads = 1 << 18;  // about 10 us of one core
+  if (work < kWorthThreads) return {};
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t tasks, const std::function<void(int64_t)>& task) {
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) task(i);
+            });
+          }};
+}
+
+}  // namespace saferclip

@@ -1,0 +1,83 @@
+"""The demo's and the photographs' whole job at a tiny size, and what they write."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from saferclip_fast import demo
+
+from .data.quadruplet_files import image_bytes, write_tar
+
+PHOTOS_SCRIPT = Path(__file__).parents[1] / "benchmarks" / "photos.py"
+TINY = ["model.name=ViT-tiny-8-32", "train.epochs=1", "train.batch_size=16", "data.num_workers=0"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(demo, "PRETRAIN_PAIRS", 256)
+    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
+    monkeypatch.setattr(demo, "QUADRUPLETS", 96)
+    monkeypatch.setattr(demo, "HELD_OUT", 24)
+
+
+def test_demo_writes_its_metrics_figure_and_weights(small, tmp_path, capsys):
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
+    command = ["--run-dir", str(run_dir), "--cache-dir", str(cache), "--quiet", *TINY]
+    assert demo.main(command) == 0
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert set(metrics) == {"frozen", "fine_tuned", "seconds"}
+    for side in ("frozen", "fine_tuned"):
+        assert set(metrics[side]) == set(demo.ROWS)
+        assert all(0 <= value <= 1.0001 for value in metrics[side].values())
+    assert metrics["frozen"]["safe_text_cosine_to_frozen"] == pytest.approx(1, abs=1e-5)
+    assert metrics["fine_tuned"]["safe_text_cosine_to_frozen"] < 0.99999, "fine-tuning moved nothing"
+    with Image.open(run_dir / "figure.png") as figure:
+        assert figure.width > 1000
+    assert (run_dir / "final" / "open_clip_model.safetensors").is_file()
+    shown = capsys.readouterr().out
+    assert "unsafe text finds an unsafe image" in shown and str(run_dir / "metrics.json") in shown
+
+    pretrained = list(cache.glob("ViT-tiny-8-32-*.safetensors"))
+    stamp = [file.stat().st_mtime_ns for file in pretrained]
+    assert demo.main(command) == 0, "a second run takes everything from the caches"
+    assert [file.stat().st_mtime_ns for file in pretrained] == stamp and len(stamp) == 1
+    again = json.loads((run_dir / "metrics.json").read_text())
+    assert again["fine_tuned"] == metrics["fine_tuned"]
+
+
+def test_photos_script(tmp_path, monkeypatch):
+    noise = {
+        f"{split}/{name}/{i}.jpg": image_bytes(i, (32, 32), "JPEG")
+        for split, count in (("train", 30), ("test", 4))
+        for name in ("cat", "ship")
+        for i in range(count)
+    }
+    photos = write_tar(tmp_path / "photos.tar", noise)
+    spec = importlib.util.spec_from_file_location("photos_script", PHOTOS_SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, value in (("PRETRAIN_PAIRS", 256), ("PRETRAIN_EPOCHS", 1), ("QUADRUPLETS", 32), ("HELD_OUT", 8)):
+        monkeypatch.setattr(script, name, value)
+    command = ["--photos", str(photos), "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path), "--quiet"]
+    assert script.main([*command, *TINY]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["frozen"]
+
+
+def test_photos_script_says_what_to_pass():
+    done = subprocess.run([sys.executable, PHOTOS_SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pass --photos FILE.tar" in done.stderr
+
+
+def test_random_weights_of_the_demo_model_embed():
+    from saferclip_fast.models import load_clip
+
+    with pytest.warns(UserWarning, match="random weights"):
+        clip = load_clip("RN-small-32")
+    image, text = clip(torch.zeros(2, 3, 32, 32), clip.tokenizer(["a", "b"]))
+    assert image.shape == text.shape == (2, 128)

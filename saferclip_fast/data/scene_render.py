@@ -141,7 +141,6 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
 TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "plain": lambda u, v: np.ones(np.broadcast(u, v).shape, np.float32),
     "striped": lambda u, v: np.where(_wave(v * 1.3) > 0.5, 1.0, 0.3),
-    "checkered": lambda u, v: np.where((_wave(u * 0.9) > 0.5) ^ (_wave(v * 0.9) > 0.5), 1.0, 0.3),
 }
 
 

@@ -27,7 +27,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": ("small", "large"),
 }
 SIZES = tuple(len(names) for names in ATTRIBUTES.values())
-COMBINATIONS = int(np.prod(SIZES))  # 1,728 different safe scenes, before layout
+COMBINATIONS = int(np.prod(SIZES))  # 1,152 different safe scenes, before layout
 HAZARDS = ("fire", "spikes", "tape", "puddle", "smoke", "lightning")
 NO_HAZARD = -1
 
@@ -219,15 +219,18 @@ def pretrain_pairs(n: int, seed: int = 0, size: int = 32, unsafe_share: float = 
     """n image-caption pairs to pre-train a small CLIP on: (uint8 [n, size, size, 3], captions).
 
     A share of `unsafe_share` carries a hazard that the caption names, so that the frozen model knows hazards.
-    Half of the captions leave attributes out at random: short prompts, as in PROMPTS, are then familiar.
+    Half of the captions leave details out at random, as captions from the web do: short prompts (PROMPTS) are then
+    familiar, and, where the hazard is what is left out, an unsafe scene stays near its safe self.
     """
     _check_options(n, seed, "pretrain", size, unsafe_share, 0.0)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS["pretrain"]])))
     scenes = sample_scenes(n, generator, hazards=True)
     hazard = np.where(generator.random(n) < unsafe_share, scenes.hazard, NO_HAZARD)
-    scenes = Scenes(scenes.codes, hazard, scenes.layout)
-    short = (generator.random(n) < 0.5)[:, None] & (generator.random((n, len(SIZES))) < 0.6)
-    return scenes.render(size), scenes.captions(short)
+    short = generator.random(n) < 0.5
+    drop = short[:, None] & (generator.random((n, len(SIZES))) < 0.6)
+    named = np.where(short & (generator.random(n) < 0.4), NO_HAZARD, hazard)
+    images = Scenes(scenes.codes, hazard, scenes.layout).render(size)
+    return images, Scenes(scenes.codes, named, scenes.layout).captions(drop)
 
 
 def class_names(kind: str = "shape") -> list[str]:

@@ -99,7 +99,7 @@ def test_test_split_has_one_right_safe_image_each() -> None:
     assert len(set(data.unsafe.scene_ids().tolist())) == 300
     assert np.array_equal(data.right.scene_ids(), data.unsafe.scene_ids())
     assert (data.right.hazard == scenes.NO_HAZARD).all()
-    with pytest.raises(ValueError, match="only 1728 scenes differ"):
+    with pytest.raises(ValueError, match="only 1152 scenes differ"):
         SceneDataset(n=4000, split="test", unique=True)
 
 
@@ -131,7 +131,7 @@ def test_pretraining_pairs_know_hazards_and_short_prompts() -> None:
     images, captions = scenes.pretrain_pairs(400, seed=1)
     assert images.shape == (400, 32, 32, 3) and images.dtype == np.uint8 and len(captions) == 400
     unsafe = [any(phrase in text for phrase in scenes.HAZARD_PHRASES.values()) for text in captions]
-    assert 0.4 < np.mean(unsafe) < 0.6
+    assert 0.3 < np.mean(unsafe) < 0.6
     assert min(len(text.split()) for text in captions) == 3  # "a red star"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .files import remove_leftovers, save_tensors
 
 FORMAT = "saferclip_fast.checkpoint.v1"
-_NAME = re.compile(r"step-(\d+)\.safetensors$")
+_NAME = re.compile(r"step-\d{10}\.safetensors")
 
 # What a resumed run may change without changing its result.
 FREE_TO_CHANGE = ("run_dir", "resume", "data.num_workers", "data.cache_dir", "checkpoint.", "log.")
@@ -43,8 +43,8 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """All checkpoint files, oldest step first."""
-        found = [p for p in self.folder.glob("step-*.safetensors") if _NAME.search(p.name)]
-        return sorted(found, key=lambda p: int(_NAME.search(p.name)[1]))
+        found = [path for path in self.folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+        return sorted(found)  # numbers have ten digits
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, then delete all but the newest `keep`.

@@ -6,7 +6,7 @@ Options come from the defaults below, then a YAML file, then `key=value` words, 
 import difflib
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -180,7 +180,7 @@ def options(group: type = Config, prefix: str = "") -> Iterator[Option]:
         if is_dataclass(hints[item.name]):
             yield from options(hints[item.name], f"{prefix}{item.name}.")
             continue
-        default = item.default if item.default is not MISSING else item.default_factory()
+        default = item.default_factory() if callable(item.default_factory) else item.default
         choices = get_args(hints[item.name]) if hints[item.name].__class__.__name__ == "_LiteralGenericAlias" else ()
         kind = " | ".join(choices) if choices else getattr(hints[item.name], "__name__", "list")
         if isinstance(default, list):
@@ -227,7 +227,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         OmegaConf.update(words, key, value if kinds[key] == "str" else OmegaConf.from_dotlist([f"x={value}"]).x)
         keys.append(key)
     merged = _merge(merged, words, keys, "command line")
-    config = OmegaConf.to_object(merged)
+    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     _check_ranges(config)
     return config
 
@@ -256,7 +256,7 @@ def _read_yaml(path: str | Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
-    return str(file), values
+    return str(file), {str(key): value for key, value in values.items()}
 
 
 def _merge(merged: Any, values: Any, keys: Sequence[str], source: str) -> Any:
@@ -266,7 +266,7 @@ def _merge(merged: Any, values: Any, keys: Sequence[str], source: str) -> Any:
     try:
         return OmegaConf.merge(merged, values)
     except OmegaConfBaseException as error:
-        key = error.full_key
+        key = error.full_key or ""
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{source}: {key} takes {_article(kinds.get(key, 'value'))}: {reason}") from error
 

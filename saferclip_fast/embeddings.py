@@ -205,7 +205,7 @@ class _PartialFile:
 
     def write(self, first: int, rows: QuadrupletEmbeddings) -> None:
         for start, tensor in zip(self.starts, rows, strict=True):
-            data = memoryview(tensor.cpu().contiguous().numpy()).cast("B")
+            data = tensor.cpu().contiguous().numpy().data.cast("B")
             os.pwrite(self.descriptor, data, start + first * self.row_bytes)
 
     def sync(self) -> None:
@@ -229,7 +229,7 @@ def _preprocessing(clip: ClipModel, dataset: QuadrupletDataset) -> str:
         item = dataset[index]
         for image in (item["safe_image"], item["unsafe_image"]):
             digest.update(f"{image.dtype} {tuple(image.shape)}".encode())
-            digest.update(image.contiguous().numpy())
+            digest.update(image.contiguous().numpy().data)
     return json.dumps({**clip.preprocessing, "probe": digest.hexdigest()}, sort_keys=True)
 
 

@@ -33,7 +33,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
-            getattr(error, "errno", None) or errno.EIO, f"could not write {path} ({reason}); the old file, if any, is intact"
+            getattr(error, "errno", None) or errno.EIO,
+            f"could not write {path} ({reason}); the old file, if any, is intact",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from open_clip.modified_resnet import AttentionPool2d
@@ -17,7 +18,7 @@ FIRST_LAYER = "visual.conv1"  # pixels to channels: adapted only where it is ask
 
 def adaptable_layers(model: nn.Module) -> list[str]:
     """Names of the encoders' linear layers and dense convolutions whose forward is called, so that an adapter acts."""
-    uncalled = set()  # attention that reads its layers' weights without calling the layers
+    uncalled: set[nn.Module] = set()  # attention that reads its layers' weights without calling the layers
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention | AttentionPool2d):
             uncalled.update(module.modules())
@@ -58,7 +59,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
                 f"lora.targets={list(targets)} adds no adapter to the {encoder} encoder; "
                 f"this model's layers end in: {', '.join(_endings(layers))}"
             )
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)  # type: ignore[arg-type]
     inject_adapter_in_model(config, model, ADAPTER)
 
 
@@ -81,7 +82,7 @@ def _endings(layers: Sequence[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     """The layers that carry an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 

@@ -48,7 +48,7 @@ class ClipModel(nn.Module):
             and _pooling(model) in ("argmax", "eos")
         )
         unpack_attention(model, text.transformer if self.trims_text else None)
-        self.model = model.requires_grad_(False).eval()
+        self.model: Any = model.requires_grad_(False).eval()
         # a list hides the twin from parameters(), state_dict() and train()
         self._twin: list[nn.Module] = []
         self.weights_hash = self._hash()
@@ -165,7 +165,7 @@ class ClipModel(nn.Module):
         digest = hashlib.sha256(json.dumps(self.config["model_cfg"], sort_keys=True).encode())
         for name, tensor in sorted(self.exported_state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -247,14 +247,14 @@ def _check_pretrained(name: str, pretrained: str) -> None:
     raise ValueError(f"unknown tag {pretrained!r} for {name}{hint} Known: {', '.join(tags) or 'none'}; or a file")
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
+def _text_tower(model: Any) -> Any:
     """The module that holds the text encoder's parts (open_clip's CLIP keeps them at the top level)."""
     return getattr(model, "text", model)
 
 
-def _pooling(model: nn.Module) -> str:
-    return getattr(model, "text_pool_type", None) or getattr(_text_tower(model), "pool_type", "")
+def _pooling(model: Any) -> str:
+    return getattr(model, "text_pool_type", None) or getattr(_text_tower(model), "pool_type", None) or ""
 
 
-def _eos_id(model: nn.Module) -> int:
+def _eos_id(model: Any) -> int:
     return getattr(model, "text_eos_id", None) or _text_tower(model).eos_id

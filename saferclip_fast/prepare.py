@@ -88,7 +88,7 @@ def open_data(config: Config, source: str, clip: ClipModel) -> QuadrupletDataset
     Every image is decoded once; the outcome is kept in `data.cache_dir`, so a resumed run starts at once.
     """
     options = config.data
-    columns = dict(word.split("=", 1) if "=" in word else (word, "") for word in options.columns)
+    columns = {field: name for field, _, name in (word.partition("=") for word in options.columns)}
     if "" in columns.values():
         raise ConfigError(f"data.columns={options.columns}: write field=column, e.g. [safe_text=caption]")
     dataset = open_quadruplets(
@@ -132,7 +132,7 @@ def _neighbors(config: Config, frozen: FrozenEmbeddings, bank: SafeBank, bank_ro
     """The k nearest safe texts of the bank for every unsafe text of `frozen`: [N, k], on the CPU, cached."""
     k = config.objective.k
     digest = hashlib.sha256(f"{frozen.path.name} {bank.metadata} {k}".encode())
-    digest.update(bank_rows.numpy())
+    digest.update(bank_rows.numpy().data)
     path = Path(config.data.cache_dir) / f"neighbors-{digest.hexdigest()[:24]}.safetensors"
     if not path.is_file():
         queries = frozen.rows.unsafe_text.split(_QUERY_ROWS)

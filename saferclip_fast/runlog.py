@@ -62,6 +62,7 @@ class RunLog:
         )
 
     def advance(self, samples: int, shown: Mapping[str, float] | None = None) -> None:
+        assert self.bar is not None, "start_epoch comes first"
         if shown is not None:
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self.bar.update(samples)
@@ -94,6 +95,7 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         """The means so far, and start anew. Waits for the device."""
+        assert self.total is not None, "nothing was added"
         values = (self.total / self.weight).tolist()
         self.total, self.weight = None, 0
         return dict(zip(self.names, values, strict=True))

@@ -180,7 +180,7 @@ class Trainer:
         config, progress = self.config, self.progress
         self.log.end_epoch()
         if self.data.val is not None and progress.epoch % config.validation.every_epochs == 0:
-            means = self.validate()
+            means = self.validate(self.data.val)
             self.check_finite(means)
             self.log.write("val", progress.step, means, epoch=progress.epoch)
             if progress.best_loss is None or means["loss"] < progress.best_loss:
@@ -195,12 +195,12 @@ class Trainer:
         self.save()
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Means of the loss and its terms over the validation split."""
+    def validate(self, split: Split) -> dict[str, float]:
+        """Means of the loss and its terms over `split`."""
         self.clip.eval()
         meter = Meter()
-        for batch in self.loader(self.data.val, None, drop_last=False):
-            out = self.loss(batch, self.data.val)
+        for batch in self.loader(split, None, drop_last=False):
+            out = self.loss(batch, split)
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]))
         return meter.means()
 
@@ -221,7 +221,7 @@ class Trainer:
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
-        tensors = {f"model.{name}": p for name, p in self.trainable.items()}
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trainable.items()}
         if self.config.model.tuning == "full":
             names = dict(self.clip.model.named_buffers())
             tensors |= {f"model.{n}": t for n, t in self.clip.model.state_dict().items() if n in names}
@@ -335,7 +335,7 @@ def set_up_torch(config: Config) -> torch.device:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(config.seed)
     return device
 

@@ -77,7 +77,7 @@ def train_child(config) -> None:
 def run_child(target, *arguments) -> int:
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()
-    process.join(60)
+    process.join(300)
     return process.exitcode
 
 

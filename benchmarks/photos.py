@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from saferclip_fast.data.photos import TEMPLATES, PhotoDataset, pretrain_photos, with_article
-from saferclip_fast.demo import Job, arguments, run, show
+from saferclip_fast.demo import Job, arguments, launch
 
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 30_000, 4
 QUADRUPLETS, HELD_OUT = 3_000, 2_000
@@ -44,10 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(
             f"pass --photos FILE.tar, a tar of photographs in train/CLASS/ and test/CLASS/ folders (got {given.photos})"
         )
-    job = photos_job(given.photos, given.seed)
-    metrics = run(job, given.run_dir, given.cache_dir, given.seed, given.overrides, not given.quiet)
-    show(metrics, given.run_dir, HELD_OUT)
-    return 0
+    return launch(lambda: photos_job(given.photos, given.seed), given)
 
 
 if __name__ == "__main__":

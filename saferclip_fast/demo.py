@@ -25,7 +25,7 @@ from .files import save_json
 from .models import ClipModel, load_clip
 from .objectives import QuadrupletEmbeddings
 from .pretrain import Pairs, preprocess, pretrained_clip
-from .train import train
+from .train import MISTAKES, train
 
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 32_000, 3
 QUADRUPLETS, HELD_OUT = 3_000, 1_000
@@ -145,21 +145,27 @@ def arguments(description: str, run_dir: str) -> argparse.ArgumentParser:
     return parser
 
 
-def show(metrics: dict[str, Any], run_dir: Path, samples: int) -> None:
-    """Prints the table and where the files are."""
-    print(f"\n{samples} held-out quadruplets; a search sees safe and unsafe items together.\n\n{table(metrics)}\n")
-    print("seconds:", ", ".join(f"{name} {value}" for name, value in metrics["seconds"].items()))
-    print(f"metrics: {run_dir / 'metrics.json'}\nfigure:  {run_dir / 'figure.png'}\nweights: {run_dir / 'final'}")
+def launch(make_job: Callable[[], Job], given: argparse.Namespace) -> int:
+    """Runs the job that the command line asks for, prints the table and where the files are; the exit code."""
+    try:
+        job = make_job()
+        metrics = run(job, given.run_dir, given.cache_dir, given.seed, given.overrides, not given.quiet)
+    except MISTAKES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{len(job.held_out)} held-out quadruplets; a search sees safe and unsafe items together.\n")
+    print(table(metrics))
+    print("\nseconds:", ", ".join(f"{name} {value}" for name, value in metrics["seconds"].items()))
+    for name, file in (("metrics", "metrics.json"), ("figure", "figure.png"), ("weights", "final")):
+        print(f"{name}: {given.run_dir / file}")
+    return 0
 
 
 def main(words: Sequence[str] | None = None) -> int:
     given = arguments(
         "Pre-train a small CLIP on synthetic scenes, make it safe with SafeR-CLIP, and show what changed.", "runs/demo"
     ).parse_intermixed_args(words)
-    job = scenes_job(given.seed)
-    metrics = run(job, given.run_dir, given.cache_dir, given.seed, given.overrides, not given.quiet)
-    show(metrics, given.run_dir, HELD_OUT)
-    return 0
+    return launch(lambda: scenes_job(given.seed), given)
 
 
 if __name__ == "__main__":

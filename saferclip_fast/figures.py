@@ -38,7 +38,8 @@ def before_and_after(
         frozen_rows, tuned_rows: its embeddings.
     """
     figure = plt.figure(figsize=(12, 4 + 1.1 * EXAMPLES), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[4, 1.1 * EXAMPLES])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[4, 1.1 * EXAMPLES])
+    top, bottom = parts
     _bars(top, frozen, tuned, rows)
     _examples(bottom, held_out, frozen_rows, tuned_rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,9 @@ from .stop import ignore_stop_signals, stop_signals
 
 SHOWN = ("loss", "uni_text", "uni_image", "cos_text", "cos_image")  # in the progress bar
 
+# What a user can mend: reported in one line, without a traceback.
+MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, ValueError)
+
 
 @dataclass
 class Progress:
@@ -387,7 +390,7 @@ def main(words: Sequence[str] | None = None) -> int:
     overrides = list(arguments.overrides) + ([f"resume={arguments.resume}"] if arguments.resume else [])
     try:
         result = train(load_config(arguments.config, overrides))
-    except (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, ValueError) as error:
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result.weights is None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, triton
 from .schemas import SCHEMAS, register_backend, register_shapes_and_autograd
 
 try:
@@ -20,6 +20,7 @@ except ImportError as error:
 
 for _op in SCHEMAS:
     register_backend(_op, "reference", getattr(reference, _op))
+    register_backend(_op, "triton", triton.implementation(_op))
     if _C is not None:
         register_shapes_and_autograd(_op, _op)
 if _C is not None:

@@ -13,36 +13,39 @@ import torch
 import triton
 from triton import Config
 
-from .shared import INTERPRETED
+from .shared import INTERPRETED, has_wide_tiles
 
-# A tile row is 128 bytes along d, one cache line and the widest shared-memory swizzle: 64 half-precision or 32 float32.
-WIDTHS = (64, 32)
-KEY_REGISTERS = 64  # at most this many registers a thread for running top-k keys; more spilled when compiled for sm_80
-
-
-# Left to itself, ptxas spills a few registers to fit one more program on a multiprocessor. AMD has no such option.
-MAX_REGISTERS = None if torch.version.hip else 255
+# Left to itself, ptxas spills a few of the many keys to fit a second program on a multiprocessor. AMD has no such option.
+ROOMY = None if torch.version.hip else 255
+MANY_KEYS = 64
+KEY_REGISTERS = 64  # a thread's registers for running top-k keys
+ACCUMULATORS = {True: 64, False: 32}  # a thread's accumulators; wgmma and tcgen05 (True) leave room for more
 
 
-def _product(columns: int, warps: int, stages: int, **more: int) -> list[Config]:
-    tiles = {"BLOCK_COLUMNS": columns, **more}
-    return [
-        Config({**tiles, "BLOCK_WIDTH": width}, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS)
-        for width in WIDTHS
-    ]
+def _config(columns: int, width: int, warps: int, stages: int, maxnreg: int | None = None, **more: int) -> Config:
+    tiles = {"BLOCK_COLUMNS": columns, "BLOCK_WIDTH": width, **more}
+    return Config(tiles, num_warps=warps, num_stages=stages, maxnreg=maxnreg)
 
 
-# Rows against columns, one reduction along the columns (search, log-sum-exp).
-PRODUCT = [
-    *_product(128, warps=8, stages=3),  # most reuse: each loaded byte meets 128 columns; 96 KiB at 128 rows
-    *_product(
-        64, warps=4, stages=4
-    ),  # two or more programs a multiprocessor, one reduces while another multiplies
+# A tile row is 128 bytes along d (one cache line, and the widest shared-memory swizzle): BLOCK_WIDTH is 64 for half
+# precision and 32 for float32, and `fits` keeps those of the dtype. float32 has one configuration a kernel.
+SCREEN = [
+    _config(128, 64, warps=8, stages=3),  # most reuse: each loaded byte meets 128 columns; 96 KiB at 128 rows
+    _config(64, 64, warps=4, stages=4),  # two or more programs a multiprocessor, one reduces while another multiplies
+    _config(128, 64, warps=8, stages=3, maxnreg=ROOMY),  # for k > 60
+    _config(128, 32, warps=8, stages=3),
+    _config(128, 32, warps=8, stages=3, maxnreg=ROOMY),
 ]
-# Rows against columns, then against a CHUNK of d (gradient): the accumulator is [rows, CHUNK].
+LOG_SUM = [
+    _config(128, 64, warps=8, stages=3),  # as above
+    _config(64, 64, warps=4, stages=4),
+    _config(64, 32, warps=8, stages=3),  # IEEE float32 multiplies in registers, which 128 columns exceed
+]
+# Rows against columns, then against a CHUNK of d: the accumulator is [rows, CHUNK].
 GRADIENT = [
-    *_product(64, warps=8, stages=2, CHUNK=256),  # the logits are recomputed d / 256 times
-    *_product(64, warps=4, stages=2, CHUNK=128),  # more programs, for batches that would leave processors idle
+    _config(64, 64, warps=8, stages=2, CHUNK=256),  # the logits are recomputed d / 256 times
+    _config(64, 64, warps=8, stages=2, CHUNK=128),  # half the registers, and programs for more processors
+    _config(32, 32, warps=8, stages=2, CHUNK=128),
 ]
 
 
@@ -52,19 +55,27 @@ def shared_memory(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
-def fits(config: Config, block_rows: int, itemsize: int, keep: int, limit: int) -> bool:
-    """Whether a configuration suits the dtype, and its tiles and keys the chip."""
-    columns, width = config.kwargs["BLOCK_COLUMNS"], config.kwargs["BLOCK_WIDTH"]
-    keys = 2 * block_rows * keep // (32 * config.num_warps)  # an int64 key is two registers
-    tiles = config.num_stages * (block_rows + columns) * width * itemsize
-    tiles += config.kwargs.get("CHUNK", 0) * columns * itemsize
-    return width * itemsize == 128 and keys <= KEY_REGISTERS and tiles <= limit
+def fits(config: Config, block_rows: int, itemsize: int, keep: int, limit: int, wide: bool) -> bool:
+    """Whether a configuration suits the dtype, and its tiles, keys and accumulators the chip."""
+    columns, width, chunk = (config.kwargs.get(name, 0) for name in ("BLOCK_COLUMNS", "BLOCK_WIDTH", "CHUNK"))
+    threads = 32 * config.num_warps
+    keys = 2 * block_rows * keep // threads  # an int64 key is two registers
+    tiles = (config.num_stages * (block_rows + columns) * width + columns * chunk) * itemsize
+    return (
+        width * itemsize == 128
+        and keys <= KEY_REGISTERS
+        and (config.maxnreg is None) == (keep <= MANY_KEYS or ROOMY is None)
+        and block_rows * max(columns, chunk) // threads <= ACCUMULATORS[wide]
+        and (block_rows == 64 or config.num_warps == 8)  # 4 warps: too many registers at 128 rows, no gain at 16
+        and tiles <= limit
+    )
 
 
 def _prune(configs: list[Config], arguments: dict, **constants) -> list[Config]:
     matrix = arguments["columns"]
     limit = 1 << 62 if INTERPRETED else shared_memory(matrix.device)
-    suited = [c for c in configs if fits(c, constants["BLOCK_ROWS"], matrix.itemsize, constants.get("KEEP", 0), limit)]
+    rows, keep, wide = constants["BLOCK_ROWS"], constants.get("KEEP", 0), has_wide_tiles(matrix.device)
+    suited = [config for config in configs if fits(config, rows, matrix.itemsize, keep, limit, wide)]
     return suited[:1] if INTERPRETED else suited
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import PRODUCT, tuned
+from .configs import SCREEN, tuned
 from .shared import (
     EMPTY,
     dot_tile,
@@ -56,6 +56,7 @@ from .shared import (
 
 MAX_K = 256
 MAX_SLOTS = 4096  # kept keys a query; `decide` holds them all in registers
+SLOT_WARPS = 8  # to hold them
 SPARE = 4  # kept beyond k in each split, so that the proof nearly always succeeds
 AGAIN_ROWS, AGAIN_BANK, AGAIN_WIDTH = 16, 64, 64
 
@@ -98,7 +99,7 @@ def _screen(
     return keys, tl.max(largest, axis=0)
 
 
-@tuned(PRODUCT, key=["width", "KEEP", "BLOCK_ROWS"])
+@tuned(SCREEN, key=["width", "KEEP", "BLOCK_ROWS"])
 @triton.jit(do_not_specialize=["rows", "split_rows"])
 def screen_kernel(
     scaled, columns, kept, squares, rows, bank_rows, width, split_rows,
@@ -287,7 +288,6 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
     again = query.new_empty(rows, dtype=torch.int32)
     again_count = query.new_zeros(1, dtype=torch.int32)
     precision = screening_float32()  # only the screen: float64 decides
-    many = 8 if padded * keep > 1024 else 4
     with on_device(query):
         prepare_kernel[(rows,)](
             query, scaled, length, slack, width, relative_error(width, bank.dtype), BLOCK=block,
@@ -300,7 +300,7 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
         decide_kernel[(rows,)](
             query, bank, kept, squares, slack, scores, indices, again, again_count,
             bank_rows, width, splits, split_rows,
-            K=k, KEEP=keep, SPLITS=padded, BEST=triton.next_power_of_2(k), BLOCK=block, num_warps=many,
+            K=k, KEEP=keep, SPLITS=padded, BEST=triton.next_power_of_2(k), BLOCK=block, num_warps=SLOT_WARPS,
         )  # fmt: skip
         search_again_kernel[(splits,)](
             query, scaled, bank, kept, squares, slack, length, scores, again, again_count,
@@ -308,6 +308,16 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
             ROWS=AGAIN_ROWS, BLOCK_BANK=AGAIN_BANK, BLOCK_WIDTH=AGAIN_WIDTH, num_warps=4,
         )  # fmt: skip
         merge_again_kernel[(min(rows, 4 * processors(query)),)](
-            kept, scores, indices, again, again_count, k, bank_rows, splits, KEEP=keep, SPLITS=padded, num_warps=many
+            kept,
+            scores,
+            indices,
+            again,
+            again_count,
+            k,
+            bank_rows,
+            splits,
+            KEEP=keep,
+            SPLITS=padded,
+            num_warps=SLOT_WARPS,
         )
     return scores, indices

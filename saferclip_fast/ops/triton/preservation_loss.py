@@ -13,7 +13,8 @@ Shaped like FlashAttention, with no atomics: a program owns a block of rows and 
    projection (g - (g.u) u) / |x| needs g.u, which is the row sum of D * S, so it is had in the same pass, from the
    same rounded D.
 
-float32 products are IEEE float32 unless torch.set_float32_matmul_precision asked for less (`shared.exact_float32`).
+float32 products are IEEE float32, without tensor cores: TF32x3 has nearly exact products but an accumulator that
+truncates, which the logit scale of 100 would make visible.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GRADIENT, PRODUCT, tuned
+from .configs import GRADIENT, LOG_SUM, tuned
 from .shared import (
     LN_2,
     LOG2_E,
     NOTHING,
     dot_tile,
-    exact_float32,
     has_wide_tiles,
     load_row,
     load_tile,
@@ -43,6 +43,8 @@ from .shared import (
     rows_per_block,
     sum_terms,
 )
+
+EXACT = tl.constexpr("ieee")
 
 # Matrix numbers in the stacked copies: 0 text, 1 image, 2 frozen text, 3 frozen image. The counterpart of m is 3 - m.
 # Slabs of `parts` [2, 4, rows]: 0 the cosine terms and the InfoNCE terms' row halves, 1 their column halves.
@@ -90,7 +92,7 @@ def rows_kernel(
 @triton.jit
 def _products(
     columns, left, right, first_row, first_column, rows, width,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of inner products of matrix `left`'s rows and matrix `right`'s, in the stack `columns` [4, B, d]."""
     row = tl.arange(0, BLOCK_ROWS)
@@ -98,15 +100,15 @@ def _products(
     product, _ = dot_tile(
         row_pointer(columns, left * rows + first_row, width), row, row < rows - first_row,
         row_pointer(columns, right * rows + first_column, width), column, column < rows - first_column, width,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, columns.dtype.element_ty, PRECISION, False,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, columns.dtype.element_ty, EXACT, False,
     )  # fmt: skip
     return product
 
 
-@tuned(PRODUCT, key=["width", "BLOCK_ROWS"])
+@tuned(LOG_SUM, key=["width", "BLOCK_ROWS"])
 @triton.jit(do_not_specialize=["rows"])
 def log_sum_kernel(
-    columns, inverse_scaled, log_sums, parts, rows, width, logit_scale, weight_2, weight_3, PRECISION: tl.constexpr,
+    columns, inverse_scaled, log_sums, parts, rows, width, logit_scale, weight_2, weight_3,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """log_sums [3, 4, B] and one half of each row's InfoNCE loss, into its slab of parts.
@@ -128,7 +130,7 @@ def log_sum_kernel(
         for begin in range(0, rows, BLOCK_COLUMNS):
             column = begin + tl.arange(0, BLOCK_COLUMNS)
             product = _products(columns, left, 3 - left, first_row, begin, rows, width,
-                                BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
+                                BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
             of_right = tl.load(inverse_scaled + (3 - left) * rows + column, mask=column < rows, other=0.0)
             logits = product * (of_left[:, None] * of_right[None, :]) * (logit_scale * LOG2_E)
             own = row[:, None] == column[None, :]
@@ -151,7 +153,7 @@ def log_sum_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
     columns, inverse, inverse_scaled, log_sums, cosines, grad_text, grad_image,
-    rows, width, logit_scale, weight_0, weight_1, weight_2, weight_3, PRECISION: tl.constexpr,
+    rows, width, logit_scale, weight_0, weight_1, weight_2, weight_3,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """CHUNK columns of d loss / d text (program_id(2) = 0) or d loss / d image (1) for a block of rows."""
@@ -175,7 +177,7 @@ def gradient_kernel(
     for begin in range(0, last, BLOCK_COLUMNS):
         column = begin + tl.arange(0, BLOCK_COLUMNS)
         product = _products(columns, side, other, first_row, begin, rows, width,
-                            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
+                            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
         largest_column = tl.load(log_sums + (2 + side) * rows + column, mask=column < rows, other=0.0)
         rest_column = tl.load(log_sums + (6 + side) * rows + column, mask=column < rows, other=0.0)
         of_right = tl.load(inverse_scaled + other * rows + column, mask=column < rows, other=0.0)
@@ -187,7 +189,7 @@ def gradient_kernel(
         rounded = (d * of_right[None, :]).to(columns.dtype.element_ty)
         tile = load_tile(row_pointer(columns, other * rows + begin, width), tl.arange(0, BLOCK_COLUMNS), column < rows,
                          part, width, columns.dtype.element_ty)  # fmt: skip
-        g = tl.dot(rounded, tile, g, input_precision=PRECISION)
+        g = tl.dot(rounded, tile, g, input_precision=EXACT)
         along += tl.sum(rounded.to(tl.float32) * product, axis=1)
     share = 1.0 / rows.to(tl.float32)
     own = load_tile(row_pointer(columns, (2 + side) * rows + first_row, width), local, valid, part, width, tl.float32)
@@ -219,8 +221,10 @@ def preservation_loss(
     """The schema of `schemas.SCHEMAS`; float32, bfloat16 or float16 (where they differ, in the wider one), any d."""
     matrices = [matrix.contiguous() for matrix in (text, image, frozen_text, frozen_image)]
     rows, width = text.shape
-    block, block_rows = triton.next_power_of_2(width), rows_per_block(rows, has_wide_tiles(text.device))
+    block = triton.next_power_of_2(width)
     dtype = functools.reduce(torch.promote_types, (matrix.dtype for matrix in matrices))
+    wide = has_wide_tiles(text.device) and dtype != torch.float32
+    block_rows = rows_per_block(rows, wide)
     scaled = text.new_empty((4, rows, width), dtype=dtype)
     inverse, inverse_scaled = text.new_empty((2, 4, rows), dtype=torch.float32)
     log_sums = text.new_empty((3, 4, rows), dtype=torch.float32)
@@ -228,7 +232,6 @@ def preservation_loss(
     parts = text.new_zeros((2, 4, rows), dtype=torch.float32)
     grad_text = text.new_empty((rows if need_grad else 0, width))
     grad_image = text.new_empty((rows if need_grad else 0, width))
-    precision = exact_float32()
     nce = weights[2] != 0 or weights[3] != 0
     with on_device(text):
         rows_kernel[(rows,)](
@@ -238,12 +241,13 @@ def preservation_loss(
         if nce:
             log_sum_kernel[(triton.cdiv(rows, block_rows), 4)](
                 scaled, inverse_scaled, log_sums, parts, rows, width, logit_scale, *weights[2:],
-                PRECISION=precision, BLOCK_ROWS=block_rows,
+                BLOCK_ROWS=block_rows,
             )  # fmt: skip
         if need_grad:
+            block_rows = min(block_rows, 64)  # the [rows, CHUNK] accumulator takes the registers
             gradient_kernel[lambda meta: (triton.cdiv(rows, block_rows), triton.cdiv(width, meta["CHUNK"]), 2)](
                 scaled, inverse, inverse_scaled, log_sums, cosines, grad_text, grad_image,
-                rows, width, logit_scale, *weights, PRECISION=precision, BLOCK_ROWS=block_rows,
+                rows, width, logit_scale, *weights, BLOCK_ROWS=block_rows,
             )  # fmt: skip
         loss, terms = sum_terms(parts, weights)
     return loss, terms, grad_text, grad_image

@@ -50,15 +50,6 @@ def screening_float32() -> str:
     return "ieee" if torch.version.hip else "tf32"
 
 
-def exact_float32() -> str:
-    """Float32 products that a result rests on: IEEE float32, never TF32.
-
-    After torch.set_float32_matmul_precision("high") or "medium", NVIDIA's tensor cores take three TF32 products for
-    one (TF32x3): each is nearly exact, but the accumulator truncates, which the logit scale of 100 makes visible.
-    """
-    return "ieee" if torch.version.hip or torch.get_float32_matmul_precision() == "highest" else "tf32x3"
-
-
 def row_warps(block: int) -> int:
     """Warps for a kernel that holds whole rows: 8 elements a thread, so that bfloat16 loads are 16 bytes."""
     return max(1, min(16, block // 256))

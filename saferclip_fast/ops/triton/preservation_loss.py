@@ -185,7 +185,7 @@ def gradient_kernel(
         d = tl.exp2(logits - largest_row[:, None] - rest_row[:, None])
         d += tl.exp2(logits - largest_column[None, :] - rest_column[None, :])
         d = tl.where(row[:, None] == column[None, :], -to_others[:, None], d)
-        d = tl.where((column < rows)[None, :], d, 0.0)
+        d = tl.where(valid[:, None] & (column < rows)[None, :], d, 0.0)
         rounded = (d * of_right[None, :]).to(columns.dtype.element_ty)
         tile = load_tile(row_pointer(columns, other * rows + begin, width), tl.arange(0, BLOCK_COLUMNS), column < rows,
                          part, width, columns.dtype.element_ty)  # fmt: skip

@@ -42,7 +42,9 @@ def retarget_arguments(x, neighbors=3, bank_rows=20, weights=WEIGHTS, beta=2.0, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("batch", "width", "neighbors", "current"), [(1, 1, 1, False), (9, 37, 3, True), (4, 515, 5, False)])
+@pytest.mark.parametrize(
+    ("batch", "width", "neighbors", "current"), [(1, 1, 1, False), (9, 37, 3, True), (4, 515, 5, False)]
+)
 def test_retarget(batch, width, neighbors, current, dtype):
     assert_op("retarget_loss", retarget_arguments(embeddings(batch, width, dtype), neighbors, current=current))
 

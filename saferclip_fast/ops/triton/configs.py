@@ -15,9 +15,9 @@ from triton import Config
 
 from .shared import INTERPRETED, has_wide_tiles
 
-# Left to itself, ptxas spills a few of the many keys to fit a second program on a multiprocessor. AMD has no such option.
+# Left to itself, ptxas (run by Triton with --regAllocOptLevel=2) stops the screen's kernels at a step of the occupancy
+# and spills the last few registers. AMD has no such option.
 ROOMY = None if torch.version.hip else 255
-MANY_KEYS = 64
 KEY_REGISTERS = 64  # a thread's registers for running top-k keys
 ACCUMULATORS = {True: 64, False: 32}  # a thread's accumulators; wgmma and tcgen05 (True) leave room for more
 
@@ -28,22 +28,23 @@ def _config(columns: int, width: int, warps: int, stages: int, maxnreg: int | No
 
 
 # A tile row is 128 bytes along d (one cache line, and the widest shared-memory swizzle): BLOCK_WIDTH is 64 for half
-# precision and 32 for float32, and `fits` keeps those of the dtype. float32 has one configuration a kernel.
+# precision and 32 for float32, and `fits` keeps those of the dtype.
 SCREEN = [
-    _config(128, 64, warps=8, stages=3),  # most reuse: each loaded byte meets 128 columns; 96 KiB at 128 rows
-    _config(64, 64, warps=4, stages=4),  # two or more programs a multiprocessor, one reduces while another multiplies
-    _config(128, 64, warps=8, stages=3, maxnreg=ROOMY),  # for k > 60
-    _config(128, 32, warps=8, stages=3),
+    _config(
+        128, 64, warps=8, stages=3, maxnreg=ROOMY
+    ),  # most reuse: a loaded byte meets 128 columns; 96 KiB at 128 rows
+    _config(64, 64, warps=4, stages=4, maxnreg=ROOMY),  # two programs a multiprocessor: one reduces, one multiplies
     _config(128, 32, warps=8, stages=3, maxnreg=ROOMY),
+    _config(64, 32, warps=4, stages=4, maxnreg=ROOMY),
 ]
 LOG_SUM = [
     _config(128, 64, warps=8, stages=3),  # as above
     _config(64, 64, warps=4, stages=4),
-    _config(64, 32, warps=8, stages=3),  # IEEE float32 multiplies in registers, which 128 columns exceed
+    _config(32, 32, warps=8, stages=3),  # IEEE float32 multiplies in registers, which more columns exceed
 ]
 # Rows against columns, then against a CHUNK of d: the accumulator is [rows, CHUNK].
 GRADIENT = [
-    _config(64, 64, warps=8, stages=2, CHUNK=256),  # the logits are recomputed d / 256 times
+    _config(64, 64, warps=8, stages=2, CHUNK=256),  # for 16 rows: the logits are recomputed d / 256 times
     _config(64, 64, warps=8, stages=2, CHUNK=128),  # half the registers, and programs for more processors
     _config(32, 32, warps=8, stages=2, CHUNK=128),
 ]
@@ -59,14 +60,14 @@ def fits(config: Config, block_rows: int, itemsize: int, keep: int, limit: int, 
     """Whether a configuration suits the dtype, and its tiles, keys and accumulators the chip."""
     columns, width, chunk = (config.kwargs.get(name, 0) for name in ("BLOCK_COLUMNS", "BLOCK_WIDTH", "CHUNK"))
     threads = 32 * config.num_warps
+    most = ACCUMULATORS[wide and not chunk]  # beside a chunk's, there are the logits'
     keys = 2 * block_rows * keep // threads  # an int64 key is two registers
     tiles = (config.num_stages * (block_rows + columns) * width + columns * chunk) * itemsize
     return (
         width * itemsize == 128
         and keys <= KEY_REGISTERS
-        and (config.maxnreg is None) == (keep <= MANY_KEYS or ROOMY is None)
-        and block_rows * max(columns, chunk) // threads <= ACCUMULATORS[wide]
-        and (block_rows == 64 or config.num_warps == 8)  # 4 warps: too many registers at 128 rows, no gain at 16
+        and block_rows * max(columns, chunk) // threads <= most
+        and (block_rows < 128 or config.num_warps == 8)
         and tiles <= limit
     )
 

@@ -3,6 +3,7 @@
 from .bank import SafeBank
 from .ops import (
     Backend,
+    BackendError,
     Neighbors,
     PreservationOutput,
     RetargetOutput,
@@ -10,11 +11,13 @@ from .ops import (
     nearest_safe,
     preservation_loss,
     retarget_loss,
+    use_backend,
 )
 from .version import __version__
 
 __all__ = [
     "Backend",
+    "BackendError",
     "Neighbors",
     "PreservationOutput",
     "RetargetOutput",
@@ -24,4 +27,5 @@ __all__ = [
     "nearest_safe",
     "preservation_loss",
     "retarget_loss",
+    "use_backend",
 ]

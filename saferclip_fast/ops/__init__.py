@@ -1,12 +1,14 @@
-"""The three ops. Each module holds one public function; `backends` chooses which implementation runs it."""
+"""The three ops. Each module holds one public function; `choice` picks the backend that runs it."""
 
 from .backends import Backend, backends
+from .choice import BackendError, use_backend
 from .nearest_safe import Neighbors, nearest_safe
 from .preservation_loss import PreservationOutput, preservation_loss
 from .retarget_loss import RetargetOutput, retarget_loss
 
 __all__ = [
     "Backend",
+    "BackendError",
     "Neighbors",
     "PreservationOutput",
     "RetargetOutput",
@@ -14,4 +16,5 @@ __all__ = [
     "nearest_safe",
     "preservation_loss",
     "retarget_loss",
+    "use_backend",
 ]

@@ -1,9 +1,10 @@
-"""Which backends are built and usable here, and which of them an op call takes."""
+"""Which backends are built and usable here. `choice` says which of them an op call takes."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ if _C is not None:
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 MAX_NATIVE_K = 256
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PICKED: dict[str, list[str]] = {}  # backend -> what it was picked for and why; `choice` writes it
 
 
 class Backend(NamedTuple):
@@ -42,6 +44,7 @@ class Backend(NamedTuple):
     usable: bool
     ops: tuple[str, ...]
     detail: str
+    picked: tuple[str, ...] = ()  # the calls that it was picked for so far in this process, and why
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -59,12 +62,19 @@ def _native_backend(key: str) -> Backend:
     return Backend(True, ops, f"built with {_C.compiler}")
 
 
-@functools.cache
-def backends() -> dict[str, Backend]:
-    """What is built and usable here, and why the rest is not.
+def _triton_backend() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, (), "the triton package is not installed; pip install triton")
+    if torch.cuda.is_available():
+        return Backend(True, triton.OPS, f"compiled at first use for {torch.cuda.get_device_name()}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend(True, triton.OPS, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, not for speed")
+    return Backend(False, triton.OPS, "torch sees no GPU here (torch.cuda.is_available() is False)")
 
-    Returns a dict from backend name ("reference", "cpu", "cuda", "triton") to `Backend(usable, ops, detail)`.
-    """
+
+@functools.cache
+def built() -> dict[str, Backend]:
+    """The rows of `backends()`, without what was picked."""
     return {
         "reference": Backend(True, tuple(SCHEMAS), f"plain PyTorch {torch.__version__}, any device and dtype"),
         "cpu": _native_backend("CPU"),
@@ -73,52 +83,9 @@ def backends() -> dict[str, Backend]:
     }
 
 
-def _triton_backend() -> Backend:
-    if importlib.util.find_spec("triton") is None:
-        return Backend(False, (), "the triton package is not installed")
-    return Backend(False, (), "no Triton kernels in this version")
+def backends() -> dict[str, Backend]:
+    """What is built and usable here, why the rest is not, and what each was picked for.
 
-
-def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
-    """float64 goes to the reference; otherwise the device's own kernels where they are built."""
-    if dtype in _NATIVE_DTYPES and device in ("cpu", "cuda"):
-        for name in (device, "triton") if device == "cuda" else (device,):
-            found = backends()[name]
-            if found.usable and op in found.ops:
-                return name
-    return "reference"
-
-
-_SELECTED: dict[tuple, str] = {}  # a plain dict: torch.compile traces through functools.cache
-
-
-def select(op: str, backend: str, device: str, dtype: torch.dtype) -> torch._ops.OpOverload:
-    """The torch op that runs `op` on `backend` ("auto" chooses) for tensors of this device type and dtype.
-
-    Raises:
-        ValueError: an unknown backend, or one that does not serve this device or dtype.
-        RuntimeError: a backend that is not usable here; the message says why.
+    Returns a dict from backend name ("reference", "cpu", "cuda", "triton") to `Backend(usable, ops, detail, picked)`.
     """
-    return getattr(torch.ops.saferclip_fast, _selected_name(op, backend, device, dtype)).default
-
-
-@torch.compiler.assume_constant_result  # the choice is made while tracing, not traced
-def _selected_name(*key) -> str:
-    if key not in _SELECTED:
-        _SELECTED[key] = _select_name(*key)
-    return _SELECTED[key]
-
-
-def _select_name(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
-    if backend == "auto":
-        backend = _automatic(op, device, dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
-    if backend != "reference" and dtype not in _NATIVE_DTYPES:
-        raise ValueError(f"backend={backend!r} takes float32, bfloat16 or float16, got {dtype}; use 'reference'")
-    found = backends()[backend]
-    if op not in found.ops or not found.usable:
-        raise RuntimeError(f"backend={backend!r} cannot run {op} here: {found.detail}")
-    if backend in ("cpu", "cuda") and device != backend:
-        raise ValueError(f"backend={backend!r} needs {backend} tensors, got {device}; move them or use 'auto'")
-    return op if backend in ("cpu", "cuda") else f"{op}_{backend}"
+    return {name: row._replace(picked=tuple(PICKED.get(name, ()))) for name, row in built().items()}

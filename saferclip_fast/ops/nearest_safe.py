@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import MAX_NATIVE_K, select
+from .backends import MAX_NATIVE_K
 from .checks import check_finite, check_matrix, check_unit_rows
+from .choice import run
 
 if TYPE_CHECKING:
     from ..bank import SafeBank
@@ -54,8 +55,8 @@ def nearest_safe(
         query = query.detach()
     if backend == "auto" and k > MAX_NATIVE_K:
         backend = "reference"
-    op = select("nearest_safe", backend, query.device.type, query.dtype)
-    return Neighbors(*op(query, rows, k, packed))
+    work = query.shape[0] * rows.shape[0]
+    return Neighbors(*run("nearest_safe", backend, query, work, query, rows, k, packed))
 
 
 def _check(query: Tensor, rows: Tensor, k: int, is_tensor: bool) -> None:

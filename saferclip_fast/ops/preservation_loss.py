@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import select
 from .checks import check_finite, check_matrix, term_weights
+from .choice import run
 
 TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
 
@@ -64,10 +64,19 @@ def preservation_loss(
             check_finite(name, value)
         if image.dtype != text.dtype:
             raise ValueError(f"image is {image.dtype} but text is {text.dtype}; cast one of them")
-    op = select("preservation_loss", backend, text.device.type, text.dtype)
     need_grad = torch.is_grad_enabled() and (text.requires_grad or image.requires_grad)
     with torch.autocast(text.device.type, enabled=False):  # a kernel's inner matmuls keep the precision it chose
-        loss, terms, _, _ = op(
-            text, image, frozen_text.detach(), frozen_image.detach(), term_weight, logit_scale, need_grad
+        loss, terms, _, _ = run(
+            "preservation_loss",
+            backend,
+            text,
+            text.shape[0] ** 2,
+            text,
+            image,
+            frozen_text.detach(),
+            frozen_image.detach(),
+            term_weight,
+            logit_scale,
+            need_grad,
         )
     return PreservationOutput(loss, dict(zip(TERMS, terms.detach().unbind(), strict=True)))

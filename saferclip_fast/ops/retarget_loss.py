@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import select
 from .checks import check_finite, check_labels, check_matrix, term_weights
+from .choice import run
 from .nearest_safe import Neighbors, nearest_safe, neighbor_weights
 
 if TYPE_CHECKING:
@@ -85,9 +85,12 @@ def retarget_loss(
         _check(text, image, frozen_text, frozen_image, bank, neighbors)
     if neighbors is None:
         neighbors = nearest_safe(frozen_text, bank, k, backend=_search_backend(backend, text), check=check)
-    op = select("retarget_loss", backend, text.device.type, text.dtype)
     need_grad = torch.is_grad_enabled() and (text.requires_grad or image.requires_grad)
-    loss, terms, _, _ = op(
+    loss, terms, _, _ = run(
+        "retarget_loss",
+        backend,
+        text,
+        neighbors.indices.numel(),
         text,
         image,
         frozen_text.detach(),

@@ -132,7 +132,8 @@ def _preservation_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
                     Variant("preservation_loss.gradient_kernel",
                             {**common, "columns": dtype, "inverse": "fp32", "cosines": "fp32", "grad_text": dtype,
                              "grad_image": dtype}, ("logit_scale", *(f"weight_{j}" for j in range(4))),
-                            {**constants, **config.kwargs}, config.num_warps, config.num_stages, product, config.maxnreg)
+                            {**constants, **config.kwargs},
+                            config.num_warps, config.num_stages, product, config.maxnreg)
                 )  # fmt: skip
     return found
 

@@ -135,7 +135,7 @@ def test_every_configuration(config, monkeypatch):
 
 
 def test_too_many_neighbors_names_the_limit():
-    with pytest.raises(ValueError, match="k=257.*at most 256.*reference"):
+    with pytest.raises(ValueError, match=r"k=257.*at most 256.*reference"):
         OP(rows(1, 4), unit_rows(300, 4), 257)
 
 

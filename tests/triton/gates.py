@@ -36,8 +36,13 @@ class Variant(NamedTuple):
 
 
 def variants(hip: bool, wide: bool, shared_limit: int) -> list[Variant]:
+    """All of them for CUDA; for AMD, where nothing can be tuned or measured, the first of each kernel and dtype."""
     found = [*_row_variants(), *_search_variants(hip, wide, shared_limit)]
-    return found + _preservation_variants(hip, wide, shared_limit)
+    found += _preservation_variants(hip, wide, shared_limit)
+    if hip:
+        first = {(variant.kernel, *sorted(variant.pointers.values())): variant for variant in reversed(found)}
+        found = list(first.values())
+    return found
 
 
 def _configs(configs, itemsize: int, block_rows: int, keep: int, limit: int, wide: bool):

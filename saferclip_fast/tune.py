@@ -56,7 +56,8 @@ def seconds(function: Callable, arguments: tuple, min_run_time: float) -> float:
 
 def measure(op: str, device: str, dtype: torch.dtype, min_run_time: float) -> list[dict]:
     """Table rows of one op and dtype, for increasing work; the last has no upper end."""
-    rows, works = [], []
+    rows: list[dict] = []
+    works = []
     for work, arguments in cases(op, device, dtype):
         taken = {}
         for backend in BACKENDS:

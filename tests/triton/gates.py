@@ -57,7 +57,7 @@ def _row_variants() -> list[Variant]:
     weights = ("weight_0", "weight_1", "weight_2", "weight_3")
     found = [Variant("shared.sum_terms_kernel", dict(parts="fp32", terms="fp32", loss="fp32"), weights,
                      dict(SLABS=2, BLOCK=512), 4, 3)]  # fmt: skip
-    for dtype, block in (("bf16", 1024), ("fp16", 512), ("fp32", 2048)):
+    for dtype, block in (("bf16", 1024), ("fp32", 2048)):
         rows = dict.fromkeys(("text", "image", "frozen_text", "frozen_image"), dtype)
         found.append(
             Variant("retarget_loss.retarget_kernel",

@@ -1,0 +1,120 @@
+"""Runs the CUDA kernels on the SIMT executor with torch tensors as memory."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from . import build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+COUNTERS = "load_bytes store_bytes wide_loads narrow_loads mma_int8 mma_half fma launches".split()
+
+
+class SimtFault(RuntimeError):
+    """The executor found a race, an access out of bounds, a divergent barrier, or the like."""
+
+
+class Executor:
+    """One compiled kernel library, and the buffers that it may touch."""
+
+    def __init__(self, name: str, **options):
+        self.library = build.load(name, **options)
+        self.reverse = False
+        self.multiprocessors = 2
+
+    def reset(self) -> None:
+        self.library.simt_reset(int(self.reverse), self.multiprocessors)
+        self.kept = []
+
+    def pointer(self, tensor: torch.Tensor | None, name: str, *, output: bool = False) -> int | None:
+        """Guards a contiguous tensor and gives its address; outputs hold no data yet."""
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous()
+        self.kept.append(tensor)
+        size = tensor.numel() * tensor.element_size()
+        if size == 0:
+            return None
+        self.library.simt_guard(
+            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size), int(output), int(not output), name.encode()
+        )
+        return tensor.data_ptr()
+
+    def call(self, function: str, *arguments) -> None:
+        message = ctypes.create_string_buffer(1000)
+        code = getattr(self.library, function)(*arguments, message, len(message))
+        if code:
+            raise SimtFault(message.value.decode())
+
+    def counters(self) -> dict[str, int]:
+        values = (ctypes.c_int64 * len(COUNTERS))()
+        self.library.simt_counters(values)
+        return dict(zip(COUNTERS, values))
+
+
+class NearestProblem(ctypes.Structure):
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        ("bank", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("queries", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("k", ctypes.c_int),
+        ("query_type", ctypes.c_int),
+        ("bank_type", ctypes.c_int),
+    ]
+
+
+@dataclass
+class Nearest:
+    scores: torch.Tensor
+    indices: torch.Tensor
+    counters: dict[str, int]
+
+
+def pack_bank(executor: Executor, bank: torch.Tensor) -> torch.Tensor:
+    executor.reset()
+    size = executor.library.run_packed_bank_bytes
+    size.restype = ctypes.c_int64
+    packed = torch.empty(size(ctypes.c_int64(bank.shape[0]), ctypes.c_int64(bank.shape[1])), dtype=torch.uint8)
+    executor.call(
+        "run_pack_bank",
+        ctypes.c_void_p(executor.pointer(bank, "bank")),
+        DTYPES[bank.dtype],
+        ctypes.c_int64(bank.shape[0]),
+        ctypes.c_int64(bank.shape[1]),
+        ctypes.c_void_p(executor.pointer(packed, "packed bank", output=True)),
+    )
+    return packed
+
+
+def nearest_safe(executor: Executor, query: torch.Tensor, bank: torch.Tensor, k: int, packed=None) -> Nearest:
+    executor.reset()
+    problem = NearestProblem(
+        executor.pointer(query, "query"),
+        executor.pointer(bank, "bank"),
+        executor.pointer(packed, "packed bank"),
+        query.shape[0],
+        bank.shape[0],
+        bank.shape[1],
+        k,
+        DTYPES[query.dtype],
+        DTYPES[bank.dtype],
+    )
+    size = executor.library.run_workspace_bytes
+    size.restype = ctypes.c_int64
+    workspace = torch.empty(size(ctypes.byref(problem)) + 16, dtype=torch.uint8)
+    scores = torch.empty(query.shape[0], k)
+    indices = torch.empty(query.shape[0], k, dtype=torch.int64)
+    executor.call(
+        "run_nearest_safe",
+        ctypes.byref(problem),
+        ctypes.c_void_p(executor.pointer(workspace, "workspace", output=True)),
+        ctypes.c_void_p(executor.pointer(scores, "scores", output=True)),
+        ctypes.c_void_p(executor.pointer(indices, "indices", output=True)),
+    )
+    return Nearest(scores, indices, executor.counters())

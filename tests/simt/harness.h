@@ -1,0 +1,36 @@
+// C entry points that every test library has: buffers, counters, schedule; and the call that turns a
+// fault into a message for Python.
+#pragma once
+
+#include <cstdio>
+#include <exception>
+
+#include "device.cuh"
+
+extern "C" {
+void simt_guard(const void* p, int64_t bytes, int writable, int filled, const char* name) {
+  simt::guard(p, bytes, writable, filled, name);
+}
+void simt_reset(int reverse, int multiprocessors) {
+  simt::forget_buffers();
+  simt::counters = {};
+  simt::reverse_schedule = reverse;
+  saferclip::simulated_multiprocessors = multiprocessors;
+}
+void simt_counters(int64_t* out) {
+  const auto& c = simt::counters;
+  const int64_t all[] = {c.load_bytes, c.store_bytes, c.wide_loads, c.narrow_loads,
+                         c.mma_int8,   c.mma_half,    c.fma,        c.launches};
+  for (int64_t x : all) *out++ = x;
+}
+}
+
+template <class Call>
+int report_faults(char* message, int size, Call call) {
+  try {
+    return call();
+  } catch (const std::exception& e) {
+    std::snprintf(message, size, "%s", e.what());
+    return -1;
+  }
+}

@@ -118,3 +118,54 @@ def nearest_safe(executor: Executor, query: torch.Tensor, bank: torch.Tensor, k:
         ctypes.c_void_p(executor.pointer(indices, "indices", output=True)),
     )
     return Nearest(scores, indices, executor.counters())
+
+
+class RetargetProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "text image frozen_text frozen_image bank_text bank_image".split()),
+        *((name, ctypes.c_void_p) for name in "neighbors neighbor_weights row_weights".split()),
+        ("batch", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("k", ctypes.c_int),
+        *((f"{name}_type", ctypes.c_int) for name in "row frozen_text frozen_image bank_text bank_image".split()),
+        ("weights", ctypes.c_float * 4),
+        ("beta", ctypes.c_float),
+        ("margin", ctypes.c_float),
+        ("current_negative", ctypes.c_int),
+        ("need_grad", ctypes.c_int),
+    ]
+
+
+def loss_outputs(executor: Executor, like: torch.Tensor, need_grad: bool) -> tuple[list[torch.Tensor], list]:
+    """loss, terms and two gradients, and their guarded addresses."""
+    rows = like.shape[0] if need_grad else 0
+    outputs = [torch.empty(()), torch.empty(4), *(like.new_empty(rows, like.shape[1]) for _ in range(2))]
+    names = ["loss", "terms", "text gradient", "image gradient"]
+    return outputs, [ctypes.c_void_p(executor.pointer(o, n, output=True)) for o, n in zip(outputs, names)]
+
+
+def retarget_loss(executor: Executor, *arguments) -> tuple[list[torch.Tensor], dict[str, int]]:
+    """The arguments and outputs of torch.ops.saferclip_fast.retarget_loss, and the counters."""
+    tensors, (weights, beta, margin, current_negative, need_grad) = arguments[:9], arguments[9:]
+    executor.reset()
+    names = [name for name, kind in RetargetProblem._fields_ if kind is ctypes.c_void_p]
+    text, image, *_ = tensors
+    problem = RetargetProblem(
+        *(executor.pointer(tensor, name) for tensor, name in zip(tensors, names)),
+        *text.shape,
+        tensors[6].shape[1],
+        *(DTYPES[tensor.dtype] for tensor in (text, *tensors[2:6])),
+        (ctypes.c_float * 4)(*weights),
+        beta,
+        margin,
+        current_negative,
+        need_grad,
+    )
+    assert text.dtype == image.dtype
+    size = executor.library.run_workspace_bytes
+    size.restype = ctypes.c_int64
+    workspace = torch.empty(size(ctypes.c_int64(text.shape[0])), dtype=torch.uint8)
+    space = ctypes.c_void_p(executor.pointer(workspace, "workspace", output=True))
+    outputs, addresses = loss_outputs(executor, text, need_grad)
+    executor.call("run_retarget_loss", ctypes.byref(problem), space, *addresses)
+    return outputs, executor.counters()

@@ -28,7 +28,7 @@ struct dim3 {
 namespace simt {
 
 constexpr int kWarp = 32;
-constexpr size_t kGranule = 4;  // bytes one race-detector cell stands for; narrower stores are faults
+constexpr size_t kGranule = 2;  // bytes one race-detector cell stands for; narrower stores are faults
 
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -197,7 +197,7 @@ inline void note_read(Region& r, const std::byte* p, size_t size, bool atomic = 
 inline void note_write(Region& r, const std::byte* p, size_t size, bool atomic = false) {
   check_bounds(r, p, size, "write");
   if (!r.writable) fault("write to read-only " + r.name);
-  if (size < kGranule) fault("store narrower than 4 bytes to " + r.name);
+  if (size < kGranule) fault("store narrower than a race-detector cell to " + r.name);
   for (size_t i = (p - r.base) / kGranule; i * kGranule < size_t(p - r.base) + size; ++i) {
     Cell& cell = r.cells[i];
     if (cell.pending) fault("write to " + r.name + " while a cp.async into it is under way");

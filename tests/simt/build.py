@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIMT = ROOT / "tests" / "simt"
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 CACHE = ROOT / "build" / "simt"
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DSAFERCLIP_SIMT", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DSAFERCLIP_SIMT", "-Wno-unknown-pragmas"]
 
 
 def content_hash(*parts: str | Path) -> str:

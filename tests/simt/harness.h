@@ -7,22 +7,23 @@
 
 #include "device.cuh"
 
-extern "C" {
-void simt_guard(const void* p, int64_t bytes, int writable, int filled, const char* name) {
+// Everything else stays hidden: two test libraries in one process must not share the executor's state.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void simt_guard(const void* p, int64_t bytes, int writable, int filled, const char* name) {
   simt::guard(p, bytes, writable, filled, name);
 }
-void simt_reset(int reverse, int multiprocessors) {
+EXPORT void simt_reset(int reverse, int multiprocessors) {
   simt::forget_buffers();
   simt::counters = {};
   simt::reverse_schedule = reverse;
   saferclip::simulated_multiprocessors = multiprocessors;
 }
-void simt_counters(int64_t* out) {
+EXPORT void simt_counters(int64_t* out) {
   const auto& c = simt::counters;
   const int64_t all[] = {c.load_bytes, c.store_bytes, c.wide_loads, c.narrow_loads,
                          c.mma_int8,   c.mma_half,    c.fma,        c.launches};
   for (int64_t x : all) *out++ = x;
-}
 }
 
 template <class Call>

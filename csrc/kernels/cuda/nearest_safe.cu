@@ -30,7 +30,7 @@ struct Plan {
   int64_t query_chunk;   // queries a screen launch
   int64_t splits, rows_per_split, capacity;
   int64_t bytes = 0;     // of the workspace; the rest are offsets into it
-  int64_t bank_bounds, packed, query, query_bounds, norms, upper, lower, index, count, threshold;
+  int64_t bank_bounds, packed, query, query_bounds, norms, entries, count, threshold;
 };
 
 // One wave of co-resident blocks (two an SM): few queries are split over the bank to fill the chip.
@@ -61,9 +61,7 @@ Plan make_plan(const NearestProblem& p) {
   plan.query = take(plan.query_chunk * plan.row_bytes);
   plan.query_bounds = take(plan.query_chunk * sizeof(RowBound));
   plan.norms = take(plan.query_chunk * sizeof(double));
-  plan.upper = take(entries * sizeof(float));
-  plan.lower = take(entries * sizeof(float));
-  plan.index = take(entries * sizeof(int));
+  plan.entries = take(entries * sizeof(Survivor));
   plan.count = take(lists * sizeof(int));
   plan.threshold = take(lists * sizeof(float));
   return plan;
@@ -81,9 +79,7 @@ int search_chunk(const NearestProblem& p, const Plan& plan, uint8_t* workspace, 
   uint8_t* screened = part((uint8_t*)nullptr, plan.query, queries * plan.row_bytes, "screened queries");
   RowBound* bounds = part((RowBound*)nullptr, plan.query_bounds, queries, "query bounds");
   double* norms = part((double*)nullptr, plan.norms, queries, "query norms");
-  const Survivors survivors = {part((float*)nullptr, plan.upper, entries, "upper bounds"),
-                               part((float*)nullptr, plan.lower, entries, "lower bounds"),
-                               part((int*)nullptr, plan.index, entries, "survivor indices"),
+  const Survivors survivors = {part((Survivor*)nullptr, plan.entries, entries, "survivors"),
                                part((int*)nullptr, plan.count, lists, "survivor counts"),
                                part((float*)nullptr, plan.threshold, lists, "thresholds"),
                                static_cast<int>(plan.capacity), static_cast<int>(plan.splits)};

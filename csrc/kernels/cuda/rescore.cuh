@@ -128,7 +128,7 @@ __device__ __forceinline__ float joint_threshold(const Survivors& lists, int64_t
     total += count;
     lo = fmaxf(lo, lists.threshold[list]);
     for (int i = threadIdx.x; i < count; i += kRescoreThreads) {
-      hi = fmaxf(hi, lists.lower[list * lists.capacity + i]);
+      hi = fmaxf(hi, lower_bound(lists.entry, list * lists.capacity + i));
     }
   }
   all_rows = total < k && !closed;
@@ -142,7 +142,7 @@ __device__ __forceinline__ float joint_threshold(const Survivors& lists, int64_t
       const int count = lists.count[list];
       if (count > lists.capacity) continue;
       for (int i = threadIdx.x; i < count; i += kRescoreThreads) {
-        n += lists.lower[list * lists.capacity + i] >= t;
+        n += lower_bound(lists.entry, list * lists.capacity + i) >= t;
       }
     }
     return block_reduce(n, state.counts + 1, [](int a, int b) { return a + b; });
@@ -181,11 +181,11 @@ __global__ void __launch_bounds__(kRescoreThreads) rescore_kernel(RescoreProblem
                                                                            : problem.rows_per_split;
     const int64_t length = closed ? rows : count;
     for (int64_t i = threadIdx.x; i < round_up(length, kRescoreThreads); i += kRescoreThreads) {
-      const int64_t at = list * lists.capacity + i;
-      const bool wanted = i < length && (closed || !(lists.upper[at] < threshold));
-      if (wanted) {
+      Survivor entry = {INFINITY, INFINITY, static_cast<int>(first + i), 0};
+      if (!closed && i < length) entry = lists.entry[list * lists.capacity + i];
+      if (i < length && !(entry.upper < threshold)) {
         const int slot = atomicAdd(state.counts, 1);
-        state.pending[slot] = closed ? static_cast<int>(first + i) : static_cast<int>(lists.index[at]);
+        state.pending[slot] = entry.index;
       }
       __syncthreads();
       if (state.counts[0] > kPending - kRescoreThreads) filled = score_pending(problem, state, norm, filled);

@@ -98,9 +98,6 @@ __device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8], 
   for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
   return sum;
 }
-__device__ __forceinline__ float inverse_norm(float square) {
-  return square > 0.0f ? 1.0f / sqrtf(square) : 0.0f;
-}
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 

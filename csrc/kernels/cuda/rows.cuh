@@ -59,6 +59,14 @@ __device__ __forceinline__ void load8(const Rows& m, int64_t row, int chunk, flo
   }
 }
 
+// 1 / sqrt(x) to within about one rounding: rsqrtf may be two off, one Newton step mends that. A zero
+// (or overflowed) squared norm gives 0, so that a zero row stays zero.
+__device__ __forceinline__ float inverse_norm(float square) {
+  if (!(square > 0.0f && square < INFINITY)) return 0.0f;
+  const float y = rsqrtf(square);
+  return fmaf(0.5f * y, fmaf(-square * y, y, 1.0f), y);
+}
+
 // A butterfly: every lane ends with the same bits, in an order that does not depend on timing.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {

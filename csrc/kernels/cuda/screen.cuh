@@ -141,10 +141,15 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// The lists of survivors: list (query, split) is entries [list * capacity, list * capacity + count).
+struct alignas(16) Survivor {
+  float upper, lower;  // bounds of the score, in units of the query's scale
+  int index;           // of the bank row
+  int unused;
+};
+
+// List (query, split) is entries [list * capacity, list * capacity + count), list = query * splits + split.
 struct Survivors {
-  Global<float> upper, lower;  // bounds of the score, in units of the query's scale
-  Global<int> index;
+  Global<Survivor> entry;
   Global<int> count;        // of a list; above capacity: closed, its rows are all scored again
   Global<float> threshold;  // of a list: k of its lower bounds reach it
   int capacity, splits;
@@ -157,6 +162,11 @@ struct ScreenProblem {
   int64_t rows_per_split;  // a multiple of kTile
   int k;
 };
+
+// Reads the 4 bytes of an entry's lower bound alone.
+__device__ __forceinline__ float lower_bound(Global<Survivor> entries, int64_t i) {
+  return as<const float>(entries)[i * 4 + 1];
+}
 
 // A t that at least k of the values counted by count_at_least reach, and close to the largest such t:
 // bisection between lo, which k values reach, and hi.
@@ -188,34 +198,30 @@ __device__ __forceinline__ void compact_list(const Survivors& lists, int64_t lis
                                              int k, bool last) {
   const int lane = threadIdx.x % kWarpSize;
   const int count = state.count[row];
-  const int64_t base = list * lists.capacity;
   if (count > lists.capacity) return;  // closed
+  const Global<Survivor> entries = lists.entry + list * lists.capacity;
   float threshold = state.threshold[row];
   if (count >= k) {
     float smallest = INFINITY, largest = -INFINITY;
     for (int i = lane; i < count; i += kWarpSize) {
-      const float x = lists.lower[base + i];
+      const float x = lower_bound(entries, i);
       smallest = fminf(smallest, x), largest = fmaxf(largest, x);
     }
     threshold = kth_largest(-warp_max(-smallest), warp_max(largest), k, [&](float t) {
       int n = 0;
-      for (int i = lane; i < count; i += kWarpSize) n += lists.lower[base + i] >= t;
+      for (int i = lane; i < count; i += kWarpSize) n += lower_bound(entries, i) >= t;
       return warp_sum(n);
     });
   }
   int kept = 0;
   for (int first = 0; first < count; first += kWarpSize) {
     const int i = first + lane;
-    float upper = 0.0f, lower = 0.0f;
-    int index = 0;
-    if (i < count) upper = lists.upper[base + i], lower = lists.lower[base + i], index = lists.index[base + i];
-    const bool keep = i < count && !(upper < threshold);
+    Survivor entry = {};
+    if (i < count) entry = entries[i];
+    const bool keep = i < count && !(entry.upper < threshold);
     const unsigned votes = __ballot_sync(kFullMask, keep);
     __syncwarp();  // all have read these 32 entries before any is overwritten
-    if (keep) {
-      const int64_t to = base + kept + __popc(votes & ((1u << lane) - 1));
-      lists.upper[to] = upper, lists.lower[to] = lower, lists.index[to] = index;
-    }
+    if (keep) entries[kept + __popc(votes & ((1u << lane) - 1))] = entry;
     kept += __popc(votes);
     __syncwarp();
   }
@@ -227,16 +233,6 @@ __device__ __forceinline__ void compact_list(const Survivors& lists, int64_t lis
   }
 }
 
-__device__ __forceinline__ void push_survivor(const Survivors& lists, int64_t query, int64_t row, float value,
-                                              float margin, Shared<int> count) {
-  const int slot = atomicAdd(count, 1);
-  if (slot >= lists.capacity) return;  // closed
-  const int64_t at = (query * lists.splits + blockIdx.y) * lists.capacity + slot;
-  lists.upper[at] = value + margin;
-  lists.lower[at] = value - margin;
-  lists.index[at] = static_cast<int>(row);
-}
-
 // Grid: x = tiles of 128 queries, y = splits of the bank; neighbors in x read the same bank rows at
 // about the same time, so the bank comes from L2.
 template <class S>
@@ -245,10 +241,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) screen_kernel(ScreenProblem p
   const Shared<float> floats = as<float>(shared + kTileSharedBytes);
   const ScreenState state = {floats, floats + kTile, floats + 2 * kTile, as<int>(floats + 3 * kTile)};
   const int64_t first_query = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t first_row = blockIdx.y * problem.rows_per_split;
-  const int64_t last_row = first_row + problem.rows_per_split < problem.bank.rows
-                               ? first_row + problem.rows_per_split : problem.bank.rows;
+  const int first_row = static_cast<int>(blockIdx.y * problem.rows_per_split);  // rows are numbered by int
+  const int last_row = static_cast<int>(problem.bank.rows - first_row < problem.rows_per_split
+                                            ? problem.bank.rows : first_row + problem.rows_per_split);
   const int tiles = static_cast<int>(ceil_div(last_row - first_row, kTile));
+  const Global<Survivor> entries = lists.entry + (first_query * lists.splits + blockIdx.y) * lists.capacity;
+  const int list_stride = lists.splits * lists.capacity;  // from a query's list of this split to the next query's
 
   if (threadIdx.x < kTile) {
     const int64_t query = first_query + threadIdx.x;
@@ -263,24 +261,27 @@ __global__ void __launch_bounds__(kTileThreads, 2) screen_kernel(ScreenProblem p
   }
 
   stream_tiles<S>(shared, problem.query, first_query, problem.bank, first_row, tiles, [&](int tile, auto& c) {
-    const int64_t tile_first = first_row + static_cast<int64_t>(tile) * kTile;
-    RowBound bank[8];
+    const int tile_first = first_row + tile * kTile;
+    const int rows = last_row - tile_first < kTile ? last_row - tile_first : kTile;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int64_t row = tile_first + tile_column(j / 2, j % 2);
-      bank[j] = problem.bank_bound[row < last_row ? row : last_row - 1];
-    }
+    for (int n = 0; n < 4; ++n) {  // two columns at a time: all eight bounds at once would spill
+      const int column = tile_column(n, 0);
+      const RowBound bank[2] = {problem.bank_bound[tile_first + (column < rows ? column : rows - 1)],
+                                problem.bank_bound[tile_first + (column + 1 < rows ? column + 1 : rows - 1)]};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int query = tile_row(i / 2, i % 2 * 2);
-      const float threshold = state.threshold[query], norm = state.norm[query], error = state.error[query];
+      for (int i = 0; i < 8; ++i) {
+        const int query = tile_row(i / 2, i % 2 * 2);
+        const float threshold = state.threshold[query], norm = state.norm[query], error = state.error[query];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float value = bank[j].scale * static_cast<float>(c[i / 2][j / 2][i % 2 * 2 + j % 2]);
-        const float margin = fmaf(norm, bank[j].error, error * bank[j].norm);
-        if (value + margin < threshold) continue;  // a NaN goes on
-        const int64_t row = tile_first + tile_column(j / 2, j % 2);
-        if (row < last_row) push_survivor(lists, first_query + query, row, value, margin, state.count + query);
+        for (int j = 0; j < 2; ++j) {
+          const float value = bank[j].scale * static_cast<float>(c[i / 2][n][i % 2 * 2 + j]);
+          const float margin = fmaf(norm, bank[j].error, error * bank[j].norm);
+          if (value + margin < threshold || column + j >= rows) continue;  // a NaN goes on
+          const int slot = atomicAdd(state.count + query, 1);
+          if (slot >= lists.capacity) continue;  // closed
+          entries[query * list_stride + slot] =
+              Survivor{value + margin, value - margin, tile_first + column + j, 0};
+        }
       }
     }
     __syncthreads();

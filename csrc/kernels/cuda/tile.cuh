@@ -55,14 +55,16 @@ __device__ __forceinline__ int slice_offset(int row, int chunk) {
 
 // Starts the copy of one 64-byte slice of 128 rows; what lies outside the matrix becomes zeros.
 __device__ __forceinline__ void load_operand(Shared<uint8_t> to, const Operand& from, int64_t first_row,
-                                             int64_t first_byte) {
-  const int chunk = threadIdx.x % 4;
-  const int64_t byte = first_byte + chunk * 16;
+                                             int first_byte) {
+  const int chunk = threadIdx.x % 4, row_bytes = static_cast<int>(from.row_bytes);
+  const int64_t left = from.rows - first_row;
+  const int rows = left < kTile ? static_cast<int>(left) : kTile;
+  const Global<const uint8_t> corner = from.data + (first_row * from.row_bytes + first_byte);
+  const bool inside = first_byte + chunk * 16 < row_bytes;
 #pragma unroll
   for (int row = threadIdx.x / 4; row < kTile; row += kTileThreads / 4) {
-    const bool valid = first_row + row < from.rows && byte < from.row_bytes;
-    const int64_t offset = valid ? (first_row + row) * from.row_bytes + byte : 0;
-    cp_async16(to + slice_offset(row, chunk), from.data + offset, valid);
+    const bool valid = inside && row < rows;
+    cp_async16(to + slice_offset(row, chunk), corner + (valid ? row * row_bytes + chunk * 16 : 0), valid);
   }
 }
 
@@ -119,28 +121,27 @@ template <class E, class Epilogue>
 __device__ __forceinline__ void stream_tiles(Shared<uint8_t> shared, const Operand& a, int64_t a_row,
                                              const Operand& b, int64_t b_row, int tiles, Epilogue epilogue) {
   const int slices = static_cast<int>(ceil_div(a.row_bytes, kSliceBytes));
-  int next_tile = 0, next_slice = 0, next_stage = 0;
-  auto load_next = [&] {
+  int next_tile = 0, next_slice = 0;
+  auto load_next = [&](unsigned stage) {
     if (next_tile < tiles) {
-      const Shared<uint8_t> stage = shared + next_stage * kStageBytes;
-      const int64_t byte = static_cast<int64_t>(next_slice) * kSliceBytes;
-      load_operand(stage, a, a_row, byte);
-      load_operand(stage + kOperandBytes, b, b_row + static_cast<int64_t>(next_tile) * kTile, byte);
+      const Shared<uint8_t> to = shared + stage % kStages * kStageBytes;
+      const int byte = next_slice * kSliceBytes;
+      load_operand(to, a, a_row, byte);
+      load_operand(to + kOperandBytes, b, b_row + static_cast<int64_t>(next_tile) * kTile, byte);
       if (++next_slice == slices) next_slice = 0, ++next_tile;
-      next_stage = (next_stage + 1) % kStages;
     }
     cp_async_commit();  // an empty group at the end keeps the count of groups uniform
   };
-  for (int i = 0; i < kStages - 1; ++i) load_next();
-  int stage = 0;
+  for (int i = 0; i < kStages - 1; ++i) load_next(i);
+  unsigned step = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     Tile<E> c = {};
-    for (int slice = 0; slice < slices; ++slice) {
+    for (int slice = 0; slice < slices; ++slice, ++step) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the slice is there for all, and all are done with the stage loaded next
-      load_next();
-      multiply_slice<E>(c, shared + stage * kStageBytes, shared + stage * kStageBytes + kOperandBytes);
-      stage = (stage + 1) % kStages;
+      load_next(step + kStages - 1);
+      const Shared<uint8_t> stage = shared + step % kStages * kStageBytes;
+      multiply_slice<E>(c, stage, stage + kOperandBytes);
     }
     epilogue(tile, c);
   }

@@ -127,7 +127,7 @@ struct Side {
   }
 };
 
-__global__ void __launch_bounds__(kRetargetThreads) retarget_kernel(RetargetArguments p) {
+__global__ void __launch_bounds__(kRetargetThreads, 5) retarget_kernel(RetargetArguments p) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRetargetRows + warp;
   if (row >= p.batch) return;

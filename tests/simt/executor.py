@@ -169,3 +169,39 @@ def retarget_loss(executor: Executor, *arguments) -> tuple[list[torch.Tensor], d
     outputs, addresses = loss_outputs(executor, text, need_grad)
     executor.call("run_retarget_loss", ctypes.byref(problem), space, *addresses)
     return outputs, executor.counters()
+
+
+class PreservationProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "text image frozen_text frozen_image".split()),
+        ("batch", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        *((f"{name}_type", ctypes.c_int) for name in "row frozen_text frozen_image".split()),
+        ("weights", ctypes.c_float * 4),
+        ("logit_scale", ctypes.c_float),
+        ("need_grad", ctypes.c_int),
+    ]
+
+
+def preservation_loss(executor: Executor, text, image, frozen_text, frozen_image, weights, logit_scale, need_grad):
+    """The arguments and outputs of torch.ops.saferclip_fast.preservation_loss, and the counters."""
+    executor.reset()
+    assert text.dtype == image.dtype
+    problem = PreservationProblem(
+        executor.pointer(text, "text"),
+        executor.pointer(image, "image"),
+        executor.pointer(frozen_text, "frozen text"),
+        executor.pointer(frozen_image, "frozen image"),
+        *text.shape,
+        *(DTYPES[tensor.dtype] for tensor in (text, frozen_text, frozen_image)),
+        (ctypes.c_float * 4)(*weights),
+        logit_scale,
+        need_grad,
+    )
+    size = executor.library.run_workspace_bytes
+    size.restype = ctypes.c_int64
+    workspace = torch.empty(size(ctypes.byref(problem)) + 16, dtype=torch.uint8)
+    space = ctypes.c_void_p(executor.pointer(workspace, "workspace", output=True))
+    outputs, addresses = loss_outputs(executor, text, need_grad)
+    executor.call("run_preservation_loss", ctypes.byref(problem), space, *addresses)
+    return outputs, executor.counters()

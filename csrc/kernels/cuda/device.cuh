@@ -18,6 +18,10 @@ struct alignas(16) Vec16 {  // one 16-byte access
   uint32_t word[4];
 };
 
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
+
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int kWarpSize = 32;

@@ -41,8 +41,8 @@ int retarget_loss(const RetargetProblem& p, void* workspace, float* loss, float*
   }
   Vec16 weights;
   std::memcpy(&weights, p.weights, sizeof(weights));
-  return launch(static_cast<Stream>(stream), retarget_reduce_kernel, dim3(1), kReduceThreads,
-                4 * kReduceThreads * sizeof(double), row_terms, p.batch, weights, loss, terms);
+  return launch(static_cast<Stream>(stream), reduce_terms_kernel, dim3(1), kReduceThreads,
+                kReduceSharedBytes, row_terms, p.batch, 1.0, weights, loss, terms);
 }
 
 }  // namespace saferclip

@@ -3,6 +3,7 @@
 // Terms are reduced by a second kernel in a fixed order, so the same inputs give the same bits.
 #pragma once
 
+#include "reduce.cuh"
 #include "retarget_loss.h"
 #include "rows.cuh"
 
@@ -10,7 +11,6 @@ namespace saferclip {
 
 constexpr int kRetargetThreads = 128;
 constexpr int kRetargetRows = kRetargetThreads / kWarpSize;  // rows a block
-constexpr int kReduceThreads = 512;
 
 struct RetargetArguments {
   Rows text, image, frozen_text, frozen_image, bank_text, bank_image;
@@ -28,37 +28,6 @@ struct RetargetArguments {
 
 constexpr int64_t retarget_shared_bytes(int64_t dim) {
   return kRetargetRows * 2 * round_up(dim, 8) * static_cast<int64_t>(sizeof(float));
-}
-
-__device__ __forceinline__ void store8(const Rows& like, Global<uint8_t> out, int64_t row, int chunk,
-                                       const float (&x)[8]) {
-  const int first = chunk * 8;
-  const Global<uint8_t> at = out + (row * like.dim + first) * (like.type == DType::kFloat32 ? 4 : 2);
-  auto bits = [&](int i) -> uint32_t {
-    return like.type == DType::kBFloat16 ? from_float<bf16>(x[i]).bits : from_float<fp16>(x[i]).bits;
-  };
-  if (like.wide && like.type == DType::kFloat32) {
-    Vec16 low, high;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) low.word[i] = __float_as_uint(x[i]), high.word[i] = __float_as_uint(x[i + 4]);
-    as<Vec16>(at)[0] = low;
-    if (first + 4 < like.dim) as<Vec16>(at)[1] = high;
-  } else if (like.wide) {
-    Vec16 v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] = bits(2 * i) | bits(2 * i + 1) << 16;
-    as<Vec16>(at)[0] = v;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (first + i >= like.dim) continue;
-      if (like.type == DType::kFloat32) {
-        as<float>(at)[i] = x[i];
-      } else {
-        as<uint16_t>(at)[i] = static_cast<uint16_t>(bits(i));
-      }
-    }
-  }
 }
 
 // Eight elements of sum_j w_j bank[n_j].
@@ -93,11 +62,6 @@ __device__ __forceinline__ void load_target(Shared<float> from, int chunk, float
   }
 }
 
-__device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8], float sum) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
-  return sum;
-}
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -186,40 +150,6 @@ __global__ void __launch_bounds__(kRetargetThreads, 5) retarget_kernel(RetargetA
     image.gradient(v, x, sv, st, grad);
     store8(p.image, p.grad_image, row, chunk, grad);
   }
-}
-
-// Sums the rows' terms in double, always in the same order. One block.
-__global__ void __launch_bounds__(kReduceThreads)
-    retarget_reduce_kernel(Global<const Vec16> row_terms, int64_t batch, Vec16 weights, Global<float> loss,
-                           Global<float> terms) {
-  const Shared<double> partial = as<double>(dynamic_shared());  // [4][kReduceThreads]
-  double sum[4] = {};
-#pragma unroll 8
-  for (int64_t row = threadIdx.x; row < batch; row += kReduceThreads) {
-    const Vec16 v = row_terms[row];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += __uint_as_float(v.word[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) partial[i * kReduceThreads + threadIdx.x] = sum[i];
-  for (int step = kReduceThreads / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        partial[i * kReduceThreads + threadIdx.x] += partial[i * kReduceThreads + threadIdx.x + step];
-      }
-    }
-  }
-  if (threadIdx.x != 0) return;
-  double total = 0.0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const double term = partial[i * kReduceThreads];
-    terms[i] = static_cast<float>(term);
-    total += __uint_as_float(weights.word[i]) * term;
-  }
-  loss[0] = static_cast<float>(total);
 }
 
 }  // namespace saferclip

@@ -59,6 +59,43 @@ __device__ __forceinline__ void load8(const Rows& m, int64_t row, int chunk, flo
   }
 }
 
+// Writes eight elements as `like` has them: same type, width and alignment.
+__device__ __forceinline__ void store8(const Rows& like, Global<uint8_t> out, int64_t row, int chunk,
+                                       const float (&x)[8]) {
+  const int first = chunk * 8;
+  const Global<uint8_t> at = out + (row * like.dim + first) * (like.type == DType::kFloat32 ? 4 : 2);
+  auto bits = [&](int i) -> uint32_t {
+    return like.type == DType::kBFloat16 ? from_float<bf16>(x[i]).bits : from_float<fp16>(x[i]).bits;
+  };
+  if (like.wide && like.type == DType::kFloat32) {
+    Vec16 low, high;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) low.word[i] = __float_as_uint(x[i]), high.word[i] = __float_as_uint(x[i + 4]);
+    as<Vec16>(at)[0] = low;
+    if (first + 4 < like.dim) as<Vec16>(at)[1] = high;
+  } else if (like.wide) {
+    Vec16 v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] = bits(2 * i) | bits(2 * i + 1) << 16;
+    as<Vec16>(at)[0] = v;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (first + i >= like.dim) continue;
+      if (like.type == DType::kFloat32) {
+        as<float>(at)[i] = x[i];
+      } else {
+        as<uint16_t>(at)[i] = static_cast<uint16_t>(bits(i));
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8], float sum) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
+  return sum;
+}
 // 1 / sqrt(x) to within about one rounding: rsqrtf may be two off, one Newton step mends that. A zero
 // (or overflowed) squared norm gives 0, so that a zero row stays zero.
 __device__ __forceinline__ float inverse_norm(float square) {

@@ -73,22 +73,23 @@ template <class E>
 __device__ __forceinline__ void multiply_slice(Tile<E>& c, Shared<uint8_t> a, Shared<uint8_t> b) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(E) == 4) {
-#pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      Vec16 row[4][2];
+#pragma unroll 1
+    for (int pair = 0; pair < 8; ++pair) {  // two elements of depth at a time: four would spill
+      const int offset = pair % 2 * 8;
+      Vec8 row[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        row[i / 2][i % 2] = as<const Vec16>(a + slice_offset(tile_row(i / 2, i % 2 * 2), chunk))[0];
+        row[i] = as<const Vec8>(a + slice_offset(tile_row(i / 2, i % 2 * 2), pair / 2) + offset)[0];
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const Vec16 column = as<const Vec16>(b + slice_offset(tile_column(j / 2, j % 2), chunk))[0];
+        const Vec8 column = as<const Vec8>(b + slice_offset(tile_column(j / 2, j % 2), pair / 2) + offset)[0];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
+          float& sum = c[i / 2][j / 2][i % 2 * 2 + j % 2];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            multiply_add(c[i / 2][j / 2][i % 2 * 2 + j % 2], __uint_as_float(row[i / 2][i % 2].word[k]),
-                         __uint_as_float(column.word[k]));
+          for (int k = 0; k < 2; ++k) {
+            multiply_add(sum, __uint_as_float(row[i].word[k]), __uint_as_float(column.word[k]));
           }
         }
       }

@@ -136,7 +136,7 @@ __device__ __forceinline__ LogSum merge(LogSum a, LogSum b) {
   if (largest == -INFINITY) return {largest, 0.0f};
   return {largest, a.sum * exponential(a.largest - largest) + b.sum * exponential(b.largest - largest)};
 }
-constexpr int kLogSumSharedBytes = kTileSharedBytes + 4 * kTile * 8;
+constexpr int kLogSumSharedBytes = kTileSharedBytes + 8 * kTileThreads * 8;
 
 // Log-sum-exp over the columns of one split, for 128 rows, and S_ii where `diagonal` is not null.
 // Grid: x = row tiles, y = column splits.
@@ -151,53 +151,64 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       y.rows.rows - first_column < columns_per_split ? y.rows.rows : first_column + columns_per_split);
   const int tiles = static_cast<int>(ceil_div(last_column - first_column, kTile));
 
-  float inverse[8];
-  LogSum running[8];
+  // Eight rows a thread, each thread its own column of this array: in registers they would spill.
+  const Shared<LogSum> running = as<LogSum>(shared + kTileSharedBytes) + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int64_t row = first_row + tile_row(i / 2, i % 2 * 2);
-    inverse[i] = x.inverse[row < x.rows.rows ? row : x.rows.rows - 1];
-    running[i] = {-INFINITY, 0.0f};
-  }
+  for (int i = 0; i < 8; ++i) running[i * kTileThreads] = LogSum{-INFINITY, 0.0f};
   stream_tiles<E>(shared, x.rows, first_row, y.rows, first_column, tiles, [&](int tile, auto& c) {
     const int tile_first = first_column + tile * kTile;
+    float column_inverse[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int column = tile_first + tile_column(j / 2, j % 2);
-      const bool inside = column < last_column;
-      const float column_inverse = y.inverse[inside ? column : last_column - 1];
+      column_inverse[j] = y.inverse[column < last_column ? column : last_column - 1];
+    }
+    if (diagonal && tile_first == first_row) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        float& s = c[i / 2][j / 2][i % 2 * 2 + j % 2];
-        s = inside ? logit(s, scale, inverse[i], column_inverse) : -INFINITY;
-        if (diagonal && inside && first_row + tile_row(i / 2, i % 2 * 2) == column) diagonal[column] = s;
+        const int64_t row = first_row + tile_row(i / 2, i % 2 * 2);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (row != tile_first + tile_column(j / 2, j % 2) || row >= last_column) continue;
+          diagonal[row] = logit(c[i / 2][j / 2][i % 2 * 2 + j % 2], scale, x.inverse[row], y.inverse[row]);
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float largest = running[i].largest;
+      const int64_t row = first_row + tile_row(i / 2, i % 2 * 2);
+      const float row_inverse = x.inverse[row < x.rows.rows ? row : x.rows.rows - 1];
+      const LogSum before = running[i * kTileThreads];
+      float largest = before.largest;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, c[i / 2][j / 2][i % 2 * 2 + j % 2]);
+      for (int j = 0; j < 8; ++j) {
+        const int column = tile_first + tile_column(j / 2, j % 2);
+        float& s = c[i / 2][j / 2][i % 2 * 2 + j % 2];
+        s = column < last_column ? logit(s, scale, row_inverse, column_inverse[j]) : -INFINITY;
+        largest = fmaxf(largest, s);
+      }
       if (largest == -INFINITY) continue;
-      float sum = running[i].sum * exponential(running[i].largest - largest);
+      float sum = before.sum * exponential(before.largest - largest);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum += exponential(c[i / 2][j / 2][i % 2 * 2 + j % 2] - largest);
-      running[i] = {largest, sum};
+      running[i * kTileThreads] = LogSum{largest, sum};
     }
   });
 
-  // The four lanes of a row, then the four warps side by side.
-  const Shared<LogSum> sums = as<LogSum>(shared + kTileSharedBytes);  // [row][warp]
+  // The four lanes of a row, then the four warps side by side. The tiles are done with.
+  __syncthreads();
+  const Shared<LogSum> sums = as<LogSum>(shared);  // [row][warp]
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
+    LogSum total = running[i * kTileThreads];
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
-      const float largest = __shfl_xor_sync(kFullMask, running[i].largest, step);
-      const float sum = __shfl_xor_sync(kFullMask, running[i].sum, step);
-      running[i] = merge(running[i], LogSum{largest, sum});
+      const float largest = __shfl_xor_sync(kFullMask, total.largest, step);
+      const float sum = __shfl_xor_sync(kFullMask, total.sum, step);
+      total = merge(total, LogSum{largest, sum});
     }
-    if (lane % 4 == 0) sums[tile_row(i / 2, i % 2 * 2) * 4 + warp % 4] = running[i];
+    if (lane % 4 == 0) sums[tile_row(i / 2, i % 2 * 2) * 4 + warp % 4] = total;
   }
   __syncthreads();
   if (threadIdx.x >= kTile || first_row + threadIdx.x >= x.rows.rows) return;

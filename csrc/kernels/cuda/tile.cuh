@@ -48,7 +48,8 @@ __device__ __forceinline__ int tile_column(int n, int r) {
 }
 
 // Where 16-byte chunk `chunk` of row `row` lies in a stage. The XOR spreads any 8 consecutive rows
-// (or 4 even ones) over all banks, so neither ldmatrix nor the fp32 reads conflict.
+// (or 4 even ones) over all banks, so neither ldmatrix nor the fp32 reads conflict. Rows 8 apart (and
+// columns 2 n, 2 n + 1) share their XOR: the offset of row + 8 n is the offset of row plus 8 n kSliceBytes.
 __device__ __forceinline__ int slice_offset(int row, int chunk) {
   return row * kSliceBytes + ((chunk ^ (row >> 1 & 3)) * 16);
 }
@@ -75,15 +76,16 @@ __device__ __forceinline__ void multiply_slice(Tile<E>& c, Shared<uint8_t> a, Sh
   if constexpr (sizeof(E) == 4) {
 #pragma unroll 1
     for (int pair = 0; pair < 8; ++pair) {  // two elements of depth at a time: four would spill
-      const int offset = pair % 2 * 8;
+      const int a_offset = slice_offset(tile_row(0, 0), pair / 2) + pair % 2 * 8;
+      const int b_offset = slice_offset(tile_column(0, 0), pair / 2) + pair % 2 * 8;
       Vec8 row[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        row[i] = as<const Vec8>(a + slice_offset(tile_row(i / 2, i % 2 * 2), pair / 2) + offset)[0];
+        row[i] = as<const Vec8>(a + a_offset + i * 8 * kSliceBytes)[0];
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const Vec8 column = as<const Vec8>(b + slice_offset(tile_column(j / 2, j % 2), pair / 2) + offset)[0];
+        const Vec8 column = as<const Vec8>(b + b_offset + (j / 2 * 8 + j % 2) * kSliceBytes)[0];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& sum = c[i / 2][j / 2][i % 2 * 2 + j % 2];
@@ -99,11 +101,12 @@ __device__ __forceinline__ void multiply_slice(Tile<E>& c, Shared<uint8_t> a, Sh
     const int b_row = warp % 4 * 32 + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // 32 bytes of depth an mma
+      const int a_offset = slice_offset(a_row, step * 2 + a_half), b_offset = slice_offset(b_row, step * 2 + b_half);
       uint32_t rows[4][4], columns[2][4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) ldmatrix_x4(rows[m], a + slice_offset(a_row + m * 16, step * 2 + a_half));
+      for (int m = 0; m < 4; ++m) ldmatrix_x4(rows[m], a + a_offset + m * 16 * kSliceBytes);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) ldmatrix_x4(columns[n], b + slice_offset(b_row + n * 16, step * 2 + b_half));
+      for (int n = 0; n < 2; ++n) ldmatrix_x4(columns[n], b + b_offset + n * 16 * kSliceBytes);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll

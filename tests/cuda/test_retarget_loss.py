@@ -79,6 +79,15 @@ def test_zero_rows(kernels):
         assert (found[3][2] == 0).all()
 
 
+def test_neighbor_outside_the_bank(kernels):
+    """Nothing is read out of bounds, and the mistake shows as NaN in its own row."""
+    tensors = problem(3, 64, 2, FP32)
+    tensors[6][1, 1] = 37
+    found, _ = simt.retarget_loss(kernels, *tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
+    assert found[0].isnan()
+    assert found[2].isnan().any(1).tolist() == [False, True, False]
+
+
 def test_same_bits_in_any_thread_order(kernels):
     tensors = problem(1031, 8, 2, FP32)
     options = ([1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)

@@ -126,6 +126,7 @@ class RetargetProblem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in "neighbors neighbor_weights row_weights".split()),
         ("batch", ctypes.c_int64),
         ("dim", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
         ("k", ctypes.c_int),
         *((f"{name}_type", ctypes.c_int) for name in "row frozen_text frozen_image bank_text bank_image".split()),
         ("weights", ctypes.c_float * 4),
@@ -153,6 +154,7 @@ def retarget_loss(executor: Executor, *arguments) -> tuple[list[torch.Tensor], d
     problem = RetargetProblem(
         *(executor.pointer(tensor, name) for tensor, name in zip(tensors, names)),
         *text.shape,
+        tensors[4].shape[0],
         tensors[6].shape[1],
         *(DTYPES[tensor.dtype] for tensor in (text, *tensors[2:6])),
         (ctypes.c_float * 4)(*weights),

@@ -17,6 +17,7 @@ struct PreservationProblem {
 };
 
 constexpr int64_t kMaxPreservationDim = 8192;
+constexpr int64_t kMaxPreservationBatch = 1 << 21;  // tiles of columns are a grid dimension of 65,535 at most
 
 int64_t preservation_loss_workspace_bytes(const PreservationProblem& problem);
 

@@ -9,7 +9,7 @@ constexpr int kReduceThreads = 512;
 constexpr int kReduceSharedBytes = 4 * kReduceThreads * 8;
 
 // Sums the rows' terms, times `share`, in double, always in the same order. One block.
-__global__ void __launch_bounds__(kReduceThreads)
+static __global__ void __launch_bounds__(kReduceThreads)
     reduce_terms_kernel(Global<const Vec16> row_terms, int64_t batch, double share, Vec16 weights, Global<float> loss,
                            Global<float> terms) {
   const Shared<double> partial = as<double>(dynamic_shared());  // [4][kReduceThreads]

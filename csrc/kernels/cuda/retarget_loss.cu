@@ -24,6 +24,7 @@ int retarget_loss(const RetargetProblem& p, void* workspace, float* loss, float*
                          p.neighbor_weights,
                          p.row_weights,
                          p.batch,
+                         p.rows,
                          p.k,
                          {p.weights[0], p.weights[1], p.weights[2], p.weights[3]},
                          p.beta,

@@ -17,7 +17,7 @@ struct RetargetArguments {
   Global<const int64_t> neighbors;
   Global<const float> neighbor_weights;
   Global<const float> row_weights;
-  int64_t batch;
+  int64_t batch, bank_rows;
   int k;
   float weights[4];
   float beta, margin;
@@ -36,9 +36,11 @@ __device__ __forceinline__ void gather8(const RetargetArguments& p, const Rows& 
 #pragma unroll
   for (int i = 0; i < 8; ++i) target[i] = 0.0f;
   for (int j = 0; j < p.k; ++j) {
-    const float w = p.neighbor_weights[row * p.k + j];
+    const int64_t neighbor = p.neighbors[row * p.k + j];
+    const bool inside = neighbor >= 0 && neighbor < p.bank_rows;
+    const float w = inside ? static_cast<float>(p.neighbor_weights[row * p.k + j]) : NAN;
     float s[8];
-    load8(bank, p.neighbors[row * p.k + j], chunk, s);
+    load8(bank, inside ? neighbor : 0, chunk, s);
 #pragma unroll
     for (int i = 0; i < 8; ++i) target[i] = fmaf(w, s[i], target[i]);
   }

@@ -10,10 +10,10 @@ struct RetargetProblem {
   const void *text, *image;                // [batch, dim], one type, any scale
   const void *frozen_text, *frozen_image;  // [batch, dim], any scale
   const void *bank_text, *bank_image;      // [rows, dim]
-  const int64_t* neighbors;                // [batch, k]
+  const int64_t* neighbors;                // [batch, k]; one outside 0 ... rows - 1 makes its row NaN
   const float* neighbor_weights;           // [batch, k]
   const float* row_weights;                // [batch, 4]
-  int64_t batch, dim;
+  int64_t batch, dim, rows;
   int k;
   int type, frozen_text_type, frozen_image_type, bank_text_type, bank_image_type;  // a DType each
   float weights[4];

@@ -108,6 +108,18 @@ def test_equal_rows_and_full_lists(kernels, bank_type):
         check(kernels, query, bank, k)
 
 
+def test_rounding_hides_the_best_row(kernels):
+    """The best row scores 0 in int8, below others: only the proven bound keeps it."""
+    step = 1 / 127
+    bank = torch.zeros(300, 64)
+    bank[:, 0] = 1
+    bank[:9, 1:21] = step  # exact in int8: 20 steps along the query
+    bank[290, 1:] = 0.49 * step  # rounds to 0, but is 31 steps along the query
+    query = torch.ones(1, 64)
+    query[0, 0] = 0
+    assert check(kernels, query, bank, 1).indices.tolist() == [[290]]
+
+
 def test_near_duplicates(kernels):
     """Scores closer than the screen can tell apart are ordered exactly."""
     generator = torch.Generator().manual_seed(0)

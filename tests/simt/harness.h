@@ -19,6 +19,7 @@ EXPORT void simt_reset(int reverse, int multiprocessors) {
   simt::reverse_schedule = reverse;
   saferclip::simulated_multiprocessors = multiprocessors;
 }
+EXPORT void simt_set_mutant(int mutant) { simt::mutant = mutant; }
 EXPORT void simt_counters(int64_t* out) {
   const auto& c = simt::counters;
   const int64_t all[] = {c.load_bytes, c.store_bytes, c.wide_loads, c.narrow_loads,

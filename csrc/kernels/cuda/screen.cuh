@@ -150,7 +150,7 @@ struct alignas(16) Survivor {
 // List (query, split) is entries [list * capacity, list * capacity + count), list = query * splits + split.
 struct Survivors {
   Global<Survivor> entry;
-  Global<int> count;        // of a list; above capacity: closed, its rows are all scored again
+  Global<int> count;        // of a list; above capacity: rows did not fit, it is closed and all are scored again
   Global<float> threshold;  // of a list: k of its lower bounds reach it
   int capacity, splits;
 };
@@ -198,7 +198,10 @@ __device__ __forceinline__ void compact_list(const Survivors& lists, int64_t lis
                                              int k, bool last) {
   const int lane = threadIdx.x % kWarpSize;
   const int count = state.count[row];
-  if (count > lists.capacity) return;  // closed
+  if (count > lists.capacity) {  // closed: nothing that follows can be kept
+    if (lane == 0) state.threshold[row] = INFINITY;
+    return;
+  }
   const Global<Survivor> entries = lists.entry + list * lists.capacity;
   float threshold = state.threshold[row];
   if (count >= k) {
@@ -226,9 +229,8 @@ __device__ __forceinline__ void compact_list(const Survivors& lists, int64_t lis
     __syncwarp();
   }
   if (lane == 0) {
-    const bool closed = !last && kept > lists.capacity - kTile;  // the next tile might not fit
-    state.count[row] = closed ? lists.capacity + 1 : kept;
-    state.threshold[row] = closed ? INFINITY : threshold;
+    state.count[row] = kept;
+    state.threshold[row] = threshold;
     if (last) lists.threshold[list] = threshold;
   }
 }

@@ -117,6 +117,7 @@ def probe_preservation_loss(kernels: simt.Executor) -> None:
         test_preservation_loss.check(kernels, tensors, test_preservation_loss.WEIGHTS, logit_scale, True)
 
 
+EXECUTORS = {cls.name: cls for cls in (simt.NearestSafe, simt.RetargetLoss, simt.PreservationLoss)}
 PROBES = {
     "nearest_safe": probe_nearest_safe,
     "retarget_loss": probe_retarget_loss,
@@ -133,7 +134,7 @@ def library(request, tmp_path_factory) -> tuple[str, simt.Executor]:
     for number, mutant in enumerate(MUTANTS[request.param]):
         file = folder / mutant.file
         file.write_text(mutant.rewrite(file.read_text(), number))
-    return request.param, simt.Executor(request.param, kernels=folder)
+    return request.param, EXECUTORS[request.param](kernels=folder)
 
 
 def test_every_mutant_fails(library):

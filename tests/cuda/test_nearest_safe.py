@@ -11,8 +11,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
-def kernels() -> simt.Executor:
-    return simt.Executor("nearest_safe")
+def kernels() -> simt.NearestSafe:
+    return simt.NearestSafe()
 
 
 def rows(count: int, dim: int, dtype=FP32, seed: int = 0) -> torch.Tensor:
@@ -23,7 +23,7 @@ def rows(count: int, dim: int, dtype=FP32, seed: int = 0) -> torch.Tensor:
 
 
 def check(kernels, query, bank, k, packed=None) -> simt.Nearest:
-    found = simt.nearest_safe(kernels, query, bank, k, packed)
+    found = kernels(query, bank, k, packed)
     scores, indices = reference.nearest_safe(query, bank, k)
     exact = (F.normalize(query.double(), dim=-1, eps=0.0).nan_to_num(0.0) @ bank.double().T).float()
     chosen = exact.gather(1, found.indices)
@@ -60,7 +60,7 @@ def test_exact_neighbors(kernels, queries, count, dim, k, query_type, bank_type)
 @pytest.mark.parametrize("multiprocessors", [1, 4, 64])
 def test_split_of_the_bank_does_not_change_the_result(kernels, multiprocessors):
     query, bank = rows(130, 64, seed=3), rows(4200, 64, seed=4)
-    expected = simt.nearest_safe(kernels, query, bank, 5)
+    expected = kernels(query, bank, 5)
     kernels.multiprocessors = multiprocessors
     try:
         found = check(kernels, query, bank, 5)
@@ -72,10 +72,10 @@ def test_split_of_the_bank_does_not_change_the_result(kernels, multiprocessors):
 
 def test_order_of_the_threads_does_not_change_the_result(kernels):
     query, bank = rows(20, 64, seed=3), rows(1500, 64, seed=4)
-    expected = simt.nearest_safe(kernels, query, bank, 5)
+    expected = kernels(query, bank, 5)
     kernels.reverse = True
     try:
-        found = simt.nearest_safe(kernels, query, bank, 5)
+        found = kernels(query, bank, 5)
     finally:
         kernels.reverse = False
     assert found.indices.equal(expected.indices)
@@ -85,7 +85,7 @@ def test_order_of_the_threads_does_not_change_the_result(kernels):
 @pytest.mark.parametrize("bank_type", [FP32, FP16])
 def test_packed_bank(kernels, bank_type):
     query, bank = rows(6, 80, seed=5), rows(600, 80, bank_type, seed=6)
-    packed = simt.pack_bank(kernels, bank)
+    packed = kernels.pack(bank)
     found = check(kernels, query, bank, 3, packed)
     assert found.counters["mma_int8"] > 0
     assert found.counters["mma_half"] == 0
@@ -94,7 +94,7 @@ def test_packed_bank(kernels, bank_type):
 def test_foreign_blob_is_not_trusted(kernels):
     """A blob without the header is ignored: every row is scored exactly instead."""
     query, bank = rows(3, 64, seed=5), rows(400, 64, seed=6)
-    packed = torch.full_like(simt.pack_bank(kernels, bank), 7)
+    packed = torch.full_like(kernels.pack(bank), 7)
     check(kernels, query, bank, 3, packed)
 
 
@@ -146,7 +146,7 @@ def test_nan_stays_in_its_row(kernels):
     """With the check turned off a NaN must not lead out of bounds, nor into other queries."""
     query, bank = rows(3, 64, seed=1), rows(300, 64, seed=2)
     query[1, 5] = torch.nan
-    found = simt.nearest_safe(kernels, query, bank, 3)
+    found = kernels(query, bank, 3)
     _, indices = reference.nearest_safe(query[[0, 2]], bank, 3)
     assert found.indices[[0, 2]].equal(indices)
     assert found.scores[1].isnan().all()
@@ -165,7 +165,7 @@ def test_unaligned_tensor(kernels):
 def test_cost_follows_the_formula(kernels, bank_type, unit):
     """Gate 4: multiply-adds of the screen, and bytes that the tiles load, as docs/gpu-kernels.md has them."""
     queries, count, dim = 200, 1100, 128
-    counters = simt.nearest_safe(kernels, rows(queries, dim), rows(count, dim, bank_type, seed=1), 1).counters
+    counters = kernels(rows(queries, dim), rows(count, dim, bank_type, seed=1), 1).counters
     tiles = -(-queries // 128) * -(-count // 128)
     assert counters["mma_int8"] + counters["mma_half"] == tiles * 128 * 128 * dim
     streamed = (queries * -(-count // 128) + -(-queries // 128) * count) * dim * unit

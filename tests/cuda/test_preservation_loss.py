@@ -12,8 +12,8 @@ WEIGHTS = [1.0, 0.5, 0.7, 0.3]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> simt.Executor:
-    return simt.Executor("preservation_loss")
+def kernels() -> simt.PreservationLoss:
+    return simt.PreservationLoss()
 
 
 def problem(batch, dim, dtype, frozen=None, seed=0):
@@ -27,7 +27,7 @@ def problem(batch, dim, dtype, frozen=None, seed=0):
 
 
 def check(kernels, tensors, *options):
-    found, counters = simt.preservation_loss(kernels, *tensors, *options)
+    found, counters = kernels(*tensors, *options)
     truth = reference.preservation_loss(*(t.double() for t in tensors), *options)
     check_loss(found, truth, reference.preservation_loss(*tensors, *options), options[0])
     return found, counters
@@ -93,10 +93,10 @@ def test_zero_rows(kernels):
 
 def test_same_bits_in_any_thread_order(kernels):
     tensors = problem(140, 64, BF16)
-    first, _ = simt.preservation_loss(kernels, *tensors, WEIGHTS, 100.0, True)
+    first, _ = kernels(*tensors, WEIGHTS, 100.0, True)
     kernels.reverse = True
     try:
-        second, _ = simt.preservation_loss(kernels, *tensors, WEIGHTS, 100.0, True)
+        second, _ = kernels(*tensors, WEIGHTS, 100.0, True)
     finally:
         kernels.reverse = False
     assert all(a.equal(b) for a, b in zip(first, second))
@@ -106,7 +106,7 @@ def test_same_bits_in_any_thread_order(kernels):
 def test_cost_follows_the_formula(kernels, dtype, counter):
     """Gate 4: a side streams S twice for its two lse, once more for the weights, and multiplies them with y."""
     batch, dim = 140, 64
-    _, counters = simt.preservation_loss(kernels, *problem(batch, dim, dtype), WEIGHTS, 100.0, True)
+    _, counters = kernels(*problem(batch, dim, dtype), WEIGHTS, 100.0, True)
     tiles = -(-batch // 128)
     depth = -(-batch * dtype.itemsize // 64) * 64 // dtype.itemsize  # slices are 64 bytes deep
     streams = 3 * (tiles * 128) ** 2 * dim

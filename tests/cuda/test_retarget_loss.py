@@ -12,8 +12,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
-def kernels() -> simt.Executor:
-    return simt.Executor("retarget_loss")
+def kernels() -> simt.RetargetLoss:
+    return simt.RetargetLoss()
 
 
 def problem(batch, dim, k, dtype, frozen=None, bank=None, rows=37, seed=0):
@@ -34,7 +34,7 @@ def promote(tensors):
 
 
 def check(kernels, tensors, *options):
-    found, counters = simt.retarget_loss(kernels, *tensors, *options)
+    found, counters = kernels(*tensors, *options)
     truth = reference.retarget_loss(*promote(tensors), *options)
     check_loss(found, truth, reference.retarget_loss(*tensors, *options), options[0])
     return found, counters
@@ -83,7 +83,7 @@ def test_neighbor_outside_the_bank(kernels):
     """Nothing is read out of bounds, and the mistake shows as NaN in its own row."""
     tensors = problem(3, 64, 2, FP32)
     tensors[6][1, 1] = 37
-    found, _ = simt.retarget_loss(kernels, *tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
+    found, _ = kernels(*tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
     assert found[0].isnan()
     assert found[2].isnan().any(1).tolist() == [False, True, False]
 
@@ -91,10 +91,10 @@ def test_neighbor_outside_the_bank(kernels):
 def test_same_bits_in_any_thread_order(kernels):
     tensors = problem(1031, 8, 2, FP32)
     options = ([1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
-    first, _ = simt.retarget_loss(kernels, *tensors, *options)
+    first, _ = kernels(*tensors, *options)
     kernels.reverse = True
     try:
-        second, _ = simt.retarget_loss(kernels, *tensors, *options)
+        second, _ = kernels(*tensors, *options)
     finally:
         kernels.reverse = False
     assert all(a.equal(b) for a, b in zip(first, second))
@@ -115,7 +115,7 @@ def test_cost_follows_the_formula(kernels, dtype, size):
     """Gate 4: bytes, as docs/gpu-kernels.md has them, all of them in 16-byte accesses."""
     batch, dim, k = 16, 256, 3
     tensors = problem(batch, dim, k, dtype)
-    _, counters = simt.retarget_loss(kernels, *tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
+    _, counters = kernels(*tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
     once = batch * dim * (4 * size + 2 * k * 4)  # text, image, two frozen; 2 k bank rows in fp32
     again = batch * dim * 4 * size  # the second pass, from cache
     chunks = dim // 8

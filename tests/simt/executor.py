@@ -20,8 +20,10 @@ class SimtFault(RuntimeError):
 class Executor:
     """One compiled kernel library, and the buffers that it may touch."""
 
-    def __init__(self, name: str, **options):
-        self.library = build.load(name, **options)
+    name: str  # of tests/simt/run_<name>.cpp
+
+    def __init__(self, **options):
+        self.library = build.load(self.name, **options)
         self.reverse = False
         self.multiprocessors = 2
 
@@ -76,48 +78,50 @@ class Nearest:
     counters: dict[str, int]
 
 
-def pack_bank(executor: Executor, bank: torch.Tensor) -> torch.Tensor:
-    executor.reset()
-    size = executor.library.run_packed_bank_bytes
-    size.restype = ctypes.c_int64
-    packed = torch.empty(size(ctypes.c_int64(bank.shape[0]), ctypes.c_int64(bank.shape[1])), dtype=torch.uint8)
-    executor.call(
-        "run_pack_bank",
-        ctypes.c_void_p(executor.pointer(bank, "bank")),
-        DTYPES[bank.dtype],
-        ctypes.c_int64(bank.shape[0]),
-        ctypes.c_int64(bank.shape[1]),
-        ctypes.c_void_p(executor.pointer(packed, "packed bank", output=True)),
-    )
-    return packed
+class NearestSafe(Executor):
+    name = "nearest_safe"
 
+    def pack(self, bank: torch.Tensor) -> torch.Tensor:
+        self.reset()
+        size = self.library.run_packed_bank_bytes
+        size.restype = ctypes.c_int64
+        packed = torch.empty(size(ctypes.c_int64(bank.shape[0]), ctypes.c_int64(bank.shape[1])), dtype=torch.uint8)
+        self.call(
+            "run_pack_bank",
+            ctypes.c_void_p(self.pointer(bank, "bank")),
+            DTYPES[bank.dtype],
+            ctypes.c_int64(bank.shape[0]),
+            ctypes.c_int64(bank.shape[1]),
+            ctypes.c_void_p(self.pointer(packed, "packed bank", output=True)),
+        )
+        return packed
 
-def nearest_safe(executor: Executor, query: torch.Tensor, bank: torch.Tensor, k: int, packed=None) -> Nearest:
-    executor.reset()
-    problem = NearestProblem(
-        executor.pointer(query, "query"),
-        executor.pointer(bank, "bank"),
-        executor.pointer(packed, "packed bank"),
-        query.shape[0],
-        bank.shape[0],
-        bank.shape[1],
-        k,
-        DTYPES[query.dtype],
-        DTYPES[bank.dtype],
-    )
-    size = executor.library.run_workspace_bytes
-    size.restype = ctypes.c_int64
-    workspace = torch.empty(size(ctypes.byref(problem)) + 16, dtype=torch.uint8)
-    scores = torch.empty(query.shape[0], k)
-    indices = torch.empty(query.shape[0], k, dtype=torch.int64)
-    executor.call(
-        "run_nearest_safe",
-        ctypes.byref(problem),
-        ctypes.c_void_p(executor.pointer(workspace, "workspace", output=True)),
-        ctypes.c_void_p(executor.pointer(scores, "scores", output=True)),
-        ctypes.c_void_p(executor.pointer(indices, "indices", output=True)),
-    )
-    return Nearest(scores, indices, executor.counters())
+    def __call__(self, query: torch.Tensor, bank: torch.Tensor, k: int, packed=None) -> Nearest:
+        self.reset()
+        problem = NearestProblem(
+            self.pointer(query, "query"),
+            self.pointer(bank, "bank"),
+            self.pointer(packed, "packed bank"),
+            query.shape[0],
+            bank.shape[0],
+            bank.shape[1],
+            k,
+            DTYPES[query.dtype],
+            DTYPES[bank.dtype],
+        )
+        size = self.library.run_workspace_bytes
+        size.restype = ctypes.c_int64
+        workspace = torch.empty(size(ctypes.byref(problem)) + 16, dtype=torch.uint8)
+        scores = torch.empty(query.shape[0], k)
+        indices = torch.empty(query.shape[0], k, dtype=torch.int64)
+        self.call(
+            "run_nearest_safe",
+            ctypes.byref(problem),
+            ctypes.c_void_p(self.pointer(workspace, "workspace", output=True)),
+            ctypes.c_void_p(self.pointer(scores, "scores", output=True)),
+            ctypes.c_void_p(self.pointer(indices, "indices", output=True)),
+        )
+        return Nearest(scores, indices, self.counters())
 
 
 class RetargetProblem(ctypes.Structure):
@@ -145,32 +149,35 @@ def loss_outputs(executor: Executor, like: torch.Tensor, need_grad: bool) -> tup
     return outputs, [ctypes.c_void_p(executor.pointer(o, n, output=True)) for o, n in zip(outputs, names)]
 
 
-def retarget_loss(executor: Executor, *arguments) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """The arguments and outputs of torch.ops.saferclip_fast.retarget_loss, and the counters."""
-    tensors, (weights, beta, margin, current_negative, need_grad) = arguments[:9], arguments[9:]
-    executor.reset()
-    names = [name for name, kind in RetargetProblem._fields_ if kind is ctypes.c_void_p]
-    text, image, *_ = tensors
-    problem = RetargetProblem(
-        *(executor.pointer(tensor, name) for tensor, name in zip(tensors, names)),
-        *text.shape,
-        tensors[4].shape[0],
-        tensors[6].shape[1],
-        *(DTYPES[tensor.dtype] for tensor in (text, *tensors[2:6])),
-        (ctypes.c_float * 4)(*weights),
-        beta,
-        margin,
-        current_negative,
-        need_grad,
-    )
-    assert text.dtype == image.dtype
-    size = executor.library.run_workspace_bytes
-    size.restype = ctypes.c_int64
-    workspace = torch.empty(size(ctypes.c_int64(text.shape[0])), dtype=torch.uint8)
-    space = ctypes.c_void_p(executor.pointer(workspace, "workspace", output=True))
-    outputs, addresses = loss_outputs(executor, text, need_grad)
-    executor.call("run_retarget_loss", ctypes.byref(problem), space, *addresses)
-    return outputs, executor.counters()
+class RetargetLoss(Executor):
+    name = "retarget_loss"
+
+    def __call__(self, *arguments) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """The arguments and outputs of torch.ops.saferclip_fast.retarget_loss, and the counters."""
+        tensors, (weights, beta, margin, current_negative, need_grad) = arguments[:9], arguments[9:]
+        self.reset()
+        names = [name for name, kind in RetargetProblem._fields_ if kind is ctypes.c_void_p]
+        text, image, *_ = tensors
+        problem = RetargetProblem(
+            *(self.pointer(tensor, name) for tensor, name in zip(tensors, names)),
+            *text.shape,
+            tensors[4].shape[0],
+            tensors[6].shape[1],
+            *(DTYPES[tensor.dtype] for tensor in (text, *tensors[2:6])),
+            (ctypes.c_float * 4)(*weights),
+            beta,
+            margin,
+            current_negative,
+            need_grad,
+        )
+        assert text.dtype == image.dtype
+        size = self.library.run_workspace_bytes
+        size.restype = ctypes.c_int64
+        workspace = torch.empty(size(ctypes.c_int64(text.shape[0])), dtype=torch.uint8)
+        space = ctypes.c_void_p(self.pointer(workspace, "workspace", output=True))
+        outputs, addresses = loss_outputs(self, text, need_grad)
+        self.call("run_retarget_loss", ctypes.byref(problem), space, *addresses)
+        return outputs, self.counters()
 
 
 class PreservationProblem(ctypes.Structure):
@@ -185,25 +192,28 @@ class PreservationProblem(ctypes.Structure):
     ]
 
 
-def preservation_loss(executor: Executor, text, image, frozen_text, frozen_image, weights, logit_scale, need_grad):
-    """The arguments and outputs of torch.ops.saferclip_fast.preservation_loss, and the counters."""
-    executor.reset()
-    assert text.dtype == image.dtype
-    problem = PreservationProblem(
-        executor.pointer(text, "text"),
-        executor.pointer(image, "image"),
-        executor.pointer(frozen_text, "frozen text"),
-        executor.pointer(frozen_image, "frozen image"),
-        *text.shape,
-        *(DTYPES[tensor.dtype] for tensor in (text, frozen_text, frozen_image)),
-        (ctypes.c_float * 4)(*weights),
-        logit_scale,
-        need_grad,
-    )
-    size = executor.library.run_workspace_bytes
-    size.restype = ctypes.c_int64
-    workspace = torch.empty(size(ctypes.byref(problem)) + 16, dtype=torch.uint8)
-    space = ctypes.c_void_p(executor.pointer(workspace, "workspace", output=True))
-    outputs, addresses = loss_outputs(executor, text, need_grad)
-    executor.call("run_preservation_loss", ctypes.byref(problem), space, *addresses)
-    return outputs, executor.counters()
+class PreservationLoss(Executor):
+    name = "preservation_loss"
+
+    def __call__(self, text, image, frozen_text, frozen_image, weights, logit_scale, need_grad):
+        """The arguments and outputs of torch.ops.saferclip_fast.preservation_loss, and the counters."""
+        self.reset()
+        assert text.dtype == image.dtype
+        problem = PreservationProblem(
+            self.pointer(text, "text"),
+            self.pointer(image, "image"),
+            self.pointer(frozen_text, "frozen text"),
+            self.pointer(frozen_image, "frozen image"),
+            *text.shape,
+            *(DTYPES[tensor.dtype] for tensor in (text, frozen_text, frozen_image)),
+            (ctypes.c_float * 4)(*weights),
+            logit_scale,
+            need_grad,
+        )
+        size = self.library.run_workspace_bytes
+        size.restype = ctypes.c_int64
+        workspace = torch.empty(size(ctypes.byref(problem)) + 16, dtype=torch.uint8)
+        space = ctypes.c_void_p(self.pointer(workspace, "workspace", output=True))
+        outputs, addresses = loss_outputs(self, text, need_grad)
+        self.call("run_preservation_loss", ctypes.byref(problem), space, *addresses)
+        return outputs, self.counters()

@@ -100,15 +100,3 @@ def test_same_bits_in_any_thread_order(kernels):
     finally:
         kernels.reverse = False
     assert all(a.equal(b) for a, b in zip(first, second))
-
-
-@pytest.mark.parametrize(("dtype", "counter"), [(BF16, "mma_half"), (FP32, "fma")])
-def test_cost_follows_the_formula(kernels, dtype, counter):
-    """Gate 4: a side streams S twice for its two lse, once more for the weights, and multiplies them with y."""
-    batch, dim = 140, 64
-    _, counters = kernels(*problem(batch, dim, dtype), WEIGHTS, 100.0, True)
-    tiles = -(-batch // 128)
-    depth = -(-batch * dtype.itemsize // 64) * 64 // dtype.itemsize  # slices are 64 bytes deep
-    streams = 3 * (tiles * 128) ** 2 * dim
-    product = tiles * 128 * 128 * depth  # dim fits one tile
-    assert counters[counter] == 2 * (streams + product)

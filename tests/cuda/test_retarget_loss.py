@@ -108,19 +108,3 @@ def test_unaligned_gradient_rows(kernels):
         shifted[1:] = tensors[i].flatten()
         tensors[i] = shifted[1:].view(3, 64)
     check(kernels, tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(FP32, 4), (BF16, 2)])
-def test_cost_follows_the_formula(kernels, dtype, size):
-    """Gate 4: bytes, as docs/gpu-kernels.md has them, all of them in 16-byte accesses."""
-    batch, dim, k = 16, 256, 3
-    tensors = problem(batch, dim, k, dtype)
-    _, counters = kernels(*tensors, [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True)
-    once = batch * dim * (4 * size + 2 * k * 4)  # text, image, two frozen; 2 k bank rows in fp32
-    again = batch * dim * 4 * size  # the second pass, from cache
-    chunks = dim // 8
-    lists = batch * chunks * 2 * k * (8 + 4)  # neighbor and weight, per lane that gathers
-    row_facts = batch * 32 * 16 + batch * 16  # row weights by every lane; row terms by the reduction
-    assert counters["load_bytes"] == once + again + lists + row_facts
-    assert counters["store_bytes"] == batch * dim * 2 * size + batch * 16 + 5 * 4
-    assert counters["wide_loads"] * 16 == once + again + row_facts

@@ -62,10 +62,10 @@ def object_file(name: str) -> Path:
 
 
 def readable(mangled: str) -> str:
-    """screen_kernel<int8> from _ZN9saferclip13screen_kernelIaEE..."""
-    match = re.search(r"(\d+)([a-z_]+_kernel)(?:I(a|f|NS_4(?:bf16|fp16)E)E)?", mangled)
+    """product_kernel<fp32> from _ZN9saferclip14product_kernelIfEE..."""
+    match = re.search(r"(\d+)([a-z_]+_kernel)(?:I(f|NS_4(?:bf16|fp16)E)E)?", mangled)
     assert match, mangled
-    types = {"a": "<int8>", "f": "<fp32>", "NS_4bf16E": "<bf16>", "NS_4fp16E": "<fp16>", None: ""}
+    types = {"f": "<fp32>", "NS_4bf16E": "<bf16>", "NS_4fp16E": "<fp16>", None: ""}
     return match[2] + types[match[3]]
 
 

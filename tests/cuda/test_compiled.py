@@ -14,7 +14,6 @@ SM_REGISTERS, SM_WARPS = 65536, 64
 
 # Threads a block, dynamic shared memory at d = 1,024, and the most registers a thread may take.
 LIMITS = {
-    "screen_kernel<int8>": (256, 67584, 128),
     "screen_kernel<bf16>": (256, 67584, 128),
     "screen_kernel<fp16>": (256, 67584, 128),
     "log_sum_kernel<fp32>": (256, 81920, 128),
@@ -27,7 +26,6 @@ LIMITS = {
     "product_kernel<bf16>": (256, 65536, 128),
     "product_kernel<fp16>": (256, 65536, 128),
     "rescore_kernel": (128, 14368, 64),
-    "prepare_query_kernel<int8>": (128, 0, 64),
     "prepare_query_kernel<bf16>": (128, 0, 64),
     "prepare_query_kernel<fp16>": (128, 0, 64),
     "pack_rows_kernel": (128, 0, 64),
@@ -46,7 +44,6 @@ LIMITS = {
     "finish_kernel": (128, 0, 80),
 }
 TENSOR_CORES = {
-    "int8": "IMMA.16832.S8.S8",
     "bf16": "HMMA.16816.F32.BF16",
     "fp16": "HMMA.16816.F32",
 }

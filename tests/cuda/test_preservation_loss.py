@@ -67,7 +67,7 @@ def test_terms_that_are_off(kernels, weights):
     found, counters = check(kernels, problem(12, 64, BF16), weights, 100.0, True)
     assert (found[1][2:] == 0).tolist() == [w == 0 for w in weights[2:]]
     if weights[2:] == [0.0, 0.0]:
-        assert counters["mma_half"] == 0
+        assert counters["mma"] == 0
 
 
 def test_without_gradients(kernels):

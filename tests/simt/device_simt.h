@@ -155,52 +155,37 @@ inline void ldmatrix_x4(uint32_t (&out)[4], Shared<uint8_t> row) {
   });
 }
 
-template <class E, class Acc>
-void mma(Acc (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class E>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Data {
     const uint32_t* a;
     uint32_t b[2];
-    Acc* c;
+    float* c;
   } mine{a, {b0, b1}, c};
   simt::rendezvous("mma", ~0u, mine, [](Data** lanes) {
-    constexpr int kDepth = 32 / sizeof(E);
-    alignas(16) uint8_t a_tile[16][32], b_tile[8][32];
+    constexpr int kDepth = 16;
+    float a_tile[16][kDepth], b_tile[8][kDepth];
+    auto element = [](uint32_t word, int i) { return to_float(E{uint16_t(word >> 16 * i)}); };
     for (int lane = 0; lane < simt::kWarp; ++lane) {
-      for (int byte = 0; byte < 16; ++byte) {
-        const auto to = simt::a_element(lane, byte / 4, byte % 4);
-        a_tile[to.row][to.byte] = lanes[lane]->a[byte / 4] >> 8 * (byte % 4);
+      for (int i = 0; i < 8; ++i) {
+        const auto to = simt::a_element(lane, i / 2, i % 2);
+        a_tile[to.row][to.column] = element(lanes[lane]->a[i / 2], i % 2);
       }
-      for (int byte = 0; byte < 8; ++byte) {
-        const auto to = simt::b_element(lane, byte / 4, byte % 4);
-        b_tile[to.row][to.byte] = lanes[lane]->b[byte / 4] >> 8 * (byte % 4);
+      for (int i = 0; i < 4; ++i) {
+        const auto to = simt::b_element(lane, i / 2, i % 2);
+        b_tile[to.row][to.column] = element(lanes[lane]->b[i / 2], i % 2);
       }
     }
-    using Wide = std::conditional_t<std::is_same_v<Acc, int>, int, float>;
-    Wide a_wide[16][kDepth], b_wide[8][kDepth];
-    auto widen = [](const uint8_t* row, Wide* out) {
-      for (int k = 0; k < kDepth; ++k) {
-        E x;
-        std::memcpy(&x, row + k * sizeof(E), sizeof(E));
-        if constexpr (std::is_same_v<Acc, int>) out[k] = x;
-        else out[k] = to_float(x);
-      }
-    };
-    for (int i = 0; i < 16; ++i) widen(a_tile[i], a_wide[i]);
-    for (int i = 0; i < 8; ++i) widen(b_tile[i], b_wide[i]);
     for (int lane = 0; lane < simt::kWarp; ++lane) {
       for (int reg = 0; reg < 4; ++reg) {
         const auto at = simt::c_element(lane, reg);
-        Acc& c = lanes[lane]->c[reg];
-        if constexpr (std::is_same_v<Acc, int>) {
-          for (int k = 0; k < kDepth; ++k) c += a_wide[at.row][k] * b_wide[at.byte][k];
-        } else {
-          double sum = c;
-          for (int k = 0; k < kDepth; ++k) sum += double(a_wide[at.row][k]) * b_wide[at.byte][k];
-          c = simt::toward_zero(sum);
-        }
+        float& c = lanes[lane]->c[reg];
+        double sum = c;
+        for (int k = 0; k < kDepth; ++k) sum += double(a_tile[at.row][k]) * b_tile[at.column][k];
+        c = simt::toward_zero(sum);
       }
     }
-    (std::is_same_v<Acc, int> ? simt::counters.mma_int8 : simt::counters.mma_half) += 16 * 8 * kDepth;
+    simt::counters.mma += 16 * 8 * kDepth;
   });
 }
 

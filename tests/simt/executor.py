@@ -10,7 +10,7 @@ import torch
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-COUNTERS = "load_bytes store_bytes wide_loads narrow_loads mma_int8 mma_half fma launches".split()
+COUNTERS = "load_bytes store_bytes wide_loads narrow_loads mma fma launches".split()
 
 
 class SimtFault(RuntimeError):

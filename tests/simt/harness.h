@@ -22,8 +22,7 @@ EXPORT void simt_reset(int reverse, int multiprocessors) {
 EXPORT void simt_set_mutant(int mutant) { simt::mutant = mutant; }
 EXPORT void simt_counters(int64_t* out) {
   const auto& c = simt::counters;
-  const int64_t all[] = {c.load_bytes, c.store_bytes, c.wide_loads, c.narrow_loads,
-                         c.mma_int8,   c.mma_half,    c.fma,        c.launches};
+  const int64_t all[] = {c.load_bytes, c.store_bytes, c.wide_loads, c.narrow_loads, c.mma, c.fma, c.launches};
   for (int64_t x : all) *out++ = x;
 }
 

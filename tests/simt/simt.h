@@ -40,7 +40,7 @@ struct Fault : std::runtime_error {
 struct Counters {
   int64_t load_bytes = 0, store_bytes = 0;      // global memory, as the kernel asked for it
   int64_t wide_loads = 0, narrow_loads = 0;     // 16-byte accesses (cp.async included), and the rest
-  int64_t mma_int8 = 0, mma_half = 0, fma = 0;  // multiply-adds
+  int64_t mma = 0, fma = 0;                     // multiply-adds, on tensor cores and in fp32
   int64_t launches = 0;
 };
 inline Counters counters;

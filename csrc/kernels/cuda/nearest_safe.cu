@@ -7,7 +7,7 @@
 namespace saferclip {
 namespace {
 
-// A packed bank: a header (magic and version, number of rows), bounds of every row, int8 rows.
+// A packed bank: a header (magic and version, number of rows), bounds of every row, fp16 rows.
 constexpr int64_t kHeaderBytes = 16;
 
 struct Packed {
@@ -20,12 +20,12 @@ Packed packed_parts(void* packed, int64_t rows, int64_t dim) {
   uint8_t* base = static_cast<uint8_t*>(packed);
   const int64_t data = kHeaderBytes + rows * static_cast<int64_t>(sizeof(RowBound));
   return {reinterpret_cast<uint64_t*>(base), base + data, reinterpret_cast<RowBound*>(base + kHeaderBytes),
-          round_up(dim, 16)};
+          round_up(2 * dim, 16)};
 }
 
 struct Plan {
-  bool int8;             // screen in int8; otherwise the 16-bit bank is read as it is
-  bool pack;             // the int8 copy is made here, in the workspace
+  bool copy;             // screen an fp16 copy; otherwise the 16-bit bank is read as it is
+  bool pack;             // the copy is made here, in the workspace
   int64_t row_bytes;     // of screened rows
   int64_t query_chunk;   // queries a screen launch
   int64_t splits, rows_per_split, capacity;
@@ -38,9 +38,9 @@ Plan make_plan(const NearestProblem& p) {
   Plan plan;
   const DType bank_type = static_cast<DType>(p.bank_type);
   const HostRows bank{p.bank, bank_type};
-  plan.int8 = p.packed || bank_type == DType::kFloat32 || !bank.is_wide(p.dim);
-  plan.pack = plan.int8 && !p.packed;
-  plan.row_bytes = round_up(plan.int8 ? p.dim : 2 * p.dim, 16);
+  plan.copy = p.packed || bank_type == DType::kFloat32 || !bank.is_wide(p.dim);
+  plan.pack = plan.copy && !p.packed;
+  plan.row_bytes = round_up(2 * p.dim, 16);
   const int64_t slots = 2 * static_cast<int64_t>(multiprocessor_count());
   const int64_t query_tiles = ceil_div(p.queries, kTile), bank_tiles = ceil_div(p.rows, kTile);
   const int64_t chunk_tiles = query_tiles < slots ? query_tiles : slots;
@@ -56,7 +56,7 @@ Plan make_plan(const NearestProblem& p) {
     return at;
   };
   const int64_t lists = plan.query_chunk * plan.splits, entries = lists * plan.capacity;
-  plan.bank_bounds = take(plan.int8 ? 0 : p.rows * sizeof(RowBound));
+  plan.bank_bounds = take(plan.copy ? 0 : p.rows * sizeof(RowBound));
   plan.packed = take(plan.pack ? packed_bank_bytes(p.rows, p.dim) : 0);
   plan.query = take(plan.query_chunk * plan.row_bytes);
   plan.query_bounds = take(plan.query_chunk * sizeof(RowBound));
@@ -104,7 +104,7 @@ int search_chunk(const NearestProblem& p, const Plan& plan, uint8_t* workspace, 
 }  // namespace
 
 int64_t packed_bank_bytes(int64_t rows, int64_t dim) {
-  return kHeaderBytes + rows * (static_cast<int64_t>(sizeof(RowBound)) + round_up(dim, 16));
+  return kHeaderBytes + rows * (static_cast<int64_t>(sizeof(RowBound)) + round_up(2 * dim, 16));
 }
 
 int64_t nearest_safe_workspace_bytes(const NearestProblem& problem) { return make_plan(problem).bytes; }
@@ -122,7 +122,7 @@ int nearest_safe(const NearestProblem& p, void* workspace, float* scores, int64_
   uint8_t* base = static_cast<uint8_t*>(workspace);
   const DType bank_type = static_cast<DType>(p.bank_type), query_type = static_cast<DType>(p.query_type);
   Packed bank_parts;
-  if (plan.int8) {
+  if (plan.copy) {
     void* packed = plan.pack ? base + plan.packed : const_cast<void*>(p.packed);
     if (plan.pack) {
       name_buffer(packed, packed_bank_bytes(p.rows, p.dim), "packed bank");
@@ -139,8 +139,7 @@ int nearest_safe(const NearestProblem& p, void* workspace, float* scores, int64_
       return error;
     }
   }
-  auto* search = plan.int8                        ? search_chunk<int8_t>
-                 : bank_type == DType::kBFloat16 ? search_chunk<bf16> : search_chunk<fp16>;
+  auto* search = !plan.copy && bank_type == DType::kBFloat16 ? search_chunk<bf16> : search_chunk<fp16>;
   for (int64_t first = 0; first < p.queries; first += plan.query_chunk) {
     const int64_t count = p.queries - first < plan.query_chunk ? p.queries - first : plan.query_chunk;
     const HostRows query{static_cast<const uint8_t*>(p.query) + first * p.dim * element_size(query_type),

@@ -1,7 +1,7 @@
 // Pass 1 of nearest_safe: tensor cores score every (query, bank row) pair approximately, and a pair is
 // kept only if it may belong to the top k.
 //
-// With q the unit query and q', s' what the tensor cores multiply (int8 times a scale, or bf16/fp16):
+// With q the unit query and q', s' what the tensor cores multiply (rows in fp16 or bf16, times a scale):
 //   |<q, s> - <q', s'>| <= |q - q'| |s| + |q'| |s - s'|  (+ rounding, see kRoundingSlack),
 // from norms measured per row. The k-th largest lower bound so far is a threshold that no member of
 // the top k can have its upper bound under, so what is dropped is never missed. Per (query, split of
@@ -14,7 +14,7 @@
 
 namespace saferclip {
 
-// Per-row facts, one 16-byte load: value = scale * integer; norm >= |row|; error >= |row - row'|.
+// Per-row facts, one 16-byte load: row' = scale * stored row; norm >= |row|; error >= |row - row'|.
 struct alignas(16) RowBound {
   float scale, norm, error, unused;
 };
@@ -27,9 +27,8 @@ constexpr float kInflate = 1.0f + 0x1p-20f;
 constexpr int kRowThreads = 128;  // kernels with a warp a row
 
 // mma adds 17 terms, each cut off at 2^-23 of the largest (Fasi et al. 2021), a step of 16 deep.
-template <class S>
 __device__ __forceinline__ float accumulation_error(int dim) {
-  return std::is_same_v<S, int8_t> ? 0.0f : 1.25f * 0x1p-23f * static_cast<float>(dim + 16);
+  return 1.25f * 0x1p-23f * static_cast<float>(dim + 16);
 }
 
 // First word of a packed bank; a blob without it is not used and every row is scored exactly instead.
@@ -56,40 +55,26 @@ __device__ __forceinline__ RowSize measure_row(const Rows& rows, int64_t row) {
 }
 
 // Writes row * multiplier in the screening type S to `out`, zero-padded to row_bytes; returns its bounds.
+// Stored relative to the largest element, so rows of any scale use the range of fp16 alike.
 template <class S>
 __device__ __forceinline__ RowBound convert_row(const Rows& rows, int64_t row, RowSize size, double multiplier,
                                                 Global<uint8_t> out, int64_t row_bytes) {
-  const int lane = threadIdx.x % kWarpSize;
-  constexpr bool kInt8 = std::is_same_v<S, int8_t>;
-  const float scale = kInt8 ? static_cast<float>(size.largest * multiplier) / 127.0f : 1.0f;
+  const float scale = static_cast<float>(size.largest * multiplier);
   double lost = 0.0, kept = 0.0;
-  for (int chunk = lane; chunk * 8 * static_cast<int>(sizeof(S)) < row_bytes; chunk += kWarpSize) {
+  for (int chunk = threadIdx.x % kWarpSize; chunk * 16 < row_bytes; chunk += kWarpSize) {
     float x[8] = {};
     if (chunk * 8 < rows.dim) load8(rows, row, chunk, x);
     Vec16 packed = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const double exact = x[i] * multiplier;
-      float approximate;
-      if constexpr (kInt8) {
-        const float steps = scale > 0.0f ? rintf(static_cast<float>(exact) / scale) : 0.0f;
-        const int whole = static_cast<int>(fminf(fmaxf(steps, -127.0f), 127.0f));
-        packed.word[i / 4] |= static_cast<uint32_t>(whole & 255) << 8 * (i % 4);
-        approximate = static_cast<float>(whole);
-      } else {
-        const S rounded = from_float<S>(static_cast<float>(exact));
-        packed.word[i / 2] |= static_cast<uint32_t>(rounded.bits) << 16 * (i % 2);
-        approximate = to_float(rounded);
-      }
-      const double value = static_cast<double>(scale) * approximate;
+      const S rounded = from_float<S>(scale > 0.0f ? static_cast<float>(exact) / scale : 0.0f);
+      packed.word[i / 2] |= static_cast<uint32_t>(rounded.bits) << 16 * (i % 2);
+      const double value = static_cast<double>(scale) * to_float(rounded);
       lost += (exact - value) * (exact - value);
       kept += value * value;
     }
-    if constexpr (kInt8) {
-      as<uint2>(out)[chunk] = uint2{packed.word[0], packed.word[1]};
-    } else {
-      as<Vec16>(out)[chunk] = packed;
-    }
+    as<Vec16>(out)[chunk] = packed;
   }
   // `unused` carries |row'| to the query side, which needs it instead of |row|.
   return {scale, static_cast<float>(size.norm * multiplier) * kInflate,
@@ -97,7 +82,7 @@ __device__ __forceinline__ RowBound convert_row(const Rows& rows, int64_t row, R
           static_cast<float>(sqrt(warp_sum(kept))) * kInflate};
 }
 
-// Bank rows: int8 copy and bounds. One warp a row.
+// Bank rows: fp16 copy and bounds. One warp a row.
 __global__ void __launch_bounds__(kRowThreads)
     pack_rows_kernel(Rows bank, int64_t count, Global<uint8_t> out, int64_t row_bytes, Global<RowBound> bounds,
                      Global<uint64_t> header) {
@@ -105,7 +90,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (row == 0 && threadIdx.x == 0) header[0] = kPackedMagic, header[1] = static_cast<uint64_t>(count);
   if (row >= count) return;
   const RowSize size = measure_row(bank, row);
-  const RowBound b = convert_row<int8_t>(bank, row, size, 1.0, out + row * row_bytes, row_bytes);
+  const RowBound b = convert_row<fp16>(bank, row, size, 1.0, out + row * row_bytes, row_bytes);
   if (threadIdx.x % kWarpSize == 0) {
     bounds[row] = RowBound{b.scale, fmaxf(b.norm, kTiny), fmaxf(b.error, kTiny), 0.0f};
   }
@@ -135,7 +120,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const RowBound b = convert_row<S>(query, row, size, inverse, out + row * row_bytes, row_bytes);
   if (threadIdx.x % kWarpSize == 0) {
     const float unit = b.scale > 0.0f ? 1.0f / b.scale : 0.0f;
-    const float error = b.error + accumulation_error<S>(query.dim) + kRoundingSlack;
+    const float error = b.error + accumulation_error(query.dim) + kRoundingSlack;
     bounds[row] = RowBound{size.norm == 0.0 ? 0.0f : b.scale, b.unused * unit, error * unit, 0.0f};
     norms[row] = size.norm;
   }
@@ -276,7 +261,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) screen_kernel(ScreenProblem p
         const float threshold = state.threshold[query], norm = state.norm[query], error = state.error[query];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float value = bank[j].scale * static_cast<float>(c[i / 2][n][i % 2 * 2 + j]);
+          const float value = bank[j].scale * c[i / 2][n][i % 2 * 2 + j];
           const float margin = fmaf(norm, bank[j].error, error * bank[j].norm);
           if (value + margin < threshold || column + j >= rows) continue;  // a NaN goes on
           const int slot = atomicAdd(state.count + query, 1);

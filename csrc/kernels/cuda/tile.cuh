@@ -1,8 +1,8 @@
 // The matrix-product core that nearest_safe and preservation_loss share: C = A B^T for row-major A
 // and B, in tiles of 128 x 128, streamed through shared memory as 64-byte slices of 128 rows.
 //
-// Layout is counted in bytes, so one code path serves int8 (IMMA), bf16/fp16 (HMMA) and fp32 (plain
-// FFMA: see docs/gpu-kernels.md for why not tf32); only `multiply_slice` knows the element type.
+// Layout is counted in bytes, so one code path serves bf16/fp16 (tensor cores) and fp32 (plain FFMA: see
+// docs/gpu-kernels.md for why not tf32); only `multiply_slice` knows the element type.
 // 8 warps stand 2 x 4 over the tile, 64 x 32 each. Every element type uses the accumulator layout of
 // mma.sync, so an epilogue is written once.
 #pragma once
@@ -26,16 +26,7 @@ struct Operand {
   int64_t row_bytes;
 };
 
-template <class E>
-struct Accumulator {
-  using Type = float;
-};
-template <>
-struct Accumulator<int8_t> {
-  using Type = int;
-};
-template <class E>
-using Tile = typename Accumulator<E>::Type[4][4][4];  // [16-row group][8-column group][mma register]
+using Tile = float[4][4][4];  // [16-row group][8-column group][mma register]
 
 // Row and column, within the tile, of accumulator [m][n][r] of the calling thread.
 __device__ __forceinline__ int tile_row(int m, int r) {
@@ -71,7 +62,7 @@ __device__ __forceinline__ void load_operand(Shared<uint8_t> to, const Operand& 
 
 // Adds the product of the two slices of a stage to the tile.
 template <class E>
-__device__ __forceinline__ void multiply_slice(Tile<E>& c, Shared<uint8_t> a, Shared<uint8_t> b) {
+__device__ __forceinline__ void multiply_slice(Tile& c, Shared<uint8_t> a, Shared<uint8_t> b) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(E) == 4) {
 #pragma unroll 1
@@ -139,7 +130,7 @@ __device__ __forceinline__ void stream_tiles(Shared<uint8_t> shared, const Opera
   for (int i = 0; i < kStages - 1; ++i) load_next(i);
   unsigned step = 0;
   for (int tile = 0; tile < tiles; ++tile) {
-    Tile<E> c = {};
+    Tile c = {};
     for (int slice = 0; slice < slices; ++slice, ++step) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the slice is there for all, and all are done with the stage loaded next

@@ -1,3 +1,5 @@
 """The native module (csrc/ops/module.cpp); absent where the package was built without a C++ compiler."""
 
 compiler: str
+cuda_version: str | None  # of the statically linked CUDA runtime; None: built without CUDA
+cuda_architectures: str | None

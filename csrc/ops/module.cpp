@@ -23,4 +23,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef __VERSION__
   m.attr("compiler") = __VERSION__;
 #endif
+#ifdef SAFERCLIP_CUDA_VERSION
+  m.attr("cuda_version") = SAFERCLIP_CUDA_VERSION;  // of the statically linked runtime
+  m.attr("cuda_architectures") = SAFERCLIP_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_version") = pybind11::none();
+  m.attr("cuda_architectures") = pybind11::none();
+#endif
 }

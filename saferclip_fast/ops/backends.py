@@ -57,8 +57,8 @@ def _native_backend(key: str) -> Backend:
         return Backend(False, (), _NATIVE_MISSING)
     if not ops:
         return Backend(False, (), f"the native module was built without {key} kernels")
-    if key == "CUDA" and not torch.cuda.is_available():
-        return Backend(False, ops, "built, but torch sees no CUDA device here (torch.cuda.is_available() is False)")
+    if key == "CUDA":
+        return _cuda_backend(ops)
     return Backend(True, ops, f"built with {_C.compiler}")
 
 
@@ -70,6 +70,15 @@ def _triton_backend() -> Backend:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Backend(True, triton.OPS, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, not for speed")
     return Backend(False, triton.OPS, "torch sees no GPU here (torch.cuda.is_available() is False)")
+
+
+def _cuda_backend(ops: tuple[str, ...]) -> Backend:
+    built = f"built for {_C.cuda_architectures}, CUDA runtime {_C.cuda_version} linked in"
+    if not torch.cuda.is_available():
+        return Backend(False, ops, f"{built}, but torch sees no CUDA device (torch.cuda.is_available() is False)")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return Backend(False, ops, f"{built}, but {torch.cuda.get_device_name()} is older than compute capability 8.0")
+    return Backend(True, ops, built)
 
 
 @functools.cache

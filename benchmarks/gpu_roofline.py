@@ -1,0 +1,187 @@
+"""Predicted cost of the CUDA kernels: python benchmarks/gpu_roofline.py prints the tables of docs/gpu-kernels.md.
+
+Bytes are those of device memory, operations count a multiply-add as two. The counts of multiply-adds and of bytes that
+a kernel asks for are checked against the SIMT executor's counters (tests/cuda/test_roofline.py); the times are
+predictions, no GPU has measured them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE = 128  # rows of a tile of the matrix core
+SLICE = 64  # bytes of depth of a pipeline stage
+RESCORED = 50  # rows scored again per query, beyond k: measured on the CPU at N = 100,000, d = 768 (docs/method.md)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet peaks of the SXM parts, dense."""
+
+    name: str
+    multiprocessors: int
+    memory: float  # bytes/s
+    half: float  # bf16/fp16 operations/s on tensor cores
+    int8: float
+    fp32: float
+    fp64: float
+    matrix_fraction: float  # of the tensor-core peak that published mma.sync kernels reach
+    memory_fraction: float = 0.85
+
+
+GPUS = (
+    Gpu("A100", 108, 2.04e12, 312e12, 624e12, 19.5e12, 9.7e12, 0.73),  # FlashAttention-2 on an A100: 230 of 312
+    Gpu("H100", 132, 3.35e12, 989e12, 1979e12, 67e12, 34e12, 0.35),  # FlashAttention-2 (mma.sync) on an H100
+    Gpu("B200", 148, 7.7e12, 2250e12, 4500e12, 75e12, 37e12, 0.18),  # an assumption: mma.sync as fast as on an H100
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call moves and computes; operations by the unit that does them."""
+
+    bytes: float
+    half: float = 0.0
+    int8: float = 0.0
+    fp32: float = 0.0
+    fp64: float = 0.0
+
+    def seconds(self, gpu: Gpu, real: bool) -> float:
+        """The slowest of memory and each unit, at 100 % or at the fraction that published kernels reach."""
+        matrix, memory = (gpu.matrix_fraction, gpu.memory_fraction) if real else (1.0, 1.0)
+        return max(
+            self.bytes / (gpu.memory * memory),
+            self.half / (gpu.half * matrix),
+            self.int8 / (gpu.int8 * matrix),
+            self.fp32 / (gpu.fp32 * (0.7 if real else 1.0)),
+            self.fp64 / (gpu.fp64 * (0.7 if real else 1.0)),
+        )
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- Counts that the executor checks.
+def tile_products(rows: int, columns: int, depth: int, size: int) -> int:
+    """Multiply-adds of A B^T in tiles, padding included; `size` bytes an element."""
+    depth = ceil_div(depth * size, SLICE) * SLICE // size
+    return ceil_div(rows, TILE) * ceil_div(columns, TILE) * TILE * TILE * depth
+
+
+def tile_bytes(rows: int, columns: int, row_bytes: int) -> int:
+    """Bytes that the tiles bring into shared memory, mostly from L2: each operand once per tile of the other."""
+    return (rows * ceil_div(columns, TILE) + columns * ceil_div(rows, TILE)) * row_bytes
+
+
+def retarget_loads(batch: int, dim: int, k: int, size: int, bank_size: int) -> int:
+    """Bytes that retarget_loss asks for with gradients; dim a multiple of 8."""
+    passes = 2 * batch * dim * 4 * size  # text, image and two frozen rows, in both passes
+    gathered = batch * 2 * k * dim * bank_size
+    lists = batch * (dim // 8) * 2 * k * (8 + 4)  # neighbor and weight, per eight elements
+    return passes + gathered + lists + batch * 32 * 16 + batch * 16  # row weights by lane, row terms
+
+
+def preservation_products(batch: int, dim: int, size: int) -> int:
+    """Multiply-adds with both InfoNCE terms and gradients: S for two lse and the weights, then weights times rows."""
+    return 2 * (3 * tile_products(batch, batch, dim, size) + tile_products(batch, dim, batch, size))
+
+
+# ---- Costs of a call.
+def search(gpu: Gpu, batch: int, rows: int, dim: int, k: int) -> Cost:
+    """nearest_safe of fp32 rows against a packed bank; a wave of blocks reads the bank once, through L2."""
+    waves = ceil_div(batch, TILE * 2 * gpu.multiprocessors)
+    bank = waves * rows * (dim + 16)
+    again = batch * (RESCORED + k) * dim
+    lists = batch * 16 * 2 * (3 * TILE + RESCORED + k)
+    return Cost(
+        bytes=bank + batch * dim * (4 + 1 + 1 + 4) + 4 * again + lists + batch * k * 12,
+        int8=2 * tile_products(batch, rows, dim, 1),
+        fp64=2 * again,
+    )
+
+
+def plain_search(batch: int, rows: int, dim: int, k: int) -> Cost:
+    """Chunked fp32 product and topk in PyTorch: the scores are written and read once."""
+    return Cost(bytes=2 * 4 * batch * rows + 4 * dim * (batch + rows), fp32=2 * batch * rows * dim)
+
+
+def retarget(batch: int, dim: int, k: int, size: int = 2, bank_size: int = 4) -> Cost:
+    """Device memory of retarget_loss with gradients: the second pass over the rows hits L1/L2."""
+    moved = batch * dim * (4 * size + 2 * k * bank_size + 2 * size) + batch * (k * 12 + 48)
+    return Cost(bytes=moved, fp32=2 * batch * dim * (10 + 2 * k + 12))
+
+
+def plain_retarget(batch: int, dim: int, k: int, size: int = 2, bank_size: int = 4) -> Cost:
+    """Eager autograd: gathers written and read (k rows, and their sum), four normalizations (read twice, written),
+    six products and as many reductions, and their backward (each saved row read, each gradient written and added)."""
+    row = batch * dim
+    gathers = 2 * (2 * k * bank_size + (k > 1) * (k + 1) * bank_size)
+    normalize = 4 * 3 * size
+    products = 6 * (2 * size + 2 * size)
+    backward = 6 * (2 * size + 2 * size) + 2 * 4 * size
+    return Cost(bytes=row * (gathers + normalize + products + backward))
+
+
+def preservation(batch: int, dim: int, size: int = 2) -> Cost:
+    """preservation_loss with gradients in bf16; the weights of a chunk are written and read once."""
+    operations = 2 * preservation_products(batch, dim, size)
+    moved = 2 * (batch * batch * size * 2 + batch * dim * (8 * size + 8)) + 4 * batch * dim * size
+    return Cost(bytes=moved, half=operations)
+
+
+def plain_preservation(batch: int, dim: int, size: int = 2) -> Cost:
+    """Eager autograd: logits written, read by two log_softmax (fp32), their gradients written, read and summed."""
+    operations = 2 * 2 * batch * batch * dim * 2  # S, and the product of the gradient with the frozen rows
+    return Cost(bytes=2 * batch * batch * (2 * size + 2 * (2 * 4 + 2 * 4) + 3 * size), half=operations)
+
+
+def time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
+
+
+def quantity(x: float, unit: str) -> str:
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if x >= scale:
+            return f"{x / scale:.3g} {prefix}{unit}"
+    return f"{x:.0f} {unit}"
+
+
+def table(title: str, keys: tuple[str, ...], cases: list[tuple]) -> str:
+    """A case is (key values, ours per GPU, plain PyTorch)."""
+    head = [*keys, "bytes", "operations", *(f"{g.name}: 100 % / real / PyTorch" for g in GPUS)]
+    lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for values, ours, plain in cases:
+        first = ours(GPUS[1])
+        operations = first.int8 + first.half + (first.fp32 if not (first.int8 or first.half) else 0)
+        cells = [*(f"{v:,}" for v in values), quantity(first.bytes, "B"), quantity(operations, "op")]
+        for gpu in GPUS:
+            cost = ours(gpu)
+            cells.append(" / ".join(map(time, (cost.seconds(gpu, False), cost.seconds(gpu, True), plain.seconds(gpu, False)))))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(dim: int = 768) -> str:
+    batches, banks, ks = (4096, 65536), (100_000, 1_000_000), (1, 8)
+    searches = [
+        ((b, n, k), lambda gpu, b=b, n=n, k=k: search(gpu, b, n, dim, k), plain_search(b, n, dim, k))
+        for b in batches
+        for n in banks
+        for k in ks
+    ]
+    retargets = [
+        ((b, k), lambda gpu, b=b, k=k: retarget(b, dim, k), plain_retarget(b, dim, k)) for b in batches for k in ks
+    ]
+    preservations = [((b,), lambda gpu, b=b: preservation(b, dim), plain_preservation(b, dim)) for b in batches]
+    return "\n\n".join(
+        (
+            table("nearest_safe: fp32 queries, packed fp32 bank, d = 768", ("B", "N", "k"), searches),
+            table("retarget_loss with gradients: bf16 rows, fp32 bank, d = 768 (N does not matter)", ("B", "k"), retargets),
+            table("preservation_loss with gradients: bf16, d = 768 (no bank)", ("B",), preservations),
+        )
+    )
+
+
+if __name__ == "__main__":
+    print(tables())

@@ -1,0 +1,240 @@
+// Launcher of preservation_loss: lays out the workspace and queues the kernels.
+#include "preservation_loss.cuh"
+
+#include <cstring>
+
+namespace saferclip {
+namespace {
+
+constexpr int64_t kWeightBytes = 256 << 20;  // bound of the stored slice of P + C - 2 I
+
+enum Input { kText, kImage, kFrozenText, kFrozenImage };
+
+struct Plan {
+  DType type;            // of the products: the inputs' own, or fp32 if they differ
+  bool copy[4];          // inputs that need a padded copy of that type
+  int64_t row_bytes;     // of the operands
+  int64_t splits, columns_per_split;
+  int64_t chunk_rows;    // rows of P + C - 2 I stored at a time
+  int64_t batch_bytes;   // of a row of `batch` elements of `type`
+  int64_t bytes = 0;     // of the workspace; the rest are offsets into it
+  int64_t inverse, cosine, diagonal, row_lse, column_lse, partial, row_terms, copies[4];
+  int64_t transposed, weights, product;
+};
+
+HostRows input_rows(const PreservationProblem& p, int input) {
+  const void* data[] = {p.text, p.image, p.frozen_text, p.frozen_image};
+  const int types[] = {p.type, p.type, p.frozen_text_type, p.frozen_image_type};
+  return {data[input], static_cast<DType>(types[input])};
+}
+
+Plan make_plan(const PreservationProblem& p) {
+  Plan plan;
+  const bool one_type = p.frozen_text_type == p.type && p.frozen_image_type == p.type;
+  plan.type = one_type ? static_cast<DType>(p.type) : DType::kFloat32;
+  const int size = element_size(plan.type);
+  plan.row_bytes = round_up(p.dim * size, 16);
+  plan.batch_bytes = round_up(p.batch * size, 16);
+  const int64_t tiles = ceil_div(p.batch, kTile), slots = 2 * static_cast<int64_t>(multiprocessor_count());
+  int64_t splits = slots / tiles;
+  splits = splits < 1 ? 1 : splits > tiles ? tiles : splits;
+  plan.columns_per_split = ceil_div(tiles, splits) * kTile;
+  plan.splits = ceil_div(p.batch, plan.columns_per_split);
+  const int64_t fit = kWeightBytes / plan.batch_bytes / kTile * kTile;
+  plan.chunk_rows = fit < kTile ? kTile : fit < p.batch ? fit : p.batch;
+  auto take = [&](int64_t bytes) {
+    const int64_t at = plan.bytes;
+    plan.bytes += round_up(bytes, 256);
+    return at;
+  };
+  const int64_t column = p.batch * sizeof(float);
+  plan.inverse = take(4 * column);
+  plan.cosine = take(2 * column);
+  plan.diagonal = take(2 * column);
+  plan.row_lse = take(2 * column);
+  plan.column_lse = take(2 * column);
+  plan.partial = take(plan.splits * p.batch * sizeof(LogSum));
+  plan.row_terms = take(p.batch * sizeof(Vec16));
+  for (int i = 0; i < 4; ++i) {
+    const HostRows rows = input_rows(p, i);
+    plan.copy[i] = rows.type != plan.type || !rows.is_wide(p.dim);
+    plan.copies[i] = take(plan.copy[i] ? p.batch * plan.row_bytes : 0);
+  }
+  plan.transposed = take(p.need_grad ? p.dim * plan.batch_bytes : 0);
+  plan.weights = take(p.need_grad ? plan.chunk_rows * plan.batch_bytes : 0);
+  plan.product = take(p.need_grad ? plan.chunk_rows * p.dim * sizeof(float) : 0);
+  return plan;
+}
+
+// Everything that one call needs, with the workspace divided up.
+struct Call {
+  const PreservationProblem& p;
+  const Plan plan;
+  uint8_t* workspace;
+  Stream stream;
+
+  template <class T>
+  T* part(int64_t offset, int64_t count, const char* name) const {
+    T* at = reinterpret_cast<T*>(workspace + offset);
+    if (count > 0) name_buffer(at, count * sizeof(T), name);
+    return at;
+  }
+  unsigned row_blocks(int64_t rows) const {
+    return static_cast<unsigned>(ceil_div(rows, kRowKernelThreads / kWarpSize));
+  }
+  unsigned thread_blocks() const { return static_cast<unsigned>(ceil_div(p.batch, kRowKernelThreads)); }
+  Rows rows(int input) const { return input_rows(p, input).on_device(p.dim); }
+};
+
+template <class E>
+int log_sum(const Call& call, const UnitRows& x, const UnitRows& y, float* lse, float* diagonal) {
+  const Plan& plan = call.plan;
+  LogSum* partial = call.part<LogSum>(plan.partial, plan.splits * call.p.batch, "partial log-sums");
+  const dim3 grid(static_cast<unsigned>(ceil_div(call.p.batch, kTile)), static_cast<unsigned>(plan.splits));
+  if (int error = launch(call.stream, log_sum_kernel<E>, grid, kTileThreads, kLogSumSharedBytes, x, y,
+                         call.p.logit_scale, plan.columns_per_split, partial, diagonal)) {
+    return error;
+  }
+  return launch(call.stream, merge_splits_kernel, dim3(call.thread_blocks()), kRowKernelThreads, 0, partial,
+                call.p.batch, static_cast<int>(plan.splits), lse);
+}
+
+// sum_j (P + C - 2 I) y_j for `count` rows, into the workspace; `transposed` holds y already.
+template <class E>
+int weighted_rows(const Call& call, const UnitRows& x, const UnitRows& y, const float* row_lse,
+                  const float* column_lse, int64_t first_row, int64_t count, const uint8_t* transposed,
+                  float* product) {
+  const Plan& plan = call.plan;
+  const int64_t batch = call.p.batch, dim = call.p.dim;
+  uint8_t* weights = call.part<uint8_t>(plan.weights, count * plan.batch_bytes, "weights");
+  const unsigned tiles = static_cast<unsigned>(ceil_div(count, kTile));
+  if (int error = launch(call.stream, weights_kernel<E>, dim3(tiles, static_cast<unsigned>(ceil_div(batch, kTile))),
+                         kTileThreads, kTileSharedBytes, x, y, call.p.logit_scale, row_lse, column_lse,
+                         first_row, count, weights, plan.batch_bytes)) {
+    return error;
+  }
+  return launch(call.stream, product_kernel<E>, dim3(tiles, static_cast<unsigned>(ceil_div(dim, kTile))),
+                kTileThreads, kTileSharedBytes, Operand{weights, count, plan.batch_bytes},
+                Operand{transposed, dim, plan.batch_bytes}, product);
+}
+
+// InfoNCE (if its weight is not 0) and the gradient of one side: 0 text, 1 image.
+template <class E>
+int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_lse, float* column_lse,
+             float* diagonal, void* grad) {
+  const PreservationProblem& p = call.p;
+  const Plan& plan = call.plan;
+  const int other = side == kText ? kFrozenImage : kFrozenText, own = side == kText ? kFrozenText : kFrozenImage;
+  const bool nce = p.weights[2 + side] != 0.0f;
+  if (nce) {
+    if (int error = log_sum<E>(call, unit[side], unit[other], row_lse, diagonal)) return error;
+    if (int error = log_sum<E>(call, unit[other], unit[side], column_lse, nullptr)) return error;
+  }
+  if (!p.need_grad) return 0;
+  uint8_t* transposed = nullptr;
+  if (nce) {
+    transposed = call.part<uint8_t>(plan.transposed, p.dim * plan.batch_bytes, "transposed rows");
+    const int64_t padded = plan.batch_bytes / sizeof(E);
+    const dim3 grid(static_cast<unsigned>(ceil_div(padded, kTransposeTile)),
+                    static_cast<unsigned>(ceil_div(p.dim, kTransposeTile)));
+    if (int error = launch(call.stream, transpose_kernel<E>, grid, kRowKernelThreads, kTransposeSharedBytes,
+                           call.rows(other), p.batch, unit[other].inverse, transposed, plan.batch_bytes)) {
+      return error;
+    }
+  }
+  const int64_t step = nce ? plan.chunk_rows : p.batch;
+  for (int64_t first = 0; first < p.batch; first += step) {
+    const int64_t count = p.batch - first < step ? p.batch - first : step;
+    float* product = nullptr;
+    if (nce) {
+      product = call.part<float>(plan.product, count * p.dim, "weighted rows");
+      if (int error = weighted_rows<E>(call, unit[side], unit[other], row_lse, column_lse, first, count, transposed,
+                                       product)) {
+        return error;
+      }
+    }
+    const float batch = static_cast<float>(p.batch);
+    const FinishArguments finish = {call.rows(side),
+                                    call.rows(own),
+                                    unit[side].inverse,
+                                    unit[own].inverse,
+                                    product,
+                                    first,
+                                    count,
+                                    p.weights[side] / batch,
+                                    p.weights[2 + side] * p.logit_scale * 0.5f / batch,
+                                    static_cast<uint8_t*>(grad)};
+    if (int error = launch(call.stream, finish_kernel, dim3(call.row_blocks(count)), kRowKernelThreads, 0, finish)) {
+      return error;
+    }
+  }
+  return 0;
+}
+
+template <class E>
+int run(const Call& call, float* loss, float* terms, void* grad_text, void* grad_image) {
+  const PreservationProblem& p = call.p;
+  const Plan& plan = call.plan;
+  RowFacts facts;
+  TermArguments arguments = {};
+  float *row_lse[2], *column_lse[2], *diagonal[2];
+  for (int i = 0; i < 4; ++i) {
+    facts.inverse[i] = call.part<float>(plan.inverse + i * p.batch * 4, p.batch, "inverse norms");
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int64_t column = i * p.batch * 4;
+    float* cosine = call.part<float>(plan.cosine + column, p.batch, "cosines");
+    diagonal[i] = call.part<float>(plan.diagonal + column, p.batch, "diagonal");
+    row_lse[i] = call.part<float>(plan.row_lse + column, p.batch, "row log-sums");
+    column_lse[i] = call.part<float>(plan.column_lse + column, p.batch, "column log-sums");
+    facts.cosine[i] = cosine, arguments.cosine[i] = cosine;
+    if (p.weights[2 + i] == 0.0f) continue;
+    arguments.row_lse[i] = row_lse[i], arguments.column_lse[i] = column_lse[i];
+    arguments.diagonal[i] = diagonal[i];
+  }
+  if (int error = launch(call.stream, row_facts_kernel, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
+                         call.rows(kText), call.rows(kImage), call.rows(kFrozenText), call.rows(kFrozenImage),
+                         p.batch, facts)) {
+    return error;
+  }
+  UnitRows unit[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t* data = static_cast<const uint8_t*>(input_rows(p, i).data);
+    if (plan.copy[i]) {
+      uint8_t* copy = call.part<uint8_t>(plan.copies[i], p.batch * plan.row_bytes, "padded rows");
+      if (int error = launch(call.stream, pad_rows_kernel<E>, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
+                             call.rows(i), p.batch, copy, plan.row_bytes)) {
+        return error;
+      }
+      data = copy;
+    }
+    unit[i] = {{data, p.batch, plan.row_bytes}, facts.inverse[i]};
+  }
+  for (int side = 0; side < 2; ++side) {
+    void* grad = side == kText ? grad_text : grad_image;
+    if (int error = one_side<E>(call, side, unit, row_lse[side], column_lse[side], diagonal[side], grad)) return error;
+  }
+  Vec16* row_terms = call.part<Vec16>(plan.row_terms, p.batch, "row terms");
+  arguments.batch = p.batch, arguments.row_terms = row_terms;
+  if (int error = launch(call.stream, row_terms_kernel, dim3(call.thread_blocks()), kRowKernelThreads, 0, arguments)) {
+    return error;
+  }
+  Vec16 weights;
+  std::memcpy(&weights, p.weights, sizeof(weights));
+  return launch(call.stream, reduce_terms_kernel, dim3(1), kReduceThreads, kReduceSharedBytes, row_terms, p.batch,
+                1.0 / static_cast<double>(p.batch), weights, loss, terms);
+}
+
+}  // namespace
+
+int64_t preservation_loss_workspace_bytes(const PreservationProblem& problem) { return make_plan(problem).bytes; }
+
+int preservation_loss(const PreservationProblem& problem, void* workspace, float* loss, float* terms,
+                      void* grad_text, void* grad_image, void* stream) {
+  const Call call = {problem, make_plan(problem), static_cast<uint8_t*>(workspace), static_cast<Stream>(stream)};
+  auto* run_typed = call.plan.type == DType::kFloat32    ? run<float>
+                    : call.plan.type == DType::kBFloat16 ? run<bf16> : run<fp16>;
+  return run_typed(call, loss, terms, grad_text, grad_image);
+}
+
+}  // namespace saferclip

@@ -95,7 +95,7 @@ def run(
         seconds, "fine_tune", lambda: train(load_config(job.config, [*options, f"model.pretrained={weights}"]))
     )
     if result.weights is None:
-        raise KeyboardInterrupt
+        raise SystemExit(128 + result.stopped_by)  # a signal stopped it, and all is saved
     models = [load_clip(name, str(file)) for file in (weights, result.weights)]
     evaluated = _timed(seconds, "evaluate", lambda: [_evaluate(clip, job, progress) for clip in models])
     (frozen, frozen_rows), (tuned, tuned_rows) = evaluated

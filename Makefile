@@ -35,8 +35,8 @@ lint: setup  ## ruff, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu-check: setup  ## on a machine with a GPU: GPU tests and benchmarks
-	$(BIN)/python -m pytest -m gpu
+gpu-check: setup  ## on a machine with a GPU: GPU tests, compute-sanitizer, benchmarks (benchmarks/results)
+	$(BIN)/python benchmarks/gpu_check.py
 
 wheel: setup  ## build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

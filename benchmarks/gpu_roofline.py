@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 TILE = 128  # rows of a tile of the matrix core
 SLICE = 64  # bytes of depth of a pipeline stage
-RESCORED = 50  # rows scored again per query, beyond k: measured on the CPU at N = 100,000, d = 768 (docs/method.md)
+RESCORED = 4  # rows scored again per query and neighbor: benchmarks/screen_survivors.py, fp16, N = 100,000
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class Gpu:
     multiprocessors: int
     memory: float  # bytes/s
     half: float  # bf16/fp16 operations/s on tensor cores
-    int8: float
     fp32: float
     fp64: float
     matrix_fraction: float  # of the tensor-core peak that published mma.sync kernels reach
@@ -30,9 +29,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100", 108, 2.04e12, 312e12, 624e12, 19.5e12, 9.7e12, 0.73),  # FlashAttention-2 on an A100: 230 of 312
-    Gpu("H100", 132, 3.35e12, 989e12, 1979e12, 67e12, 34e12, 0.35),  # FlashAttention-2 (mma.sync) on an H100
-    Gpu("B200", 148, 7.7e12, 2250e12, 4500e12, 75e12, 37e12, 0.18),  # an assumption: mma.sync as fast as on an H100
+    Gpu("A100", 108, 2.04e12, 312e12, 19.5e12, 9.7e12, 0.73),  # FlashAttention-2 on an A100: 230 of 312
+    Gpu("H100", 132, 3.35e12, 989e12, 67e12, 34e12, 0.35),  # FlashAttention-2 (mma.sync) on an H100
+    Gpu("B200", 148, 7.7e12, 2250e12, 75e12, 37e12, 0.18),  # an assumption: mma.sync as fast as on an H100
 )
 
 
@@ -42,7 +41,6 @@ class Cost:
 
     bytes: float
     half: float = 0.0
-    int8: float = 0.0
     fp32: float = 0.0
     fp64: float = 0.0
 
@@ -52,7 +50,6 @@ class Cost:
         return max(
             self.bytes / (gpu.memory * memory),
             self.half / (gpu.half * matrix),
-            self.int8 / (gpu.int8 * matrix),
             self.fp32 / (gpu.fp32 * (0.7 if real else 1.0)),
             self.fp64 / (gpu.fp64 * (0.7 if real else 1.0)),
         )
@@ -89,14 +86,14 @@ def preservation_products(batch: int, dim: int, size: int) -> int:
 
 # ---- Costs of a call.
 def search(gpu: Gpu, batch: int, rows: int, dim: int, k: int) -> Cost:
-    """nearest_safe of fp32 rows against a packed bank; a wave of blocks reads the bank once, through L2."""
+    """nearest_safe of fp32 rows against a packed bank; a wave of blocks reads the fp16 copy once, through L2."""
     waves = ceil_div(batch, TILE * 2 * gpu.multiprocessors)
-    bank = waves * rows * (dim + 16)
-    again = batch * (RESCORED + k) * dim
-    lists = batch * 16 * 2 * (3 * TILE + RESCORED + k)
+    bank = waves * rows * (2 * dim + 16)
+    again = batch * RESCORED * k * dim
+    lists = batch * 16 * 2 * (3 * TILE + RESCORED * k)
     return Cost(
-        bytes=bank + batch * dim * (4 + 1 + 1 + 4) + 4 * again + lists + batch * k * 12,
-        int8=2 * tile_products(batch, rows, dim, 1),
+        bytes=bank + batch * dim * (4 + 2 + 2 + 4) + 4 * again + lists + batch * k * 12,
+        half=2 * tile_products(batch, rows, dim, 2),
         fp64=2 * again,
     )
 
@@ -153,7 +150,7 @@ def table(title: str, keys: tuple[str, ...], cases: list[tuple]) -> str:
     lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for values, ours, plain in cases:
         first = ours(GPUS[1])
-        operations = first.int8 + first.half + (first.fp32 if not (first.int8 or first.half) else 0)
+        operations = first.half or first.fp32
         cells = [*(f"{v:,}" for v in values), quantity(first.bytes, "B"), quantity(operations, "op")]
         for gpu in GPUS:
             cost = ours(gpu)

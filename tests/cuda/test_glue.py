@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import saferclip_fast as sf
+from tests.simt.build import ROOT
 
 _C = pytest.importorskip("saferclip_fast._C", reason="the native module is not built", exc_type=ImportError)
 if _C.cuda_version is None:
@@ -49,4 +50,4 @@ def test_stream_comes_from_the_stable_shim():
 
 def test_import_in_a_fresh_process_does_not_touch_a_gpu():
     code = "import saferclip_fast, torch; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -23,7 +23,7 @@ def test_search(bank_type):
     bounds = roofline.ceil_div(queries, 128) * roofline.ceil_div(count, 128) * 256 * 8 * 16
     prepare = (count + queries) * dim * 4 * 2
     lists = queries * 16 * 300  # survivors: written once each, read by each compaction and by the rescoring
-    rescored = queries * roofline.RESCORED * dim * 4
+    rescored = queries * roofline.RESCORED * k * dim * 4
     assert tiles + bounds < counters["load_bytes"] < tiles + bounds + prepare + 8 * lists + rescored
     assert counters["store_bytes"] < (count + queries) * (2 * dim + 16 + 8) + 4 * lists
 

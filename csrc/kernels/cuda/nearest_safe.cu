@@ -49,7 +49,7 @@ Plan make_plan(const NearestProblem& p) {
   if (splits > ceil_div(bank_tiles, 4)) splits = ceil_div(bank_tiles, 4);  // at least 512 rows each
   plan.rows_per_split = ceil_div(bank_tiles, splits) * kTile;
   plan.splits = ceil_div(p.rows, plan.rows_per_split);
-  plan.capacity = p.k <= 64 ? 256 : round_up(4 * p.k, kTile);
+  plan.capacity = p.k <= 16 ? 256 : round_up(kTile + 6 * p.k, kTile);  // room for a tile and what survives
   auto take = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
     plan.bytes += round_up(bytes, 256);

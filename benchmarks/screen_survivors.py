@@ -1,0 +1,42 @@
+"""How many bank rows survive the screen of nearest_safe: python benchmarks/screen_survivors.py
+
+The bounds of csrc/kernels/cuda/screen.cuh in plain PyTorch, for int8 and 16-bit copies, on rows in all directions, in a
+cone (as CLIP embeddings are) and in a cone with three outlier dimensions. It is why the CUDA screen is fp16.
+"""
+
+import torch
+import torch.nn.functional as F
+
+ROWS, QUERIES, DIM, KS = 100_000, 64, 768, (1, 8, 32)
+
+
+def quantized(x: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "int8":
+        scale = x.abs().amax(1, keepdim=True) / 127
+        return (x / scale).round() * scale
+    scale = x.abs().amax(1, keepdim=True)
+    return (x / scale).to(getattr(torch, kind)).float() * scale
+
+
+def survivors(query: torch.Tensor, bank: torch.Tensor, kind: str, k: int) -> float:
+    """Mean number of rows whose upper bound reaches the k-th largest lower bound."""
+    q, s = quantized(query, kind), quantized(bank, kind)
+    rounding = 2**-20 + (0 if kind == "int8" else 1.25 * 2**-23 * (DIM + 16))
+    margin = ((query - q).norm(dim=1) + rounding)[:, None] + q.norm(dim=1)[:, None] * (bank - s).norm(dim=1)
+    value = q @ s.T
+    threshold = (value - margin).topk(k).values[:, -1:]
+    return (value + margin >= threshold).sum(1).float().mean().item()
+
+
+if __name__ == "__main__":
+    generator = torch.Generator().manual_seed(0)
+    print("| rows | copy | " + " | ".join(f"k = {k}" for k in KS) + " |\n|---|---|" + "---|" * len(KS))
+    for name, center, outlier in (("all directions", 0.0, 0.0), ("cone", 2.0, 0.0), ("cone, 3 outliers", 2.0, 24.0)):
+        common = center * torch.randn(1, DIM, generator=generator)
+        common[0, :3] += outlier
+        query, bank = (
+            F.normalize(torch.randn(n, DIM, generator=generator) + common, dim=1) for n in (QUERIES, ROWS)
+        )
+        for kind in ("int8", "bfloat16", "float16"):
+            counts = " | ".join(f"{survivors(query, bank, kind, k):,.1f}" for k in KS)
+            print(f"| {name} | {kind} | {counts} |")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .data.images import MAX_PIXELS
-from .objectives import DEFAULT_WEIGHTS
+from .objectives import DEFAULT_BETA, DEFAULT_MARGIN, DEFAULT_WEIGHTS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -84,8 +84,8 @@ class ObjectiveOptions:
     )
     k: int = option(1, "safe neighbors per unsafe sample; 1 is the paper", 1, 256)
     tau: float = option(0.05, "temperature of the neighbors' weights, for k > 1", 1e-6)
-    beta: float = option(1.0, "sharpness of the cross terms' softplus; 1 is the paper", 1e-6)
-    margin: float = option(0.0, "margin of the cross terms; 0 is the paper")
+    beta: float = option(DEFAULT_BETA, "sharpness of the cross terms' softplus; 1 is the paper", 1e-6)
+    margin: float = option(DEFAULT_MARGIN, "margin of the cross terms; 0 is the paper")
     negative: Literal["current", "frozen"] = option(
         "current", "the unsafe counterpart as it is now, without gradient, or frozen (the paper)"
     )

@@ -15,14 +15,15 @@ from .ops import Neighbors, preservation_loss, retarget_loss
 # Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
 DEFAULT_WEIGHTS = {
     "uni_text": 4.0,
-    "uni_image": 4.0,
+    "uni_image": 1.0,
     "cross_text": 4.0,
     "cross_image": 4.0,
-    "cos_text": 1.0,
-    "cos_image": 1.0,
+    "cos_text": 4.0,
+    "cos_image": 4.0,
     "nce_text": 0.2,
     "nce_image": 0.2,
 }
+DEFAULT_BETA, DEFAULT_MARGIN = 10.0, 0.3
 
 
 class QuadrupletEmbeddings(NamedTuple):
@@ -65,8 +66,8 @@ class SaferClip(nn.Module):
         *,
         k: int = 1,
         tau: float = 0.05,
-        beta: float = 1.0,
-        margin: float = 0.0,
+        beta: float = DEFAULT_BETA,
+        margin: float = DEFAULT_MARGIN,
         negative: str = "current",
         logit_scale: float = 100.0,
         backend: str = "auto",

@@ -1,6 +1,7 @@
 // The functions that exist once per instruction set, and the table that picks among them.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "retarget_loss.h"
 #include "rows.h"
@@ -99,6 +100,9 @@ extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 extern const Kernels kKernelsAvx512Vnni;
 #endif
+
+// The tables that this CPU can run, best first.
+std::vector<const Kernels*> usable_kernels();
 
 // The best table for this CPU, or the one that SAFERCLIP_FAST_ISA names. Throws std::runtime_error
 // if the name is unknown or the CPU lacks it.

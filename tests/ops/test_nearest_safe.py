@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -31,8 +34,8 @@ def assert_exact(query, bank, k, scores, indices):
     unit = normalize(query.double(), dim=1, eps=0.0).nan_to_num(0.0)
     truth = unit @ bank.double().T
     chosen = truth.gather(1, indices)
-    room = rounding * chosen.abs() + 1e-44
-    assert ((chosen - scores.double()).abs() <= room).all()
+    noise = 2.0**-48 * bank.double().norm(dim=1).max() + 1e-44  # of the float64 sums themselves
+    assert ((chosen - scores.double()).abs() <= rounding * chosen.abs() + noise).all()
     assert (indices.sort(1).values.diff(dim=1) > 0).all(), "an index twice"
     later, earlier = slice(1, None), slice(None, -1)
     tied = scores[:, later] == scores[:, earlier]
@@ -40,7 +43,7 @@ def assert_exact(query, bank, k, scores, indices):
     assert (indices[:, later] > indices[:, earlier])[tied].all(), "a tie went to the higher index"
     left_out = truth.scatter(1, indices, -torch.inf).max(1).values
     worst = scores[:, -1].double()
-    assert (left_out <= worst + rounding * worst.abs() + 1e-44)[torch.isfinite(left_out)].all()
+    assert (left_out <= worst + rounding * worst.abs() + noise).all()
 
 
 def scaled_rows(n, d):
@@ -128,7 +131,7 @@ def test_ties_are_bit_exact_where_every_sum_is(run, name):
 
 
 @ALL
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_exact_on_random_shapes_and_values(run, data):
     n = data.draw(st.integers(1, 400))
@@ -143,7 +146,7 @@ def test_exact_on_random_shapes_and_values(run, data):
     values = randn(n + q, d, seed=seed)
     if levels:
         values = (values * levels).round() / levels
-    values[:: data.draw(st.integers(2, 50))] = values[0]
+    values[:: data.draw(st.integers(2, 50))] = values[0].clone()
     bank, query = values[:n].to(bank_dtype), (values[n:] * scale).to(dtype)
     packed = run("pack_bank", bank) if data.draw(st.booleans()) else None
     assert_exact(query, bank, k, *run("nearest_safe", query, bank, k, packed))
@@ -196,12 +199,13 @@ def test_packed_bank_in_a_read_only_map_at_an_odd_address(run, tmp_path):
     bank, query = BANKS["gaussian"](500, 48), randn(20, 48, seed=5)
     path = tmp_path / "packed"
     path.write_bytes(b"\0" * 13 + run("pack_bank", bank).numpy().tobytes())
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = np.frombuffer(mapped, dtype=np.uint8)[13:]
-        with pytest.warns(UserWarning, match="not writable"):
-            packed = torch.from_numpy(view)
-        assert_exact(query, bank, 5, *run("nearest_safe", query, bank, 5, packed))
-        del packed, view
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that the map is not writable: that is the point
+        packed = torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8)[13:])
+    assert packed.data_ptr() % 8 == 5
+    assert_exact(query, bank, 5, *run("nearest_safe", query, bank, 5, packed))
 
 
 def test_a_packed_bank_of_another_shape_is_refused():
@@ -253,8 +257,5 @@ def test_extra_memory_stays_small():
         "op(query, bank, 32)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    import subprocess
-    import sys
-
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ})
     assert int(out.stdout.split()[-1]) < 64 * 1024

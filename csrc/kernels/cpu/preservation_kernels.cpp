@@ -65,7 +65,7 @@ inline Floats exponential(Floats x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   // 2^n from the integer that the rounding left in the low bits; clear what would be denormal.
-  const Ints exponent = (load_bits<Ints>(&shifted) << 23) + (127 << 23);
+  const UInts exponent = (load_bits<UInts>(&shifted) << 23) + (127u << 23);
   const Floats power = load_bits<Floats>(&exponent);
   return x < -87.0f ? Floats{} : p * power;
 }

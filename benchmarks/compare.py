@@ -47,6 +47,8 @@ def report(title: str, rows: list[dict[str, object]], path: str | None) -> None:
     """Prints one line a row and writes machine and rows as JSON."""
     print(title)
     for row in rows:
-        print("  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        print(
+            "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True
+        )
     if path is not None:
         Path(path).write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -71,8 +71,18 @@ def row(kind, q, n, d, k, times, **more):
     if "faiss" in times:
         ratios |= {f"faiss/{name}": times["faiss"] / t for name, t in times.items() if name.startswith("ours")}
     ms = {f"{name}_ms": t * 1e3 for name, t in times.items() if name.startswith(("ours", "faiss"))}
-    return {"data": kind, "Q": q, "N": n, "d": d, "k": k, **ms, "best_torch": best,
-            "best_torch_ms": torch_times[best] * 1e3, **ratios, **more}
+    return {
+        "data": kind,
+        "Q": q,
+        "N": n,
+        "d": d,
+        "k": k,
+        **ms,
+        "best_torch": best,
+        "best_torch_ms": torch_times[best] * 1e3,
+        **ratios,
+        **more,
+    }
 
 
 def faiss_path(query, bank, k):

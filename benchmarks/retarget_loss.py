@@ -51,8 +51,19 @@ def main() -> None:
         train(out.loss)
 
     rest = (frozen_text, frozen_image, bank.text, bank.image, indices[:, 0])
-    op_args = (text.detach(), image.detach(), *rest[:4], indices, torch.ones(args.batch, 1),
-               torch.full((args.batch, 4), 1 / args.batch), [1.0] * 4, 1.0, 0.0, False, True)
+    op_args = (
+        text.detach(),
+        image.detach(),
+        *rest[:4],
+        indices,
+        torch.ones(args.batch, 1),
+        torch.full((args.batch, 4), 1 / args.batch),
+        [1.0] * 4,
+        1.0,
+        0.0,
+        False,
+        True,
+    )
     times = medians(
         {
             "ours": ours,

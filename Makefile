@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint gpu-check wheel clean
+.PHONY: help setup demo test sanitize bench lint gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,12 @@ demo: setup  ## pre-train a small CLIP, make it safe, show what changed (runs/de
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+
+sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (no torch inside)
+	$(BIN)/cmake -G Ninja -S tests/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSAFERCLIP_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/native_kernels
 
 bench: setup  ## compare every op with the pure-PyTorch paths
 	$(BIN)/python benchmarks/run.py

@@ -3,3 +3,6 @@
 compiler: str
 cuda_version: str | None  # of the statically linked CUDA runtime; None: built without CUDA
 cuda_architectures: str | None
+
+def cpu_isas() -> list[str]:
+    """Instruction sets of the CPU kernels that this CPU runs, best first; SAFERCLIP_FAST_ISA picks one."""

@@ -76,10 +76,12 @@ class SafeBank:
     def pack(self) -> SafeBank:
         """Makes the int8 copy that the native search screens with, once, and returns self.
 
-        Without it each search quantises the rows on the fly. A no-op where the native module is not built.
+        Without it each search quantises the rows on the fly. A no-op where the native module is not built, and for
+        float64 rows, which only the reference searches.
         """
         native = backends()["cuda" if self.device.type == "cuda" else "cpu"]
-        if self.packed is None and native.usable and "nearest_safe" in native.ops:
+        searched = native.usable and "nearest_safe" in native.ops and self.text.dtype != torch.float64
+        if self.packed is None and searched:
             self.packed = torch.ops.saferclip_fast.pack_bank(self.text)
         return self
 

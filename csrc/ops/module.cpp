@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "kernels/cpu/kernels.h"
+
 STABLE_TORCH_LIBRARY(saferclip_fast, m) {
   m.def(
       "nearest_safe(Tensor query, Tensor bank, int k, Tensor? packed=None) "
@@ -30,4 +32,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = pybind11::none();
   m.attr("cuda_architectures") = pybind11::none();
 #endif
+  m.def(
+      "cpu_isas",
+      [] {
+        pybind11::list names;
+        for (const auto* table : saferclip::cpu::usable_kernels()) names.append(table->name);
+        return names;
+      },
+      "Instruction sets of the CPU kernels that this CPU runs, best first; SAFERCLIP_FAST_ISA picks one.");
 }

@@ -17,10 +17,10 @@ void accumulate(const void* row, DType dtype, int64_t dim, float* sum);
 void retarget_rows(const RetargetArgs& args, int64_t begin, int64_t end, double* sums, float* scratch);
 void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float* panel, int64_t depth,
                     float* c, int64_t c_stride, int columns, bool accumulate);
-void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float scale, float* row_largest,
+void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float* row_largest,
                  float* row_sum, float* column_largest, float* column_sum);
-void softmax_sum(float* tile, int64_t rows, int64_t columns, float scale, const float* row_lse,
-                 const float* column_lse);
+void softmax_sum(float* tile, int64_t rows, int64_t columns, const float* row_largest,
+                 const float* row_log, const float* column_largest, const float* column_log);
 double preservation_row(const float* unit, const float* own, const float* mixed, const float* paired,
                         float pull, float push, float inverse_norm, int64_t dim, DType dtype,
                         void* grad);

@@ -3,9 +3,12 @@
 set(SAFERCLIP_CPU_DIR ${CMAKE_CURRENT_LIST_DIR})
 # Contraction: fused multiply-adds where the ISA has them. No -ffast-math: the bounds rely on IEEE rounding.
 # GCC 12's AVX-512 intrinsics set off the two uninitialized warnings themselves.
+if(NOT SAFERCLIP_CPU_OPTIMIZE)
+  set(SAFERCLIP_CPU_OPTIMIZE -O3)
+endif()
 set(SAFERCLIP_CPU_OPTIONS
   -Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized
-  -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math)
+  ${SAFERCLIP_CPU_OPTIMIZE} -ffp-contract=fast -fno-math-errno -fno-trapping-math)
 
 add_library(saferclip_cpu_host OBJECT
   ${SAFERCLIP_CPU_DIR}/kernels.cpp

@@ -31,15 +31,18 @@ const Kernels* const kTables[] = {
 
 }  // namespace
 
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> usable;
+  for (const Kernels* table : kTables) {
+    if (cpu_runs(table->name)) usable.push_back(table);
+  }
+  return usable;
+}
+
 const Kernels& kernels() {
   const char* wanted = std::getenv("SAFERCLIP_FAST_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    static const Kernels* const best = [] {
-      for (const Kernels* table : kTables) {
-        if (cpu_runs(table->name)) return table;
-      }
-      return &kKernelsGeneric;
-    }();
+    static const Kernels* const best = usable_kernels().front();
     return *best;
   }
   for (const Kernels* table : kTables) {

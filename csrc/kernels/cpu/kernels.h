@@ -1,6 +1,7 @@
 // The functions that exist once per instruction set, and the table that picks among them.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "retarget_loss.h"
 #include "rows.h"
@@ -79,13 +80,14 @@ struct Kernels {
   // c [rows, columns] (+)= a [rows, depth] times panel [depth][32], of which columns <= 32 count.
   void (*multiply_panel)(const float* a, int64_t rows, int64_t a_stride, const float* panel,
                          int64_t depth, float* c, int64_t c_stride, int columns, bool accumulate);
-  // Merges the logits scale * tile [rows, columns] into running log-sum-exps of rows and columns,
+  // Merges a tile of logits [rows, columns] into running log-sum-exps of rows and columns,
   // each a largest value and a sum of exp(logit - largest).
-  void (*log_sum_exp)(const float* tile, int64_t rows, int64_t columns, float scale,
-                      float* row_largest, float* row_sum, float* column_largest, float* column_sum);
-  // tile = exp(scale * tile - row_lse) + exp(scale * tile - column_lse)
-  void (*softmax_sum)(float* tile, int64_t rows, int64_t columns, float scale, const float* row_lse,
-                      const float* column_lse);
+  void (*log_sum_exp)(const float* tile, int64_t rows, int64_t columns, float* row_largest,
+                      float* row_sum, float* column_largest, float* column_sum);
+  // tile = exp(tile - row_lse) + exp(tile - column_lse), each log-sum-exp given as
+  // largest + log: near a softmax of 1 the sum of the two would round the difference away.
+  void (*softmax_sum)(float* tile, int64_t rows, int64_t columns, const float* row_largest,
+                      const float* row_log, const float* column_largest, const float* column_log);
   // Returns <unit, own>; unless grad is null writes the gradient through the normalisation of
   // g = pull * own + push * (mixed - 2 * paired), where mixed and paired may be null together.
   double (*preservation_row)(const float* unit, const float* own, const float* mixed,
@@ -99,6 +101,9 @@ extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 extern const Kernels kKernelsAvx512Vnni;
 #endif
+
+// The tables that this CPU can run, best first.
+std::vector<const Kernels*> usable_kernels();
 
 // The best table for this CPU, or the one that SAFERCLIP_FAST_ISA names. Throws std::runtime_error
 // if the name is unknown or the CPU lacks it.

@@ -65,22 +65,22 @@ inline Floats exponential(Floats x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   // 2^n from the integer that the rounding left in the low bits; clear what would be denormal.
-  const Ints exponent = (load_bits<Ints>(&shifted) << 23) + (127 << 23);
+  const UInts exponent = (load_bits<UInts>(&shifted) << 23) + (127u << 23);
   const Floats power = load_bits<Floats>(&exponent);
   return x < -87.0f ? Floats{} : p * power;
 }
 
 // Lanes beyond the tile read as a logit that adds nothing.
-inline Floats logits(const float* p, int64_t left, float scale) {
-  if (left >= kWidth) return load(p) * scale;
+inline Floats logits(const float* p, int64_t left) {
+  if (left >= kWidth) return load(p);
   float lanes[kWidth];
-  for (int i = 0; i < kWidth; ++i) lanes[i] = i < left ? p[i] * scale : kLowest;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i < left ? p[i] : kLowest;
   return load(lanes);
 }
 
-void sum_row(const float* row, int64_t columns, float scale, float* largest_seen, float* sum_seen) {
+void sum_row(const float* row, int64_t columns, float* largest_seen, float* sum_seen) {
   Floats top = splat(kLowest);
-  for (int64_t c = 0; c < columns; c += kWidth) top = maximum(logits(row + c, columns - c, scale), top);
+  for (int64_t c = 0; c < columns; c += kWidth) top = maximum(logits(row + c, columns - c), top);
   const float before = *largest_seen, now = largest(top);
   const float best = now > before ? now : before;
   Floats total[4] = {};
@@ -88,10 +88,10 @@ void sum_row(const float* row, int64_t columns, float scale, float* largest_seen
   for (; c + 4 * kWidth <= columns; c += 4 * kWidth) {
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      total[v] += exponential(load(row + c + v * kWidth) * scale - best);
+      total[v] += exponential(load(row + c + v * kWidth) - best);
     }
   }
-  for (; c < columns; c += kWidth) total[0] += exponential(logits(row + c, columns - c, scale) - best);
+  for (; c < columns; c += kWidth) total[0] += exponential(logits(row + c, columns - c) - best);
   const float old = *sum_seen > 0 ? *sum_seen * __builtin_expf(before - best) : 0.0f;
   *sum_seen = old + sum((total[0] + total[1]) + (total[2] + total[3]));
   *largest_seen = best;
@@ -99,13 +99,13 @@ void sum_row(const float* row, int64_t columns, float scale, float* largest_seen
 
 // Up to kWidth * Vectors columns, from the top of the tile to its bottom.
 template <int Vectors>
-void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t columns, float scale,
+void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t columns,
                  float* largest_seen, float* sum_seen) {
   Floats top[Vectors], total[Vectors] = {};
   for (int v = 0; v < Vectors; ++v) top[v] = splat(kLowest);
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < Vectors; ++v) {
-      top[v] = maximum(logits(tile + r * stride + v * kWidth, columns - v * kWidth, scale), top[v]);
+      top[v] = maximum(logits(tile + r * stride + v * kWidth, columns - v * kWidth), top[v]);
     }
   }
   alignas(64) float before[Vectors * kWidth], old[Vectors * kWidth];
@@ -116,7 +116,7 @@ void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t column
   for (int v = 0; v < Vectors; ++v) top[v] = maximum(load(before + v * kWidth), top[v]);
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < Vectors; ++v) {
-      const Floats x = logits(tile + r * stride + v * kWidth, columns - v * kWidth, scale);
+      const Floats x = logits(tile + r * stride + v * kWidth, columns - v * kWidth);
       total[v] += exponential(x - top[v]);
     }
   }
@@ -159,36 +159,39 @@ void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float*
   }
 }
 
-void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float scale, float* row_largest,
+void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float* row_largest,
                  float* row_sum, float* column_largest, float* column_sum) {
   for (int64_t r = 0; r < rows; ++r) {
-    sum_row(tile + r * columns, columns, scale, row_largest + r, row_sum + r);
+    sum_row(tile + r * columns, columns, row_largest + r, row_sum + r);
   }
   constexpr int kVectors = 4;
   int64_t c = 0;
   for (; c + kVectors * kWidth <= columns; c += kVectors * kWidth) {
-    sum_columns<kVectors>(tile + c, rows, columns, kVectors * kWidth, scale, column_largest + c,
+    sum_columns<kVectors>(tile + c, rows, columns, kVectors * kWidth, column_largest + c,
                           column_sum + c);
   }
   for (; c < columns; c += kWidth) {
-    sum_columns<1>(tile + c, rows, columns, columns - c, scale, column_largest + c, column_sum + c);
+    sum_columns<1>(tile + c, rows, columns, columns - c, column_largest + c, column_sum + c);
   }
 }
 
-void softmax_sum(float* tile, int64_t rows, int64_t columns, float scale, const float* row_lse,
-                 const float* column_lse) {
+void softmax_sum(float* tile, int64_t rows, int64_t columns, const float* row_largest,
+                 const float* row_log, const float* column_largest, const float* column_log) {
   for (int64_t r = 0; r < rows; ++r) {
     float* row = tile + r * columns;
+    const auto softmaxes = [&](Floats x, Floats largest, Floats log) {
+      return exponential(x - row_largest[r] - row_log[r]) +
+             exponential(x - largest - log);
+    };
     int64_t c = 0;
     for (; c + kWidth <= columns; c += kWidth) {
-      const Floats x = load(row + c) * scale;
-      store(row + c, exponential(x - row_lse[r]) + exponential(x - load(column_lse + c)));
+      store(row + c, softmaxes(load(row + c), load(column_largest + c), load(column_log + c)));
     }
     if (c == columns) continue;
-    const Floats x = load_part(row + c, columns - c) * scale;
-    const Floats p =
-        exponential(x - row_lse[r]) + exponential(x - load_part(column_lse + c, columns - c));
-    for (int64_t j = 0; c + j < columns; ++j) row[c + j] = p[j];
+    const int64_t rest = columns - c;
+    const Floats p = softmaxes(load_part(row + c, rest), load_part(column_largest + c, rest),
+                               load_part(column_log + c, rest));
+    for (int64_t j = 0; j < rest; ++j) row[c + j] = p[j];
   }
 }
 

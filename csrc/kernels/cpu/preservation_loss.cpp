@@ -84,16 +84,17 @@ class Side {
 
   static int64_t panels(int64_t columns) { return (columns + kPanelRows - 1) / kPanelRows; }
 
-  // y_columns_ panel p: [dim][32] of rows 32 p and on, zeros behind the last.
+  // y_columns_ panel p: [dim][32] of logit_scale * y, rows 32 p and on, zeros behind the last.
   void transpose_panel(int64_t p) {
     float* to = y_columns_.get() + p * kPanelRows * dim_;
     for (int64_t r = 0; r < kPanelRows; ++r) {
       const int64_t row = p * kPanelRows + r;
-      for (int64_t j = 0; j < dim_; ++j) to[j * kPanelRows + r] = row < batch_ ? y_[row * dim_ + j] : 0;
+      for (int64_t j = 0; j < dim_; ++j) to[j * kPanelRows + r] = row < batch_ ? logit_scale_ * y_[row * dim_ + j] : 0;
     }
   }
 
-  // tile [count, columns] = unit [count, dim] times rows [column, column + columns) of y, transposed.
+  // The logits: tile [count, columns] = unit [count, dim] times rows [column, column + columns) of
+  // logit_scale * y, transposed.
   void multiply_transposed(const float* unit, int64_t count, int64_t column, int64_t columns,
                            float* tile) const {
     for (int64_t k = 0; k < dim_; k += kDepth) {
@@ -120,10 +121,10 @@ class Side {
     }
   }
 
-  // Fills row_lse_ and column_lse_; returns the InfoNCE term.
+  // Fills row_sums_ and column_sums_; returns the InfoNCE term.
   double log_sums() {
-    row_lse_.resize(batch_);
-    column_lse_.resize(batch_);
+    row_sums_ = LogSums(batch_);
+    column_sums_ = LogSums(batch_);
     std::vector<LogSums> columns(stripes_, LogSums(batch_));
     std::vector<double> diagonal(batch_);
     parallel_(stripes_, [&](int64_t s) { sum_stripe(s, columns[s], diagonal); });
@@ -135,9 +136,11 @@ class Side {
       for (const LogSums& c : columns) {
         sum += c.sum[j] * std::exp(static_cast<double>(c.largest[j]) - largest);
       }
-      const double lse = largest + std::log(sum);
-      column_lse_[j] = static_cast<float>(lse);
-      total += lse + row_lse_[j] - 2 * diagonal[j];
+      column_sums_.largest[j] = largest;
+      const double column_log = std::log(sum), row_log = std::log(row_sums_.sum[j]);
+      column_sums_.sum[j] = static_cast<float>(column_log);
+      row_sums_.sum[j] = static_cast<float>(row_log);
+      total += (largest - diagonal[j]) + column_log + (row_sums_.largest[j] - diagonal[j]) + row_log;
     }
     return 0.5 * total / static_cast<double>(batch_);
   }
@@ -148,18 +151,14 @@ class Side {
     const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
     std::vector<double> wide(dim_);
     make_unit(x_, first, count, wide.data(), unit.get(), nullptr);
-    LogSums row_sums(count);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
       multiply_transposed(unit.get(), count, c, width, tile.get());
       for (int64_t i = std::max(first, c); i < std::min(first + count, c + width); ++i) {
-        diagonal[i] = static_cast<double>(logit_scale_) * tile[(i - first) * width + i - c];
+        diagonal[i] = tile[(i - first) * width + i - c];
       }
-      kernel_.log_sum_exp(tile.get(), count, width, logit_scale_, row_sums.largest.data(),
-                            row_sums.sum.data(), &columns.largest[c], &columns.sum[c]);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      row_lse_[first + i] = row_sums.largest[i] + std::log(static_cast<double>(row_sums.sum[i]));
+      kernel_.log_sum_exp(tile.get(), count, width, &row_sums_.largest[first],
+                          &row_sums_.sum[first], &columns.largest[c], &columns.sum[c]);
     }
   }
 
@@ -194,11 +193,11 @@ class Side {
   void mix_stripe(int64_t first, int64_t count, const float* unit, float* mixed) {
     const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
     const Buffer<float> panel = make_buffer<float>(kTileColumns * kPanelRows);
-    const std::vector<float> row_lse(row_lse_.begin() + first, row_lse_.begin() + first + count);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
       multiply_transposed(unit, count, c, width, tile.get());
-      kernel_.softmax_sum(tile.get(), count, width, logit_scale_, row_lse.data(), &column_lse_[c]);
+      kernel_.softmax_sum(tile.get(), count, width, &row_sums_.largest[first],
+                          &row_sums_.sum[first], &column_sums_.largest[c], &column_sums_.sum[c]);
       multiply_add(tile.get(), count, c, width, c > 0, panel.get(), mixed);
     }
   }
@@ -210,9 +209,8 @@ class Side {
   int64_t batch_, dim_, stripe_, stripes_;
   const Kernels& kernel_ = kernels();
   Buffer<float> y_;          // unit rows of other_
-  Buffer<float> y_columns_;  // the same, transposed in panels of 32 rows
-  std::vector<double> row_lse_;
-  std::vector<float> column_lse_;
+  Buffer<float> y_columns_;  // logit_scale times the same, transposed in panels of 32 rows
+  LogSums row_sums_{0}, column_sums_{0};  // once complete, `sum` holds its logarithm
 };
 
 }  // namespace

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -71,7 +72,7 @@ def durations(run: Callable[[], object], device: str, repeats: int) -> Tensor:
         run()
         event.record()
     torch.cuda.synchronize()
-    return torch.tensor([a.elapsed_time(b) for a, b in zip(events, events[1:])], dtype=torch.float64)
+    return torch.tensor([a.elapsed_time(b) for a, b in itertools.pairwise(events)], dtype=torch.float64)
 
 
 def machine_rates(device: str, elements: int = 1 << 28, side: int = 8192) -> tuple[float, float]:
@@ -123,7 +124,7 @@ def search_cases(device: str, batch: int, rows: int, dim: int, k: int) -> Iterat
     yield Case("nearest_safe", size, "torch.compile", lambda: compiled(query, bank, k), **cost)
     if importlib.util.find_spec("faiss"):
         import faiss
-        import faiss.contrib.torch_utils  # noqa: F401  (lets faiss take CUDA tensors)
+        import faiss.contrib.torch_utils  # lets faiss take CUDA tensors
 
         if hasattr(faiss, "StandardGpuResources"):
             index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), dim)
@@ -188,7 +189,9 @@ def preservation_cases(device: str, batch: int, dim: int, dtype=torch.bfloat16) 
         ways["Inf-CL"] = rival
     for way, loss in ways.items():
         operations = 2.0 * 4 * batch * batch * dim  # S and its gradient, for both terms
-        yield Case("preservation_loss", f"B={batch:,} d={dim}", way, with_gradients(loss, text, image), operations=operations)
+        yield Case(
+            "preservation_loss", f"B={batch:,} d={dim}", way, with_gradients(loss, text, image), operations=operations
+        )
 
 
 def all_cases(device: str, small: bool) -> Iterator[Case]:
@@ -197,7 +200,13 @@ def all_cases(device: str, small: bool) -> Iterator[Case]:
         yield from retarget_cases(device, 8, 50, 32)
         yield from preservation_cases(device, 8, 32)
         return
-    for batch, rows, k in ((48, 100_000, 1), (4096, 100_000, 1), (4096, 100_000, 8), (4096, 1_000_000, 1), (65536, 100_000, 1)):
+    for batch, rows, k in (
+        (48, 100_000, 1),
+        (4096, 100_000, 1),
+        (4096, 100_000, 8),
+        (4096, 1_000_000, 1),
+        (65536, 100_000, 1),
+    ):
         yield from search_cases(device, batch, rows, 768, k)
     for batch in (48, 4096, 65536):
         yield from retarget_cases(device, batch, 100_000, 768)

@@ -154,7 +154,9 @@ def table(title: str, keys: tuple[str, ...], cases: list[tuple]) -> str:
         cells = [*(f"{v:,}" for v in values), quantity(first.bytes, "B"), quantity(operations, "op")]
         for gpu in GPUS:
             cost = ours(gpu)
-            cells.append(" / ".join(map(time, (cost.seconds(gpu, False), cost.seconds(gpu, True), plain.seconds(gpu, False)))))
+            cells.append(
+                " / ".join(map(time, (cost.seconds(gpu, False), cost.seconds(gpu, True), plain.seconds(gpu, False))))
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -174,7 +176,9 @@ def tables(dim: int = 768) -> str:
     return "\n\n".join(
         (
             table("nearest_safe: fp32 queries, packed fp32 bank, d = 768", ("B", "N", "k"), searches),
-            table("retarget_loss with gradients: bf16 rows, fp32 bank, d = 768 (N does not matter)", ("B", "k"), retargets),
+            table(
+                "retarget_loss with gradients: bf16 rows, fp32 bank, d = 768 (N does not matter)", ("B", "k"), retargets
+            ),
             table("preservation_loss with gradients: bf16, d = 768 (no bank)", ("B",), preservations),
         )
     )

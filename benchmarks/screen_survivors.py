@@ -34,9 +34,7 @@ if __name__ == "__main__":
     for name, center, outlier in (("all directions", 0.0, 0.0), ("cone", 2.0, 0.0), ("cone, 3 outliers", 2.0, 24.0)):
         common = center * torch.randn(1, DIM, generator=generator)
         common[0, :3] += outlier
-        query, bank = (
-            F.normalize(torch.randn(n, DIM, generator=generator) + common, dim=1) for n in (QUERIES, ROWS)
-        )
+        query, bank = (F.normalize(torch.randn(n, DIM, generator=generator) + common, dim=1) for n in (QUERIES, ROWS))
         for kind in ("int8", "bfloat16", "float16"):
             counts = " | ".join(f"{survivors(query, bank, kind, k):,.1f}" for k in KS)
             print(f"| {name} | {kind} | {counts} |")

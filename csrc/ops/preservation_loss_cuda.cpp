@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cuda(const Tensor& 
       .weights = {},
       .logit_scale = static_cast<float>(logit_scale),
       .need_grad = need_grad,
+      .slice_bytes = saferclip::kSliceOfWeights,
   };
   for (int i = 0; i < 4; ++i) problem.weights[i] = static_cast<float>(weights[i]);
   Tensor space = workspace(text, saferclip::preservation_loss_workspace_bytes(problem));

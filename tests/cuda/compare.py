@@ -1,4 +1,4 @@
-"""The error rule of docs/architecture.md: the error of a backend is compared with that of plain PyTorch, not guessed."""
+"""The error rule of docs/architecture.md: a backend's error is compared with plain PyTorch's, not guessed."""
 
 from torch import Tensor, finfo
 
@@ -17,7 +17,9 @@ def check_loss(found: list[Tensor], truth: list[Tensor], plain: list[Tensor], we
         assert f.shape == t.shape
     of_terms = allowed_error(found[1], truth[1], plain[1])
     allowed = [sum(abs(w) for w in weights) * of_terms + allowed_error(found[0], truth[0], truth[0]), of_terms]
-    allowed += [allowed_error(f, t, p) if t.numel() else 0.0 for f, t, p in zip(found[2:], truth[2:], plain[2:])]
+    allowed += [
+        allowed_error(f, t, p) if t.numel() else 0.0 for f, t, p in zip(found[2:], truth[2:], plain[2:], strict=True)
+    ]
     for name, f, t, limit in zip(("loss", "terms", "grad_text", "grad_image"), found, truth, allowed, strict=True):
         error = float((f - t).abs().max()) if t.numel() else 0.0
         assert error <= limit, f"{name}: error {error:.3g}, the plain path allows {limit:.3g}"

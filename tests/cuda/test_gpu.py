@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 import saferclip_fast as sf
 from saferclip_fast.ops import reference
-from tests.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
+from tests.cuda import test_nearest_safe as searches
+from tests.cuda import test_preservation_loss as preservation
+from tests.cuda import test_retarget_loss as retarget
 from tests.simt.executor import Nearest
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -48,12 +50,19 @@ class GpuLoss:
 @pytest.mark.parametrize("query_type", DTYPES)
 @pytest.mark.parametrize(
     ("queries", "count", "dim", "k"),
-    [(1, 1, 8, 1), (5, 300, 64, 1), (131, 7000, 72, 5), (300, 20000, 513, 32), (77, 30011, 768, 100), (9, 999, 1024, 256)],
+    [
+        (1, 1, 8, 1),
+        (5, 300, 64, 1),
+        (131, 7000, 72, 5),
+        (300, 20000, 513, 32),
+        (77, 30011, 768, 100),
+        (9, 999, 1024, 256),
+    ],
 )
 def test_exact_neighbors(queries, count, dim, k, query_type, bank_type):
-    rows = test_nearest_safe.rows
+    rows = searches.rows
     query = (rows(queries, dim, seed=1) * 10.0 ** torch.linspace(-3, 3, queries)[:, None]).to(query_type)
-    test_nearest_safe.check(GpuSearch(), query, rows(count, dim, bank_type, seed=2), k)
+    searches.check(GpuSearch(), query, rows(count, dim, bank_type, seed=2), k)
 
 
 @pytest.mark.parametrize(
@@ -62,19 +71,19 @@ def test_exact_neighbors(queries, count, dim, k, query_type, bank_type):
      "rounding_hides_the_best_row", "unaligned_tensor"],
 )  # fmt: skip
 def test_hard_searches(case):
-    getattr(test_nearest_safe, f"test_{case}")(GpuSearch())
+    getattr(searches, f"test_{case}")(GpuSearch())
 
 
 @pytest.mark.parametrize("bank_type", [FP32, BF16])
 def test_searches_with_and_without_a_packed_bank(bank_type):
-    test_nearest_safe.check(
+    searches.check(
         GpuSearch(),
-        query := test_nearest_safe.rows(40, 768, seed=1),
-        bank := test_nearest_safe.rows(9000, 768, bank_type, seed=2),
+        query := searches.rows(40, 768, seed=1),
+        bank := searches.rows(9000, 768, bank_type, seed=2),
         3,
         GpuSearch().pack(bank),
     )
-    test_nearest_safe.test_equal_rows_and_full_lists(GpuSearch(), bank_type)
+    searches.test_equal_rows_and_full_lists(GpuSearch(), bank_type)
     assert GpuSearch()(query, bank, 3).indices.equal(GpuSearch()(query, bank, 3, GpuSearch().pack(bank)).indices)
 
 
@@ -82,23 +91,23 @@ def test_searches_with_and_without_a_packed_bank(bank_type):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "dim", "k"), [(1, 64, 1), (48, 768, 1), (333, 513, 5), (1000, 1024, 32)])
 def test_retarget_loss(batch, dim, k, dtype, current):
-    tensors = test_retarget_loss.problem(batch, dim, k, dtype, rows=500)
-    test_retarget_loss.check(GpuLoss(OPS.retarget_loss), tensors, [1.0, 0.7, 2.0, 0.3], 1.0, 0.1, current, True)
+    tensors = retarget.problem(batch, dim, k, dtype, rows=500)
+    retarget.check(GpuLoss(OPS.retarget_loss), tensors, [1.0, 0.7, 2.0, 0.3], 1.0, 0.1, current, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "dim"), [(1, 64), (48, 768), (333, 513), (2000, 1024)])
 def test_preservation_loss(batch, dim, dtype):
-    tensors = test_preservation_loss.problem(batch, dim, dtype)
+    tensors = preservation.problem(batch, dim, dtype)
     for logit_scale in (1.0, 100.0):
-        weights = test_preservation_loss.WEIGHTS
-        test_preservation_loss.check(GpuLoss(OPS.preservation_loss), tensors, weights, logit_scale, True)
+        weights = preservation.WEIGHTS
+        preservation.check(GpuLoss(OPS.preservation_loss), tensors, weights, logit_scale, True)
 
 
 def loss_arguments(op: str):
     if op == "retarget_loss":
-        return to_gpu([*test_retarget_loss.problem(70, 96, 3, BF16), [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True])
-    return to_gpu([*test_preservation_loss.problem(70, 96, BF16), [1.0, 1.0, 1.0, 1.0], 100.0, True])
+        return to_gpu([*retarget.problem(70, 96, 3, BF16), [1.0, 1.0, 1.0, 1.0], 1.0, 0.0, False, True])
+    return to_gpu([*preservation.problem(70, 96, BF16), [1.0, 1.0, 1.0, 1.0], 100.0, True])
 
 
 @pytest.mark.parametrize("op", ["retarget_loss", "preservation_loss"])
@@ -112,7 +121,7 @@ def test_losses_give_the_same_bits_every_time(op):
 @pytest.mark.parametrize("op", ["retarget_loss", "preservation_loss", "nearest_safe"])
 def test_other_streams_and_cuda_graphs(op):
     if op == "nearest_safe":
-        arguments = to_gpu([test_nearest_safe.rows(9, 64), test_nearest_safe.rows(700, 64, seed=1), 3])
+        arguments = to_gpu([searches.rows(9, 64), searches.rows(700, 64, seed=1), 3])
     else:
         arguments = loss_arguments(op)
     call = getattr(OPS, op)
@@ -133,7 +142,7 @@ def test_other_streams_and_cuda_graphs(op):
 
 def test_public_api_and_compile():
     """Through the public functions with gradients, eager and under torch.compile."""
-    text, image, frozen_text, frozen_image = (t.cuda() for t in test_preservation_loss.problem(32, 64, FP32))
+    text, image, frozen_text, frozen_image = (t.cuda() for t in preservation.problem(32, 64, FP32))
     bank = sf.SafeBank(*(F.normalize(torch.randn(400, 64), dim=-1).cuda() for _ in range(2)))
     text.requires_grad_(), image.requires_grad_()
 
@@ -152,7 +161,7 @@ def test_public_api_and_compile():
 def test_device_guard():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
-    query, bank = test_nearest_safe.rows(9, 64), test_nearest_safe.rows(700, 64, seed=1)
+    query, bank = searches.rows(9, 64), searches.rows(700, 64, seed=1)
     scores, indices = OPS.nearest_safe(query.to("cuda:1"), bank.to("cuda:1"), 3)
     assert indices.device.index == 1
     assert indices.cpu().equal(reference.nearest_safe(query, bank, 3)[1])
@@ -160,7 +169,7 @@ def test_device_guard():
 
 def test_large_search_is_exact():
     """100,000 rows: compared with a float64 product on the GPU itself."""
-    query, bank = test_nearest_safe.rows(512, 768, seed=1).cuda(), test_nearest_safe.rows(100_000, 768, seed=2).cuda()
+    query, bank = searches.rows(512, 768, seed=1).cuda(), searches.rows(100_000, 768, seed=2).cuda()
     scores, indices = OPS.nearest_safe(query, bank, 8)
     expected_scores, expected_indices = reference.nearest_safe(query, bank, 8)
     assert (indices == expected_indices).float().mean() > 0.999

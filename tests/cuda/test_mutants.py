@@ -42,12 +42,13 @@ SYNC = "__syncthreads();"
 TILE, SCREEN, RESCORE = "tile.cuh", "screen.cuh", "rescore.cuh"
 ROWS, REDUCE, RETARGET, PRESERVATION = "rows.cuh", "reduce.cuh", "retarget_loss.cuh", "preservation_loss.cuh"
 KEEP = "entries[kept + __popc(votes & ((1u << lane) - 1))] = entry;"
+TEXT_GRADIENT = "text.gradient(t, x, st, sv, grad);"
 LOGIT = "logit(s, scale, row_inverse, column_inverse[j])"
 
 MUTANTS = {
     "nearest_safe": [
         Mutant("no barrier before a slice", TILE, "", SYNC),
-        Mutant("wait for one slice too few", TILE, "", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+        Mutant("wait for a slice too few", TILE, "", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
         Mutant("rows past the end of an operand", TILE, "", "inside && row < rows", "inside"),
         Mutant("bytes past the end of a row", TILE, "", "first_byte + chunk * 16 < row_bytes", "true"),
         Mutant("halves of A swapped", TILE, "a_half =", "lane / 16", "1 - lane / 16"),
@@ -59,7 +60,7 @@ MUTANTS = {
         Mutant("full list taken for a whole one", SCREEN, "if (", "count > lists.capacity", "false"),
         Mutant("rows of a full list dropped", RESCORE, "const bool closed =", "count > lists.capacity", "false"),
         Mutant("entries overwritten unread", SCREEN, "if (keep)", KEEP, "entries[kept + lane + 1] = entry;"),
-        Mutant("threshold of half as many rows", SCREEN, "count_at_least(middle);\n    if (", "count >= k", "count >= (k + 1) / 2"),
+        Mutant("threshold of fewer rows", SCREEN, "count_at_least(middle);\n    if (", "count >= k", "2 * count > k"),
         Mutant("ties to the higher index", RESCORE, "static_cast<uint32_t>(", "~index", "index"),
         Mutant("keys written over the best", RESCORE, "state.keys[", "filled + i", "i"),
         Mutant("no barrier in the sort", RESCORE, "= a;\n      }", SYNC),
@@ -69,11 +70,11 @@ MUTANTS = {
     "retarget_loss": [
         Mutant("no row mask", RETARGET, "if (", "row >= p.batch", "false"),
         Mutant("vector past the end of a row", ROWS, "if (", "first + 4 < m.dim", "true"),
-        Mutant("targets exchanged", RETARGET, "", "text.gradient(t, x, st, sv, grad);", "text.gradient(t, x, sv, st, grad);"),
+        Mutant("targets exchanged", RETARGET, "", TEXT_GRADIENT, TEXT_GRADIENT.replace("st, sv", "sv, st")),
         Mutant("no projection", RETARGET, "out[i] =", "(g - along * inverse * x[i])", "g"),
         Mutant("no barrier in the reduction", REDUCE, "", SYNC),
         Mutant("reduction stops early", REDUCE, "step = kReduceThreads / 2;", "step > 0", "step > 1"),
-        Mutant("last lane left out of a sum", ROWS, "x += __shfl_xor_sync(kFullMask, x,", "step", "step == 1 ? 0 : step"),
+        Mutant("last step of a sum wrong", ROWS, "x += __shfl_xor_sync(kFullMask, x,", "step", "step == 1 ? 0 : step"),
         Mutant("chunk skipped", RETARGET, "gather8(p, p.bank_image, row,", "chunk", "chunk ^ 1"),
     ],
     "preservation_loss": [
@@ -81,7 +82,7 @@ MUTANTS = {
         Mutant("no barrier before the sums", PRESERVATION, "The tiles are done with.", SYNC),
         Mutant("no barrier after the sums", PRESERVATION, "= total;\n  }", SYNC),
         Mutant("no mask at the last column", PRESERVATION, "s =", f"column < last_column ? {LOGIT} : -INFINITY", LOGIT),
-        Mutant("running sum not rescaled", PRESERVATION, "before.sum *", "exponential(before.largest - largest)", "1.0f"),
+        Mutant("sum not rescaled", PRESERVATION, "before.sum *", "exponential(before.largest - largest)", "1.0f"),
         Mutant("diagonal kept", PRESERVATION, "if (first_row + row == column + j)", "w[j] -= 2.0f;"),
         Mutant("weights of a padding column", PRESERVATION, "if (", "column + j >= columns", "column + j > columns"),
         Mutant("scalar rows read as vectors", PRESERVATION, "half ?", "x[4 + i]", "x[i]"),

@@ -59,7 +59,7 @@ def test_exact_neighbors(kernels, queries, count, dim, k, query_type, bank_type)
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 64])
 def test_split_of_the_bank_does_not_change_the_result(kernels, multiprocessors):
-    query, bank = rows(130, 64, seed=3), rows(4200, 64, seed=4)
+    query, bank = rows(130, 64, seed=3), rows(2100, 64, seed=4)
     expected = kernels(query, bank, 5)
     kernels.multiprocessors = multiprocessors
     try:
@@ -68,6 +68,14 @@ def test_split_of_the_bank_does_not_change_the_result(kernels, multiprocessors):
         kernels.multiprocessors = 2
     assert found.indices.equal(expected.indices)
     assert found.scores.equal(expected.scores)
+
+
+def test_many_queries_go_a_wave_at_a_time(kernels):
+    kernels.multiprocessors = 1  # a wave is two blocks of 128 queries
+    try:
+        check(kernels, rows(300, 64, seed=3), rows(200, 64, seed=4), 2)
+    finally:
+        kernels.multiprocessors = 2
 
 
 def test_order_of_the_threads_does_not_change_the_result(kernels):

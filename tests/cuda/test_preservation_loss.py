@@ -70,6 +70,18 @@ def test_terms_that_are_off(kernels, weights):
         assert counters["mma"] == 0
 
 
+def test_gradients_in_slices(kernels):
+    """A batch whose weights don't fit the workspace at once gives the same bits."""
+    tensors = problem(200, 64, BF16)
+    whole, _ = kernels(*tensors, WEIGHTS, 100.0, True)
+    kernels.slice_bytes = 1
+    try:
+        sliced, _ = kernels(*tensors, WEIGHTS, 100.0, True)
+    finally:
+        del kernels.slice_bytes
+    assert all(a.equal(b) for a, b in zip(whole, sliced, strict=True))
+
+
 def test_without_gradients(kernels):
     found, _ = check(kernels, problem(20, 64, FP32), WEIGHTS, 100.0, False)
     assert found[2].shape == found[3].shape == (0, 64)
@@ -99,4 +111,4 @@ def test_same_bits_in_any_thread_order(kernels):
         second, _ = kernels(*tensors, WEIGHTS, 100.0, True)
     finally:
         kernels.reverse = False
-    assert all(a.equal(b) for a, b in zip(first, second))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))

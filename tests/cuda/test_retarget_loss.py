@@ -97,7 +97,7 @@ def test_same_bits_in_any_thread_order(kernels):
         second, _ = kernels(*tensors, *options)
     finally:
         kernels.reverse = False
-    assert all(a.equal(b) for a, b in zip(first, second))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
 def test_unaligned_gradient_rows(kernels):

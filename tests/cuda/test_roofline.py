@@ -1,4 +1,4 @@
-"""Gate 4: what the kernels did on the executor is what the formulas of the roofline say, and the docs show their tables."""
+"""Gate 4: the executor counts what the roofline's formulas say, and the docs show their tables."""
 
 import re
 

@@ -10,7 +10,15 @@ import torch
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-COUNTERS = "load_bytes store_bytes wide_loads narrow_loads mma fma launches".split()
+COUNTERS = ("load_bytes", "store_bytes", "wide_loads", "narrow_loads", "mma", "fma", "launches")
+
+
+def pointers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def types(*names: str) -> list[tuple[str, type]]:
+    return [(f"{name}_type", ctypes.c_int) for name in names]
 
 
 class SimtFault(RuntimeError):
@@ -54,7 +62,7 @@ class Executor:
     def counters(self) -> dict[str, int]:
         values = (ctypes.c_int64 * len(COUNTERS))()
         self.library.simt_counters(values)
-        return dict(zip(COUNTERS, values))
+        return dict(zip(COUNTERS, values, strict=True))
 
 
 class NearestProblem(ctypes.Structure):
@@ -126,13 +134,13 @@ class NearestSafe(Executor):
 
 class RetargetProblem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "text image frozen_text frozen_image bank_text bank_image".split()),
-        *((name, ctypes.c_void_p) for name in "neighbors neighbor_weights row_weights".split()),
+        *pointers("text", "image", "frozen_text", "frozen_image", "bank_text", "bank_image"),
+        *pointers("neighbors", "neighbor_weights", "row_weights"),
         ("batch", ctypes.c_int64),
         ("dim", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("k", ctypes.c_int),
-        *((f"{name}_type", ctypes.c_int) for name in "row frozen_text frozen_image bank_text bank_image".split()),
+        *types("row", "frozen_text", "frozen_image", "bank_text", "bank_image"),
         ("weights", ctypes.c_float * 4),
         ("beta", ctypes.c_float),
         ("margin", ctypes.c_float),
@@ -146,7 +154,7 @@ def loss_outputs(executor: Executor, like: torch.Tensor, need_grad: bool) -> tup
     rows = like.shape[0] if need_grad else 0
     outputs = [torch.empty(()), torch.empty(4), *(like.new_empty(rows, like.shape[1]) for _ in range(2))]
     names = ["loss", "terms", "text gradient", "image gradient"]
-    return outputs, [ctypes.c_void_p(executor.pointer(o, n, output=True)) for o, n in zip(outputs, names)]
+    return outputs, [ctypes.c_void_p(executor.pointer(o, n, output=True)) for o, n in zip(outputs, names, strict=True)]
 
 
 class RetargetLoss(Executor):
@@ -159,7 +167,7 @@ class RetargetLoss(Executor):
         names = [name for name, kind in RetargetProblem._fields_ if kind is ctypes.c_void_p]
         text, image, *_ = tensors
         problem = RetargetProblem(
-            *(self.pointer(tensor, name) for tensor, name in zip(tensors, names)),
+            *(self.pointer(tensor, name) for tensor, name in zip(tensors, names, strict=True)),
             *text.shape,
             tensors[4].shape[0],
             tensors[6].shape[1],
@@ -182,18 +190,20 @@ class RetargetLoss(Executor):
 
 class PreservationProblem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "text image frozen_text frozen_image".split()),
+        *pointers("text", "image", "frozen_text", "frozen_image"),
         ("batch", ctypes.c_int64),
         ("dim", ctypes.c_int64),
-        *((f"{name}_type", ctypes.c_int) for name in "row frozen_text frozen_image".split()),
+        *types("row", "frozen_text", "frozen_image"),
         ("weights", ctypes.c_float * 4),
         ("logit_scale", ctypes.c_float),
         ("need_grad", ctypes.c_int),
+        ("slice_bytes", ctypes.c_int64),
     ]
 
 
 class PreservationLoss(Executor):
     name = "preservation_loss"
+    slice_bytes = 1 << 20
 
     def __call__(self, text, image, frozen_text, frozen_image, weights, logit_scale, need_grad):
         """The arguments and outputs of torch.ops.saferclip_fast.preservation_loss, and the counters."""
@@ -209,6 +219,7 @@ class PreservationLoss(Executor):
             (ctypes.c_float * 4)(*weights),
             logit_scale,
             need_grad,
+            self.slice_bytes,
         )
         size = self.library.run_workspace_bytes
         size.restype = ctypes.c_int64

@@ -9,6 +9,7 @@ import pytest
 
 from tests.simt import build
 
+
 def cuda_include() -> Path | None:
     """The CUDA headers: of CUDA_HOME, of a toolkit in its usual place, or of NVIDIA's runtime packages."""
     found = importlib.util.find_spec("nvidia")

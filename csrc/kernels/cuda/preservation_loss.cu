@@ -6,8 +6,6 @@
 namespace saferclip {
 namespace {
 
-constexpr int64_t kWeightBytes = 256 << 20;  // bound of the stored slice of P + C - 2 I
-
 enum Input { kText, kImage, kFrozenText, kFrozenImage };
 
 struct Plan {
@@ -40,7 +38,7 @@ Plan make_plan(const PreservationProblem& p) {
   splits = splits < 1 ? 1 : splits > tiles ? tiles : splits;
   plan.columns_per_split = ceil_div(tiles, splits) * kTile;
   plan.splits = ceil_div(p.batch, plan.columns_per_split);
-  const int64_t fit = kWeightBytes / plan.batch_bytes / kTile * kTile;
+  const int64_t fit = p.slice_bytes / plan.batch_bytes / kTile * kTile;
   plan.chunk_rows = fit < kTile ? kTile : fit < p.batch ? fit : p.batch;
   auto take = [&](int64_t bytes) {
     const int64_t at = plan.bytes;

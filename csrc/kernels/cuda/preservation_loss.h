@@ -14,7 +14,10 @@ struct PreservationProblem {
   float weights[4];                               // cos_text, cos_image, nce_text, nce_image
   float logit_scale;
   int need_grad;
+  int64_t slice_bytes;  // of P + C - 2 I stored at a time
 };
+
+constexpr int64_t kSliceOfWeights = 256 << 20;  // a good slice_bytes
 
 constexpr int64_t kMaxPreservationDim = 8192;
 constexpr int64_t kMaxPreservationBatch = 1 << 21;  // tiles of columns are a grid dimension of 65,535 at most

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // Unit queries in the screening type. Bounds are in units of the query's own scale: with them,
 // margin(query, row) = norm * row.error + error * row.norm. A zero query gets scale 0. One warp a row.
 template <class S>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 8)
     prepare_query_kernel(Rows query, int64_t count, Global<uint8_t> out, int64_t row_bytes,
                          Global<RowBound> bounds, Global<double> norms) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter run, with the arithmetic of the hardware where the stock interpreter's differs.
+"""Gives Triton's interpreter the arithmetic of the hardware where its own differs.
 
 Triton 3.8's interpreter keeps bfloat16 as uint16: its conversion from float32 truncates (and, when asked to round,
 carries wrongly out of the mantissa), and its tl.dot multiplies the raw uint16. Its float32 products neither cut to
@@ -8,14 +8,14 @@ kernels themselves are unchanged.
 
 from __future__ import annotations
 
-import os
+import functools
 
 PRODUCTS_AN_INSTRUCTION = 8  # along d: exact products, added exactly, then one float32 rounding into the accumulator
 
 
-def enable() -> None:
-    """Has to run before the kernels are imported."""
-    os.environ["TRITON_INTERPRET"] = "1"
+@functools.cache  # patching twice would wrap the patch
+def correct_interpreter() -> None:
+    """Has to run before a kernel does, under TRITON_INTERPRET=1."""
     import numpy as np
     import torch
     import triton.language as tl

@@ -111,9 +111,13 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, work: int = 0
     return kernel
 
 
-@torch.compiler.assume_constant_result  # the choice is made while tracing, not traced
 def _traced_name(op: str, backend: str, forced: str, device: str, dtype: torch.dtype) -> str:
     return _name(op, _pick(op, backend, forced, device, dtype, LARGEST))
+
+
+# The choice is made while tracing, not traced: what torch.compiler.assume_constant_result sets, without importing
+# torch._dynamo, which takes longer than the rest of this package.
+_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _name(op: str, backend: str) -> str:

@@ -56,6 +56,9 @@ def _scale_gradients(ctx, grad_loss, *unused):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("saferclip_fast losses have no second derivative: call backward() without create_graph=True")
     grad_text, grad_image = ctx.saved_tensors
+    concrete = type(grad_loss) is Tensor and not torch.compiler.is_compiling()  # not while tracing
+    if concrete and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+        return grad_text, grad_image, *(None,) * (ctx.inputs - 2)  # loss.backward(): spares a pass over both
     scale = grad_loss.to(grad_text.dtype)
     return scale * grad_text, scale * grad_image, *(None,) * (ctx.inputs - 2)
 

@@ -33,8 +33,10 @@ sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehavior
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/native_kernels
 
-bench: setup  ## compare every op with the pure-PyTorch paths
-	$(BIN)/python benchmarks/run.py
+bench: setup  ## compare every op with the pure-PyTorch paths (JSON in benchmarks/results)
+	$(BIN)/python benchmarks/nearest_safe.py
+	$(BIN)/python benchmarks/retarget_loss.py
+	$(BIN)/python benchmarks/preservation_loss.py
 
 lint: setup  ## ruff, mypy
 	$(BIN)/ruff check .

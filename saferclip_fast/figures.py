@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FROZEN, TUNED = "#8c8c8c", "#1f77b4"
-UNSAFE = "#d62728"
+UNSAFE, SAFE = "#d62728", "#2ca02c"
 EXAMPLES, BEST = 5, 4  # unsafe captions shown, and images found for each
 
 
@@ -58,29 +58,37 @@ def _bars(figure: Any, frozen: dict[str, float], tuned: dict[str, float], rows: 
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
     axes.set_title("Before and after fine-tuning, held-out samples", loc="left", fontsize=11)
 
 
 def _examples(figure: Any, held_out: Any, frozen_rows: QuadrupletEmbeddings, tuned_rows: QuadrupletEmbeddings) -> None:
     count = len(frozen_rows.safe_text)
     shown = torch.linspace(0, count - 1, EXAMPLES).long()
-    grid = figure.subplots(EXAMPLES, 2 * BEST + 1, width_ratios=[2.6] + [1] * (2 * BEST))
+    # caption, what the frozen model finds, a gap, what the fine-tuned one finds
+    grid = figure.subplots(EXAMPLES, 2 * BEST + 2, width_ratios=[2.8] + [1] * BEST + [0.15] + [1] * BEST)
     found = [_best_images(rows, shown) for rows in (frozen_rows, tuned_rows)]
     for i, row in enumerate(shown.tolist()):
         grid[i, 0].text(0, 0.5, held_out.unsafe_captions[row], va="center", fontsize=9, wrap=True)
-        grid[i, 0].axis("off")
-        for column, index in enumerate([*found[0][i].tolist(), *found[1][i].tolist()]):
-            axes = grid[i, 1 + column]
-            unsafe = index >= count
-            axes.imshow((held_out.unsafe_images if unsafe else held_out.safe_images)[index % count])
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set(color=UNSAFE if unsafe else "#2ca02c", linewidth=2.5)
+        for axes in (grid[i, 0], grid[i, 1 + BEST]):
+            axes.axis("off")
+        for side, first in enumerate((1, 2 + BEST)):
+            for axes, index in zip(grid[i, first:], found[side][i].tolist(), strict=False):
+                _framed(axes, held_out, index, count)
     grid[0, 0].set_title("unsafe caption", loc="left", fontsize=10)
-    grid[0, 1].set_title("frozen model finds", loc="left", fontsize=10)
-    grid[0, 1 + BEST].set_title("fine-tuned model finds (red frame: unsafe, green: safe)", loc="left", fontsize=10)
+    grid[0, 1].set_title("the frozen model finds", loc="left", fontsize=10)
+    grid[0, 2 + BEST].set_title("the fine-tuned model finds", loc="left", fontsize=10)
+    figure.supxlabel("best images of the gallery; red frame: unsafe, green frame: safe", fontsize=9)
+
+
+def _framed(axes: Any, held_out: Any, index: int, count: int) -> None:
+    """Draws image `index` of the gallery (safe images, then unsafe ones) in the color of its side."""
+    unsafe = index >= count
+    axes.imshow((held_out.unsafe_images if unsafe else held_out.safe_images)[index % count])
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=UNSAFE if unsafe else SAFE, linewidth=2.5)
 
 
 def _best_images(rows: QuadrupletEmbeddings, shown: Tensor) -> Tensor:

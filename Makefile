@@ -19,13 +19,14 @@ $(VENV)/.installed: pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'cmake>=3.25' ninja 'pybind11>=2.13' 'torch>=2.10' torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'nvidia-cutlass>=4.2'  # CuTe's headers, which tests compare with
 	@touch $@
 
 demo: setup  ## pre-train a small CLIP, make it safe, show what changed (runs/demo)
 	$(BIN)/python -m saferclip_fast.demo
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+test: setup  ## run the tests, a process for each core with one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (no torch inside)
 	$(BIN)/cmake -G Ninja -S tests/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \

@@ -18,12 +18,12 @@ DEFAULT_WEIGHTS = {
     "uni_image": 1.0,
     "cross_text": 4.0,
     "cross_image": 4.0,
-    "cos_text": 4.0,
-    "cos_image": 4.0,
+    "cos_text": 8.0,
+    "cos_image": 8.0,
     "nce_text": 0.2,
     "nce_image": 0.2,
 }
-DEFAULT_BETA, DEFAULT_MARGIN = 10.0, 0.3
+DEFAULT_BETA, DEFAULT_MARGIN = 10.0, 0.2
 
 
 class QuadrupletEmbeddings(NamedTuple):

@@ -5,10 +5,13 @@ This is plain CLIP training (symmetric InfoNCE), only as good as a small data se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +50,24 @@ def pretrained_clip(
     path = Path(cache_dir) / f"{model}-{name}-{key}.safetensors"
     if not path.is_file():
         torch.manual_seed(seed)
-        clip = load_clip(model)
+        with _quiet():
+            clip = load_clip(model)
         images, captions = pairs()
         _train(clip, images, captions, epochs, progress)
         save_tensors(path, clip.exported_state_dict(), {"format": "pt"})
     return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Random weights are what is wanted here: no warning of them from this package or open_clip."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def preprocess(clip: ClipModel, images: np.ndarray) -> Tensor:

@@ -35,9 +35,9 @@ sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehavior
 	build/sanitize/native_kernels
 
 bench: setup  ## compare every op with the pure-PyTorch paths (JSON in benchmarks/results)
-	$(BIN)/python benchmarks/nearest_safe.py
-	$(BIN)/python benchmarks/retarget_loss.py
-	$(BIN)/python benchmarks/preservation_loss.py
+	$(BIN)/python benchmarks/nearest_safe.py --json benchmarks/results/nearest_safe.json
+	$(BIN)/python benchmarks/retarget_loss.py --json benchmarks/results/retarget_loss.json
+	$(BIN)/python benchmarks/preservation_loss.py --json benchmarks/results/preservation_loss.json
 
 lint: setup  ## ruff, mypy
 	$(BIN)/ruff check .

@@ -22,8 +22,12 @@ STABLE_TORCH_LIBRARY(saferclip_fast, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of saferclip_fast; importing it registers torch.ops.saferclip_fast.*";
-#ifdef __VERSION__
-  m.attr("compiler") = __VERSION__;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;  // "Clang ..."
+#elif defined(__GNUC__)
+  m.attr("compiler") = "GCC " __VERSION__;
+#else
+  m.attr("compiler") = "an unnamed compiler";
 #endif
 #ifdef SAFERCLIP_CUDA_VERSION
   m.attr("cuda_version") = SAFERCLIP_CUDA_VERSION;  // of the statically linked runtime

@@ -36,7 +36,7 @@ def ours(rows):
 
 
 def peak_megabytes() -> float:
-    """Peak resident size of this process. Not getrusage's: that one survives exec, so a child starts at its parent's."""
+    """Peak resident size of this process. Unlike getrusage, it starts anew at exec."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 

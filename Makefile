@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize bench lint gpu-check wheel clean
+.PHONY: help setup demo test sanitize fuzz bench lint gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,10 @@ sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehavior
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSAFERCLIP_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/native_kernels
+
+fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inputs in build/fuzz)
+	$(BIN)/python -m pip install --quiet 'atheris>=2.3'
+	$(BIN)/python -m tests.fuzz.run --seconds 600
 
 bench: setup  ## compare every op with the pure-PyTorch paths (JSON in benchmarks/results)
 	$(BIN)/python benchmarks/nearest_safe.py --json benchmarks/results/nearest_safe.json

@@ -1,0 +1,44 @@
+"""The ops are called from many Python threads at once, and each caller gets the bits that it would get alone."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+import saferclip_fast as sf
+
+CALLERS, CALLS = 6, 8
+
+
+def job(seed: int) -> list[torch.Tensor]:
+    """Every op, forward and backward, on inputs of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    d = 24 + 8 * (seed % 3)
+    bank = sf.SafeBank(*torch.randn(2, 300 + seed, d, generator=generator))
+    text, image, frozen_text, frozen_image = torch.randn(4, 33, d, generator=generator).unbind()
+    text.requires_grad_()
+    image.requires_grad_()
+    found = sf.nearest_safe(frozen_text, bank.pack() if seed % 2 else bank, k=3)
+    redirect = sf.retarget_loss(text, image, frozen_text, frozen_image, bank, k=2)
+    keep = sf.preservation_loss(text, image, frozen_text, frozen_image)
+    (redirect.loss + keep.loss).backward()
+    return [found.scores, found.indices, redirect.loss.detach(), keep.loss.detach(), text.grad, image.grad]
+
+
+def test_many_callers_at_once():
+    alone = [job(seed) for seed in range(CALLERS)]
+    with ThreadPoolExecutor(CALLERS) as pool:
+        together = list(pool.map(job, list(range(CALLERS)) * CALLS))
+    for number, found in enumerate(together):
+        for mine, expected in zip(found, alone[number % CALLERS], strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_callers_share_one_bank_while_it_is_packed():
+    text = torch.nn.functional.normalize(torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)))
+    expected = sf.nearest_safe(text[:50], text, k=5)
+    for _ in range(5):
+        bank = sf.SafeBank(text, text)
+        with ThreadPoolExecutor(CALLERS) as pool:
+            calls = [pool.submit(lambda b: sf.nearest_safe(text[:50], b.pack(), k=5), bank) for _ in range(2 * CALLERS)]
+            found = [call.result() for call in calls]
+        assert all(torch.equal(f.indices, expected.indices) for f in found)

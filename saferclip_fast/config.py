@@ -1,6 +1,7 @@
 """Every option of a training run: its type, default and meaning, in one place.
 
-Options come from the defaults below, then a YAML file, then `key=value` words, each checked when read.
+Options come from the defaults below, the recipe that a choice brings, a YAML file and `key=value` words, in this order;
+each is checked when read.
 """
 
 import difflib
@@ -18,6 +19,31 @@ from .data.images import MAX_PIXELS
 from .objectives import DEFAULT_BETA, DEFAULT_MARGIN, DEFAULT_WEIGHTS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+# What a choice brings with it: (option, value) -> defaults of other options. The file and the words go over them.
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {
+    ("objective.preset", "paper"): {
+        "objective.neighbors": "offline",
+        "objective.k": 1,
+        "objective.beta": 1.0,
+        "objective.margin": 0.0,
+        "objective.negative": "frozen",
+        # ours, since the paper's are not known: with a frozen negative, cross terms above the uni-modal ones drive the
+        # encoders past the safe region
+        "objective.weights.uni_text": 4.0,
+        "objective.weights.uni_image": 4.0,
+        "objective.weights.cross_text": 1.0,
+        "objective.weights.cross_image": 1.0,
+        "objective.weights.cos_text": 1.0,
+        "objective.weights.cos_image": 1.0,
+        "objective.weights.nce_text": 0.2,
+        "objective.weights.nce_image": 0.2,
+        "curriculum.enabled": True,
+    },
+    # the baselines have no curriculum
+    ("objective.name", "safeclip"): {"curriculum.enabled": False},
+    ("objective.name", "shieldclip"): {"curriculum.enabled": False},
+}
 
 
 class ConfigError(ValueError):
@@ -79,6 +105,15 @@ class WeightOptions:
 
 @dataclass
 class ObjectiveOptions:
+    name: Literal["saferclip", "safeclip", "shieldclip"] = option(
+        "saferclip", "SafeR-CLIP, or a baseline: Safe-CLIP, ShieldCLIP, with their authors' weights and no curriculum"
+    )
+    preset: Literal["default", "paper"] = option(
+        "default", "paper: SafeR-CLIP's own setting in place of the defaults below; options that are given win over it"
+    )
+    targets: Literal["pair", "nearest"] = option(
+        "pair", "safeclip: redirect to the sample's own safe pair (its paper), or to the nearest one (ablation)"
+    )
     neighbors: Literal["offline", "in_step"] = option(
         "offline", "find safe targets once before training, or in every step against the resident bank"
     )
@@ -203,7 +238,7 @@ def option_help() -> str:
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then the `key=value` words.
+    """Defaults, then what objective.preset and objective.name bring (RECIPES), the YAML file, the `key=value` words.
 
     Args:
         path: a YAML file, or the name of a shipped one ("paper"); None for the defaults alone.
@@ -213,9 +248,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ConfigError: unknown key (with the nearest one), wrong type, value out of range, unreadable file.
     """
     merged = OmegaConf.structured(Config)
+    layers = []
     if path is not None:
         file, values = _read_yaml(path)
-        merged = _merge(merged, OmegaConf.create(values), [k for k, _ in _leaves(values)], file)
+        layers.append((OmegaConf.create(values), [k for k, _ in _leaves(values)], file))
     kinds = {o.key: o.kind for o in options()}
     words, keys = OmegaConf.create(), []
     for word in overrides:
@@ -226,7 +262,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         # text as typed: empty words stay, and nothing that YAML would read as something else changes
         OmegaConf.update(words, key, value if kinds[key] == "str" else OmegaConf.from_dotlist([f"x={value}"]).x)
         keys.append(key)
-    merged = _merge(merged, words, keys, "command line")
+    layers.append((words, keys, "command line"))
+    given = merged
+    for layer in layers:
+        given = _merge(given, *layer)
+    for (key, chosen), brought in RECIPES.items():
+        if OmegaConf.select(given, key) == chosen:
+            for other, value in brought.items():
+                OmegaConf.update(merged, other, value)
+    for layer in layers:
+        merged = _merge(merged, *layer)
     config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     _check_ranges(config)
     return config

@@ -35,13 +35,11 @@ from .data.curriculum import STAGES
 from .embeddings import embed_batch
 from .files import atomic_write, remove_leftovers, save_tensors
 from .models import ClipModel, load_clip
-from .objectives import ObjectiveOutput, SaferClip
+from .objectives import Objective, ObjectiveOutput, SafeClip, SaferClip, ShieldClip
 from .optim import build_optimizer, learning_rate
 from .prepare import Split, TrainingData, prepare
 from .runlog import Meter, RunLog
 from .stop import ignore_stop_signals, stop_signals
-
-SHOWN = ("loss", "uni_text", "uni_image", "cos_text", "cos_image")  # in the progress bar
 
 # What a user can mend: reported in one line, without a traceback.
 MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, ValueError)
@@ -168,7 +166,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         progress = self.progress
         self.log.write("train", progress.step, means, epoch=progress.epoch, lr=lr, samples_per_second=rate)
-        return {name: means[name] for name in SHOWN}
+        return {name: means[name] for name in ("loss", *self.objective.SHOWN)}
 
     def check_finite(self, means: dict[str, float]) -> None:
         """Raises FloatingPointError if training has diverged."""
@@ -292,9 +290,13 @@ class Trainer:
         return self.clip.export(self.run_dir / "final")
 
 
-def build_objective(config: Config) -> SaferClip:
+def build_objective(config: Config) -> Objective:
     """The objective that the options describe."""
     options = config.objective
+    if options.name == "safeclip":
+        return SafeClip(targets=options.targets, logit_scale=options.logit_scale, backend=options.backend)
+    if options.name == "shieldclip":
+        return ShieldClip(logit_scale=options.logit_scale, backend=options.backend)
     return SaferClip(
         asdict(options.weights),
         k=options.k,

@@ -84,6 +84,29 @@ def test_paper_config_is_the_papers_recipe():
     assert objective.negative == "frozen"
 
 
+def test_explicit_options_win_over_the_preset_wherever_it_is_chosen(tmp_path):
+    def shown(config):
+        objective = config.objective
+        return objective.k, objective.beta, objective.negative, objective.weights.cos_text, config.curriculum.enabled
+
+    ours, paper = load_config(), load_config(None, ["objective.preset=paper"])
+    assert shown(ours)[1:] == (10.0, "current", 8.0, True)
+    assert shown(paper) == (1, 1.0, "frozen", 1.0, True)
+    file = tmp_path / "run.yaml"
+    file.write_text("objective: {k: 4}\ncurriculum: {enabled: false}\n")
+    words = ["objective.beta=3", "objective.preset=paper"]
+    assert shown(load_config(file, words)) == (4, 3.0, "frozen", 1.0, False)
+    file.write_text("objective: {preset: paper, beta: 3}\n")
+    assert shown(load_config(file, ["objective.weights.cos_text=8"])) == (1, 3.0, "frozen", 8.0, True)
+    assert shown(load_config(file, ["objective.preset=default"])) == (*shown(ours)[:1], 3.0, *shown(ours)[2:])
+
+
+def test_baselines_have_no_curriculum_unless_asked_for():
+    for name in ("safeclip", "shieldclip"):
+        assert not load_config(None, [f"objective.name={name}"]).curriculum.enabled
+        assert load_config(None, [f"objective.name={name}", "curriculum.enabled=true"]).curriculum.enabled
+
+
 def test_every_option_has_a_meaning_and_its_own_key():
     listed = list(options())
     assert all(o.meaning for o in listed)

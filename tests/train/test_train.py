@@ -77,6 +77,16 @@ def test_full_tuning(tiny, tmp_path):
     assert last["loss"] < first["loss"]
 
 
+@pytest.mark.parametrize(("name", "shown"), [("safeclip", "text_nsfw="), ("shieldclip", "redirect=")])
+@pytest.mark.parametrize("mixed", [0.0, 0.5])
+def test_baselines_in_the_same_loop(tiny, tmp_path, capsys, name, shown, mixed):
+    source = f"data.train=scenes:n=96,size=32,mixed={mixed}"
+    train(tiny(tmp_path, source, f"objective.name={name}", "optimizer.lr=3e-3", "log.progress=true"))
+    first, *_, last = validations(tmp_path)
+    assert last["loss"] < first["loss"]
+    assert shown in capsys.readouterr().err, "the progress bar shows the objective's own terms"
+
+
 def test_mixed_pairs_and_several_neighbors(tiny, tmp_path):
     train(tiny(tmp_path, "data.train=scenes:n=96,size=32,mixed=0.5", "objective.k=3", "train.epochs=1"))
     assert {"kept_text", "kept_image"} <= set(validations(tmp_path)[0])

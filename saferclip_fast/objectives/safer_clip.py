@@ -1,16 +1,21 @@
-"""The training objectives, as nn.Modules made of the ops."""
+"""SafeR-CLIP, the method: every unsafe input is redirected to its nearest safe neighbors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .bank import SafeBank
-from .ops import Neighbors, preservation_loss, retarget_loss
+from ..bank import SafeBank
+from ..ops import Neighbors, preservation_loss, retarget_loss
+from .common import (
+    Objective,
+    ObjectiveOutput,
+    QuadrupletEmbeddings,
+    chosen_weights,
+    cosine_distance,
+    label_rows,
+)
 
 # Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
 DEFAULT_WEIGHTS = {
@@ -26,22 +31,7 @@ DEFAULT_WEIGHTS = {
 DEFAULT_BETA, DEFAULT_MARGIN = 10.0, 0.2
 
 
-class QuadrupletEmbeddings(NamedTuple):
-    """Embeddings of a batch of quadruplets, each [B, d]; row i of all four is one sample."""
-
-    safe_text: Tensor
-    safe_image: Tensor
-    unsafe_text: Tensor
-    unsafe_image: Tensor
-
-
-class ObjectiveOutput(NamedTuple):
-    loss: Tensor  # scalar, differentiable
-    terms: dict[str, Tensor]  # unweighted, detached
-    neighbors: Neighbors | None = None
-
-
-class SaferClip(nn.Module):
+class SaferClip(Objective):
     """SafeR-CLIP (arXiv 2511.16743): redirect unsafe inputs to their nearest safe neighbors, hold safe ones in place.
 
         loss = sum_j weights[j] * term_j over the four terms of `retarget_loss` and the four of `preservation_loss`
@@ -60,6 +50,8 @@ class SaferClip(nn.Module):
         check: validate values in every step; off by default, since the training loop checks the loss.
     """
 
+    SHOWN = ("uni_text", "uni_image", "cos_text", "cos_image")
+
     def __init__(
         self,
         weights: Mapping[str, float] | None = None,
@@ -74,14 +66,11 @@ class SaferClip(nn.Module):
         check: bool = False,
     ) -> None:
         super().__init__()
-        unknown = set(weights or {}) - set(DEFAULT_WEIGHTS)
-        if unknown:
-            raise ValueError(f"weights has unknown terms {sorted(unknown)}; the terms are {', '.join(DEFAULT_WEIGHTS)}")
         if negative not in ("frozen", "current"):
             raise ValueError(f"negative={negative!r} must be 'frozen' or 'current'")
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
-        self.weights = {**DEFAULT_WEIGHTS, **(weights or {})}
+        self.weights = chosen_weights(DEFAULT_WEIGHTS, weights)
         self.k, self.tau, self.beta, self.margin = k, tau, beta, margin
         self.negative, self.logit_scale, self.backend, self.check = negative, logit_scale, backend, check
 
@@ -97,13 +86,6 @@ class SaferClip(nn.Module):
         unsafe_text: Tensor | None = None,
         unsafe_image: Tensor | None = None,
     ) -> ObjectiveOutput:
-        """The loss of one batch.
-
-        Args:
-            current: what the model being trained gives; frozen: what the frozen model gives, same shapes.
-            bank: safe rows; neighbors: precomputed for these rows (the paper), or None to search in the step.
-            unsafe_text, unsafe_image: [B] labels of the unsafe side, 1 unsafe, 0 safe; None means all unsafe.
-        """
         redirect = retarget_loss(
             current.unsafe_text,
             current.unsafe_image,
@@ -139,17 +121,10 @@ class SaferClip(nn.Module):
             ("image", unsafe_image, current.unsafe_image, frozen.unsafe_image),
         ):
             if labels is not None:
-                kept = _kept(row, anchor, labels)
+                kept = cosine_distance(row, anchor, 1 - label_rows(f"unsafe_{name}", labels, row))
                 loss = loss + self.weights[f"cos_{name}"] * kept
                 terms[f"kept_{name}"] = kept.detach()
         return ObjectiveOutput(loss, terms, redirect.neighbors)
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}
-
-
-def _kept(row: Tensor, anchor: Tensor, labels: Tensor) -> Tensor:
-    """mean over the rows labelled safe of 1 - cos(row, anchor); 0 where there are none."""
-    safe = 1 - labels.to(device=row.device, dtype=torch.float32)
-    distance = 1 - F.cosine_similarity(row.float(), anchor.float(), dim=-1)
-    return (safe * distance).sum() / safe.sum().clamp(min=1)

@@ -1,0 +1,94 @@
+"""ShieldCLIP, the second baseline: fixed partners, and what to do with a modality follows from its own label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import Tensor
+
+from ..bank import SafeBank
+from ..ops import Neighbors, preservation_loss
+from .common import (
+    Objective,
+    ObjectiveOutput,
+    QuadrupletEmbeddings,
+    chosen_weights,
+    cosine_distance,
+    info_nce,
+    label_rows,
+)
+
+# The paper's (arXiv 2609.39688).
+WEIGHTS = MappingProxyType({"real": 0.1, "safe": 0.1, "redirect": 0.1, "mix": 0.25, "coherence": 0.25})
+
+
+class ShieldClip(Objective):
+    """ShieldCLIP (arXiv 2609.39688): with labels f_t, f_v of the unsafe side's text and image (1 unsafe, 0 safe),
+
+        real       cos(t) + cos(v) + InfoNCE(T(t), V0(v)) + InfoNCE(V(v), T0(t))     preserves the real pairs
+        safe       cos(t*) where f_t = 0, + cos(v*) where f_v = 0, + both InfoNCE of (t*, v*) against the frozen
+                   other modality where f_t = f_v = 0                                preserves what is safe
+        redirect   1 - cos(T(t*), T0(t)) where f_t = 1, + 1 - cos(V(v*), V0(v)) where f_v = 1
+        mix        InfoNCE(T(t*), sg V(v*)) where f_t = 1, f_v = 0, + InfoNCE(V(v*), sg T(t*)) where f_t = 0, f_v = 1
+        coherence  InfoNCE(V(v*), T(t*)) where f_t = f_v = 1
+        loss = sum_j weights[j] term_j
+
+    cos(t) is 1 - cos(T(t), T0(t)), sg stops the gradient, a mean is over its own rows (0 if there are none), and the
+    negatives of an InfoNCE are the other rows of its kind in the batch. The parts of a term are summed: how the paper
+    weighs them against each other is not known to us.
+
+    Args:
+        weights: weight of each term by name, over WEIGHTS.
+        logit_scale: inverse temperature of InfoNCE.
+        backend, check: of the ops.
+    """
+
+    SHOWN = ("real", "safe", "redirect", "coherence")
+
+    def __init__(
+        self,
+        weights: Mapping[str, float] | None = None,
+        *,
+        logit_scale: float = 100.0,
+        backend: str = "auto",
+        check: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weights = chosen_weights(WEIGHTS, weights)
+        self.logit_scale, self.backend, self.check = logit_scale, backend, check
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+    def forward(
+        self,
+        current: QuadrupletEmbeddings,
+        frozen: QuadrupletEmbeddings,
+        bank: SafeBank,
+        neighbors: Neighbors | None = None,
+        unsafe_text: Tensor | None = None,
+        unsafe_image: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        real = preservation_loss(
+            *current[:2], *frozen[:2], logit_scale=self.logit_scale, backend=self.backend, check=self.check
+        )
+        f_t = label_rows("unsafe_text", unsafe_text, current.unsafe_text)
+        f_v = label_rows("unsafe_image", unsafe_image, current.unsafe_image)
+        text, image = current.unsafe_text, current.unsafe_image
+        both_safe = (1 - f_t) * (1 - f_v)
+        terms = {
+            "real": real.loss,
+            "safe": cosine_distance(text, frozen.unsafe_text, 1 - f_t)
+            + cosine_distance(image, frozen.unsafe_image, 1 - f_v)
+            + self._nce(text, frozen.unsafe_image, both_safe)
+            + self._nce(image, frozen.unsafe_text, both_safe),
+            "redirect": cosine_distance(text, frozen.safe_text, f_t) + cosine_distance(image, frozen.safe_image, f_v),
+            "mix": self._nce(text, image.detach(), f_t * (1 - f_v)) + self._nce(image, text.detach(), f_v * (1 - f_t)),
+            "coherence": self._nce(image, text, f_t * f_v),
+        }
+        loss = sum((self.weights[name] * term for name, term in terms.items()), start=real.loss.new_zeros(()))
+        return ObjectiveOutput(loss, {name: term.detach() for name, term in terms.items()}, neighbors)
+
+    def _nce(self, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return info_nce(x, y, rows, self.logit_scale)

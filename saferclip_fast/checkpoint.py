@@ -101,7 +101,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version (format {metadata.get('format')})")
-    return Checkpoint(path, tensors, json.loads(metadata["state"]))
+    try:
+        state = json.loads(metadata["state"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: its state is not JSON ({error})") from error
+    return Checkpoint(path, tensors, state)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The demo's job on real photographs: python benchmarks/photos.py --photos FILE.tar
 
 The tar holds train/CLASS/NAME and test/CLASS/NAME images (CIFAR-10, say) and is read where it lies. The unsafe version
-of a photograph has a hazard sign composited in, named in its caption. Writes metrics.json and a figure to --run-dir.
+of a photograph has a hazard sign composited in, named in its caption. Writes evaluation.json and a figure to --run-dir.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from saferclip_fast.data.photos import TEMPLATES, PhotoDataset, pretrain_photos, with_article
+from saferclip_fast.data.labeled import of_photos
+from saferclip_fast.data.photos import PhotoDataset, pretrain_photos
 from saferclip_fast.demo import Job, arguments, launch
 
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 30_000, 4
@@ -21,7 +22,6 @@ QUADRUPLETS, HELD_OUT = 3_000, 2_000
 
 def photos_job(photos: Path, seed: int) -> Job:
     held_out = PhotoDataset(str(photos), "test", HELD_OUT, seed, mismatch=0.0)
-    labels = torch.from_numpy(held_out.unsafe_labels)
     return Job(
         name=f"photos{PRETRAIN_PAIRS}",
         config="demo",
@@ -29,10 +29,8 @@ def photos_job(photos: Path, seed: int) -> Job:
         pretrain_epochs=PRETRAIN_EPOCHS,
         source=f"photos:path={photos},n={QUADRUPLETS},seed={seed}",
         held_out=held_out,
-        right_labels=labels,
-        class_labels=labels,
-        class_names=[with_article(name) for name in held_out.class_names],
-        prompts=TEMPLATES,
+        right_labels=torch.from_numpy(held_out.unsafe_labels),
+        zero_shot=of_photos(held_out),
     )
 
 

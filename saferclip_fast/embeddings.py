@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from .bank import SafeBank
 from .data import QuadrupletDataset, collate
+from .data.trim import trim
 from .files import save_json, sync
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
@@ -165,6 +166,48 @@ def embed_batch(clip: ClipModel, batch: Mapping[str, Tensor], precision: str = "
     safe_image, unsafe_image = image.float().chunk(2)
     safe_text, unsafe_text = text.float().chunk(2)
     return QuadrupletEmbeddings(safe_text, safe_image, unsafe_text, unsafe_image)
+
+
+@torch.no_grad()
+def embed_images(
+    clip: ClipModel,
+    images: Dataset,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    progress: bool = True,
+    name: str = "images",
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, d] float32 and labels int64 [N], on the CPU, of a data set of (image tensor, label)."""
+    clip.eval()
+    loader = DataLoader(images, batch_size, num_workers=num_workers, generator=torch.Generator())
+    rows, labels = [], []
+    for batch, label in tqdm(loader, desc=f"embed {name}", disable=not progress):
+        with autocast(clip.device, precision):
+            rows.append(clip.encode_image(batch.to(clip.device, non_blocking=True)).float().cpu())
+        labels.append(label)
+    return torch.cat(rows), torch.cat(labels)
+
+
+@torch.no_grad()
+def embed_texts(
+    clip: ClipModel,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    progress: bool = True,
+    name: str = "texts",
+) -> Tensor:
+    """Embeddings [N, d] float32, on the CPU, of `texts`."""
+    clip.eval()
+    rows = []
+    for start in tqdm(range(0, len(texts), batch_size), desc=f"embed {name}", disable=not progress):
+        tokens = trim(clip.tokenizer(list(texts[start : start + batch_size])), clip.pad_id).to(clip.device)
+        with autocast(clip.device, precision):
+            rows.append(clip.encode_text(tokens).float().cpu())
+    return torch.cat(rows)
 
 
 def _join(first: Tensor, second: Tensor, pad: int) -> Tensor:

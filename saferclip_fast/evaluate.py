@@ -1,97 +1,255 @@
-"""What changed: retrieval, zero-shot accuracy and drift of a model on held-out quadruplets."""
+"""Evaluate a CLIP for safety and usefulness: python -m saferclip_fast.evaluate MODEL --data QUADRUPLETS --out DIR
+
+Retrieval with safe and unsafe items together, recall as Safe-CLIP reports it, zero-shot accuracy, unsafe captions found
+for real images, drift; each figure with a bootstrap interval, frozen and tuned model side by side.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from .data import QuadrupletDataset, collate
-from .embeddings import embed_batch
+from . import bootstrap, examples
+from .bootstrap import Resampled
+from .data import QuadrupletDataset
+from .data.images import ImageRef
+from .data.labeled import ImageDataset, LabeledImages
+from .embeddings import embed_images, embed_quadruplets, embed_texts
+from .files import save_json, save_tensors
+from .metrics import Labels, Metric, caption_bank_hits, drift, label_combinations, retrieval
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
-from .ops import nearest_safe
+from .zero_shot import Template, accuracy
 
-_IMAGE_ROWS = 512  # images embedded at a time
+FORMAT = "saferclip_fast.evaluation.v1"
+
+# The figures that a reader should see first, in this order; captions found for images follow.
+KEY_METRICS = (
+    "unsafe_text_finds_unsafe_image@1",
+    "unsafe_text_finds_right_image@1",
+    "unsafe_image_finds_unsafe_text@1",
+    "unsafe_image_finds_right_text@1",
+    "S-V.text_to_image@1",
+    "S-V.image_to_text@1",
+    "zero_shot",
+    "safe_text_cosine_to_frozen",
+    "safe_image_cosine_to_frozen",
+)
 
 
-@torch.no_grad()
-def embed(clip: ClipModel, dataset: QuadrupletDataset, batch_size: int = 256, progress: bool = True):
-    """`QuadrupletEmbeddings` [N, d] float32 on the CPU of every sample of `dataset`, by the model as it is now."""
-    clip.eval()
-    loader = DataLoader(dataset, batch_size, collate_fn=collate(clip.tokenizer))
-    bar = tqdm(loader, desc="embed held-out samples", disable=not progress)
-    batches = [[rows.cpu() for rows in embed_batch(clip, batch)] for batch in bar]
-    return QuadrupletEmbeddings(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
+class CaptionBank(NamedTuple):
+    """Captions that real images are matched with."""
+
+    texts: Sequence[str]
+    unsafe: Tensor  # bool [M]
 
 
-def retrieval(rows: QuadrupletEmbeddings, labels: Tensor | None = None) -> dict[str, float]:
-    """Cross-modal retrieval over galleries of safe and unsafe items together; row i of all four is sample i.
+@dataclass
+class Task:
+    """What to measure on; every part is optional.
 
-    Args:
-        labels: [N] int64; a safe item is right for a query of the same label. None: each sample is its own label.
-
-    Returns, in [0, 1]:
-        unsafe_text_to_unsafe_image_rate: unsafe texts whose best image is any unsafe one (lower is safer).
-        unsafe_text_to_safe_image_r1: unsafe texts whose best image is a right safe one.
-        unsafe_image_to_unsafe_text_rate, unsafe_image_to_safe_text_r1: the same from image to text.
-        safe_text_to_safe_image_r1, safe_image_to_safe_text_r1: among safe items only (usefulness).
+    quadruplets: held-out samples; right: int64 [N], an item is right for a query where these agree (default: each
+    sample for itself). zero_shot: classification sets; templates: prompts instead of their own. images: sets of real
+    images by name, each matched with `captions`.
     """
-    count = len(rows.safe_text)
-    labels = torch.arange(count) if labels is None else labels
-    images = F.normalize(torch.cat([rows.safe_image, rows.unsafe_image]), dim=-1)
-    texts = F.normalize(torch.cat([rows.safe_text, rows.unsafe_text]), dim=-1)
 
-    def best(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
-        found = nearest_safe(queries, gallery).indices[:, 0]
-        unsafe = found >= count
-        return unsafe, ~unsafe & (labels[found % count] == labels)
+    quadruplets: QuadrupletDataset | None = None
+    right: Tensor | None = None
+    zero_shot: Sequence[LabeledImages] = ()
+    templates: Sequence[Template] | None = None
+    images: Mapping[str, Sequence[ImageRef]] = field(default_factory=dict)
+    captions: CaptionBank | None = None
 
-    unsafe_from_text, right_from_text = best(rows.unsafe_text, images)
-    unsafe_from_image, right_from_image = best(rows.unsafe_image, texts)
-    return {
-        "unsafe_text_to_unsafe_image_rate": _mean(unsafe_from_text),
-        "unsafe_text_to_safe_image_r1": _mean(right_from_text),
-        "unsafe_image_to_unsafe_text_rate": _mean(unsafe_from_image),
-        "unsafe_image_to_safe_text_r1": _mean(right_from_image),
-        "safe_text_to_safe_image_r1": _mean(best(rows.safe_text, images[:count])[1]),
-        "safe_image_to_safe_text_r1": _mean(best(rows.safe_image, texts[:count])[1]),
+    def labels(self) -> Labels:
+        """Labels of the quadruplets."""
+        assert self.quadruplets is not None
+        records = self.quadruplets.records
+        text, image = ([getattr(r, f"unsafe_{name}_label") for r in records] for name in ("text", "image"))
+        right = torch.arange(len(records)) if self.right is None else self.right
+        return Labels(right, torch.tensor(text), torch.tensor(image))
+
+
+@dataclass
+class Settings:
+    """How to measure: batches, precision, where embeddings are cached, and the bootstrap."""
+
+    cache_dir: str = ".cache/saferclip"
+    batch_size: int = 256
+    num_workers: int = 0
+    precision: str = "fp32"
+    resamples: int = bootstrap.RESAMPLES
+    seed: int = 0
+    examples: int = 100  # unsafe captions listed
+    worst_cases: int = 20
+    progress: bool = True
+
+
+@dataclass
+class Measured:
+    """What one model gave."""
+
+    rows: QuadrupletEmbeddings | None
+    metrics: dict[str, Metric]
+
+
+def measure(clip: ClipModel, task: Task, settings: Settings) -> Measured:
+    """Every metric of `task` on one model, a value for each sample. Quadruplets are embedded once and cached."""
+    loading: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "num_workers": settings.num_workers,
+        "precision": settings.precision,
+        "progress": settings.progress,
     }
+    rows: QuadrupletEmbeddings | None = None
+    metrics: dict[str, Metric] = {}
+    if task.quadruplets is not None:
+        dataset = copy.copy(task.quadruplets)
+        dataset.transform = clip.preprocess
+        rows = embed_quadruplets(clip, dataset, settings.cache_dir, **loading).rows
+        metrics |= retrieval(rows, task.labels())
+    for images in task.zero_shot:
+        metrics[f"zero_shot.{images.name}"] = accuracy(clip, images, task.templates, **loading)
+    metrics |= _captions_found(clip, task, loading)
+    return Measured(rows, metrics)
 
 
-def drift(rows: QuadrupletEmbeddings, frozen: QuadrupletEmbeddings) -> dict[str, float]:
-    """mean cosine of fine-tuned and frozen embeddings of safe inputs, per modality (1: nothing moved)."""
-    return {
-        "safe_text_cosine_to_frozen": float(F.cosine_similarity(rows.safe_text, frozen.safe_text).mean()),
-        "safe_image_cosine_to_frozen": float(F.cosine_similarity(rows.safe_image, frozen.safe_image).mean()),
+def _captions_found(clip: ClipModel, task: Task, loading: dict[str, Any]) -> dict[str, Metric]:
+    """images.NAME.unsafe_caption: images of a set that find an unsafe caption of the bank first."""
+    if not task.images:
+        return {}
+    if task.captions is None:
+        raise ValueError("images need a bank of safe and unsafe captions to be matched with")
+    texts = {name: value for name, value in loading.items() if name != "num_workers"}
+    captions = embed_texts(clip, task.captions.texts, name="captions", **texts)
+    metrics = {}
+    for name, images in task.images.items():
+        rows, _ = embed_images(clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading)
+        hits = caption_bank_hits(rows, captions, task.captions.unsafe)
+        metrics[f"images.{name}.unsafe_caption"] = Metric(f"{name} images find an unsafe caption", "falls", hits)
+    return metrics
+
+
+def evaluate(
+    tuned: ClipModel, frozen: ClipModel | None, task: Task, settings: Settings, out: str | Path | None = None
+) -> dict[str, Any]:
+    """Measure `tuned` and, where given, `frozen` beside it; returns the evaluation (docs/evaluation.md has its schema).
+
+    out: folder for evaluation.json and the embeddings of the quadruplets; None writes nothing.
+    """
+    clips = {"tuned": tuned} if frozen is None else {"frozen": frozen, "tuned": tuned}
+    measured = {name: measure(clip, task, settings) for name, clip in clips.items()}
+    evaluation: dict[str, Any] = {
+        "format": FORMAT,
+        "models": {name: {"name": clip.name, "weights_hash": clip.weights_hash} for name, clip in clips.items()},
+        **summarize(measured, task, settings),
     }
+    if out is not None:
+        write(evaluation, measured, Path(out))
+    return evaluation
 
 
-@torch.no_grad()
-def class_embeddings(clip: ClipModel, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """[classes, d] unit rows: the normalised mean of each class's normalised prompt embeddings (CLIP, 2021)."""
-    rows = []
-    for prompt in prompts:
-        tokens = clip.tokenizer([prompt.format(name) for name in names]).to(clip.device)
-        rows.append(F.normalize(clip.encode_text(tokens).float(), dim=-1))
-    return F.normalize(torch.stack(rows).mean(0), dim=-1).cpu()
+def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) -> dict[str, Any]:
+    """Intervals, tables and examples from what "tuned" and, where there, "frozen" gave."""
+    rows = {name: side.rows for name, side in measured.items() if side.rows is not None}
+    sides = {name: dict(side.metrics) for name, side in measured.items()}
+    if "frozen" in rows:
+        for name in sides:
+            sides[name] |= drift(rows[name], rows["frozen"])
+    metrics = estimates(sides, settings)
+    first = [*KEY_METRICS, *(name for name in metrics if name.startswith("images."))]
+    summary: dict[str, Any] = {
+        "rows": len(task.quadruplets) if task.quadruplets is not None else 0,
+        "key_metrics": [name for name in first if name in metrics],
+        "metrics": metrics,
+        "safe_unsafe_table": [],
+        "examples": [],
+        "worst_cases": [],
+        "settings": {
+            "precision": settings.precision,
+            "resamples": settings.resamples,
+            "confidence": bootstrap.CONFIDENCE,
+            "seed": settings.seed,
+        },
+    }
+    if rows:
+        assert task.quadruplets is not None
+        labels = task.labels()
+        summary["safe_unsafe_table"] = _by_labels(rows, labels, settings)
+        summary |= examples.captions(task.quadruplets, rows, labels, settings.examples, settings.worst_cases)
+        summary["settings"] |= {"data": task.quadruplets.summary.source, "data_hash": task.quadruplets.content_hash()}
+    return summary
 
 
-@torch.no_grad()
-def embed_images(clip: ClipModel, images: Tensor) -> Tensor:
-    """[N, d] float32 on the CPU, of preprocessed images [N, 3, H, W]."""
-    clip.eval()
-    return torch.cat([clip.encode_image(part.to(clip.device)).float().cpu() for part in images.split(_IMAGE_ROWS)])
+def estimates(sides: Mapping[str, Mapping[str, Metric]], settings: Settings) -> dict[str, dict[str, Any]]:
+    """Each metric's value and interval on each side, and of the paired change where there are two.
+
+    "zero_shot" is the mean over the zero-shot sets.
+    """
+    drawn: dict[str, dict[str, Resampled]] = {}
+    for name, metrics in sides.items():
+        values = {key: metric.values for key, metric in metrics.items()}
+        drawn[name] = bootstrap.resample(values, settings.resamples, settings.seed)
+        sets = [value for key, value in drawn[name].items() if key.startswith("zero_shot.")]
+        if sets:
+            drawn[name]["zero_shot"] = bootstrap.average(sets)
+    described = {key: (m.label, m.wanted, len(m.values)) for key, m in sides["tuned"].items()}
+    if "zero_shot" in drawn["tuned"]:
+        sets_of = [entry for key, entry in described.items() if key.startswith("zero_shot.")]
+        label = sets_of[0][0] if len(sets_of) == 1 else f"zero-shot accuracy, mean of {len(sets_of)} sets"
+        described["zero_shot"] = (label, "stays", sum(entry[2] for entry in sets_of))
+    result: dict[str, dict[str, Any]] = {}
+    for key, (label, wanted, samples) in described.items():
+        entry: dict[str, Any] = {"label": label, "wanted": wanted, "samples": samples}
+        entry |= {name: drawn[name][key].interval() for name in drawn}
+        if "frozen" in drawn:
+            entry["change"] = (drawn["tuned"][key] - drawn["frozen"][key]).interval()
+        result[key] = entry
+    return result
 
 
-def zero_shot_accuracy(image: Tensor, labels: Tensor, classes: Tensor) -> float:
-    """Share of image embeddings [N, d] whose nearest class row [classes, d] is that of `labels` [N]."""
-    return _mean(nearest_safe(image, classes).indices[:, 0] == labels)
+def _by_labels(rows: Mapping[str, QuadrupletEmbeddings], labels: Labels, settings: Settings) -> list[dict[str, Any]]:
+    """One entry for each combination of the unsafe side's labels: text and image, safe (0) or unsafe (1)."""
+    found = {name: label_combinations(side, rows.get("frozen"), labels) for name, side in rows.items()}
+    table = []
+    for text, image in found["tuned"]:
+        metrics = estimates({name: combinations[text, image] for name, combinations in found.items()}, settings)
+        samples = int(((labels.unsafe_text == text) & (labels.unsafe_image == image)).sum())
+        table.append({"unsafe_text": text, "unsafe_image": image, "rows": samples, "metrics": metrics})
+    return table
 
 
-def _mean(hits: Tensor) -> float:
-    return float(hits.double().mean())
+def write(evaluation: dict[str, Any], measured: Mapping[str, Measured], out: Path) -> None:
+    """evaluation.json, and embeddings-SIDE.safetensors for each side that has quadruplets."""
+    evaluation["embeddings"] = {}
+    for name, side in measured.items():
+        if side.rows is not None:
+            file = f"embeddings-{name}.safetensors"
+            metadata = {"weights_hash": evaluation["models"][name]["weights_hash"]}
+            save_tensors(out / file, side.rows._asdict(), metadata)
+            evaluation["embeddings"][name] = file
+    save_json(out / "evaluation.json", evaluation)
+
+
+def table(evaluation: Mapping[str, Any], everything: bool = False) -> str:
+    """The key metrics, or all of them, as text with intervals."""
+    metrics = evaluation["metrics"]
+    names = list(metrics) if everything else evaluation["key_metrics"]
+    columns = [side for side in ("frozen", "tuned", "change") if names and side in metrics[names[0]]]
+    width = max((len(metrics[name]["label"]) for name in names), default=0)
+    lines = [f"{'':{width}}" + "".join(f"  {column:21}" for column in columns) + "  wanted"]
+    for name in names:
+        entry = metrics[name]
+        cells = "".join(f"  {_cell(entry[column], signed=column == 'change')}" for column in columns)
+        lines.append(f"{entry['label']:{width}}{cells}  {entry['wanted'] or '-'}")
+    return "\n".join(lines)
+
+
+def _cell(estimate: Mapping[str, float], signed: bool) -> str:
+    value, low, high = (format(estimate[key], "+.3f" if signed else ".3f") for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]".ljust(21)

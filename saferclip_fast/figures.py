@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from .objectives import QuadrupletEmbeddings
-from .ops import nearest_safe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,77 +16,68 @@ UNSAFE, SAFE = "#d62728", "#2ca02c"
 EXAMPLES, BEST = 5, 4  # unsafe captions shown, and images found for each
 
 
-def before_and_after(
-    path: str | Path,
-    frozen: dict[str, float],
-    tuned: dict[str, float],
-    rows: dict[str, tuple[str, str]],
-    held_out: Any,
-    frozen_rows: QuadrupletEmbeddings,
-    tuned_rows: QuadrupletEmbeddings,
-) -> None:
-    """Writes a PNG: the metrics as bars, and what some unsafe captions find in the mixed gallery, before and after.
+def before_and_after(path: str | Path, evaluation: Mapping[str, Any], held_out: Any) -> None:
+    """Writes a PNG: the key metrics as bars with their intervals, and what some unsafe captions find in the gallery of
+    safe and unsafe images, before and after.
 
     Args:
-        frozen, tuned: metrics by name; rows: the metrics to show, name -> (label, "falls" | "rises" | "stays").
-        held_out: a data set with `unsafe_captions`, `safe_images`, `unsafe_images` (uint8 [N, H, W, 3]).
-        frozen_rows, tuned_rows: its embeddings.
+        evaluation: what evaluate.evaluate returns for a frozen and a tuned model.
+        held_out: its data set, with `safe_images` and `unsafe_images` (uint8 [N, H, W, 3]).
     """
     figure = plt.figure(figsize=(12, 4 + 1.1 * EXAMPLES), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[4, 1.1 * EXAMPLES])
     top, bottom = parts
-    _bars(top, frozen, tuned, rows)
-    _examples(bottom, held_out, frozen_rows, tuned_rows)
+    _bars(top, [evaluation["metrics"][name] for name in evaluation["key_metrics"]])
+    cases = evaluation["examples"]
+    _examples(bottom, cases[:: max(1, len(cases) // EXAMPLES)][:EXAMPLES], held_out)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _bars(figure: Any, frozen: dict[str, float], tuned: dict[str, float], rows: dict[str, tuple[str, str]]) -> None:
+def _bars(figure: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots()
-    labels = [f"{label}  ({'should stay' if wanted == 'stays' else wanted})" for label, wanted in rows.values()]
-    for offset, values, color, name in ((-0.2, frozen, FROZEN, "frozen"), (0.2, tuned, TUNED, "fine-tuned")):
-        heights = [values[key] for key in rows]
-        bars = axes.barh([i + offset for i in range(len(rows))], heights, 0.38, color=color, label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), labels, fontsize=9)
+    labels = [f"{m['label']}  ({'should stay' if m['wanted'] == 'stays' else m['wanted']})" for m in metrics]
+    for offset, side, color, name in ((-0.2, "frozen", FROZEN, "frozen"), (0.2, "tuned", TUNED, "fine-tuned")):
+        values = [m[side]["value"] for m in metrics]
+        errors = [
+            [max(0.0, m[side]["value"] - m[side]["low"]) for m in metrics],
+            [max(0.0, m[side]["high"] - m[side]["value"]) for m in metrics],
+        ]
+        places = [i + offset for i in range(len(metrics))]
+        axes.barh(places, values, 0.38, color=color, label=name, xerr=errors, error_kw={"elinewidth": 1})
+        for place, value, high in zip(places, values, [m[side]["high"] for m in metrics], strict=True):
+            axes.text(max(value, high) + 0.01, place, f"{value:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(metrics)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
-    axes.set_title("Before and after fine-tuning, held-out samples", loc="left", fontsize=11)
+    axes.set_title("Before and after fine-tuning, held-out samples, 95 % intervals", loc="left", fontsize=11)
 
 
-def _examples(figure: Any, held_out: Any, frozen_rows: QuadrupletEmbeddings, tuned_rows: QuadrupletEmbeddings) -> None:
-    count = len(frozen_rows.safe_text)
-    shown = torch.linspace(0, count - 1, EXAMPLES).long()
+def _examples(figure: Any, cases: Sequence[Mapping[str, Any]], held_out: Any) -> None:
     # caption, what the frozen model finds, a gap, what the fine-tuned one finds
-    grid = figure.subplots(EXAMPLES, 2 * BEST + 2, width_ratios=[2.8] + [1] * BEST + [0.15] + [1] * BEST)
-    found = [_best_images(rows, shown) for rows in (frozen_rows, tuned_rows)]
-    for i, row in enumerate(shown.tolist()):
-        grid[i, 0].text(0, 0.5, held_out.unsafe_captions[row], va="center", fontsize=9, wrap=True)
-        for axes in (grid[i, 0], grid[i, 1 + BEST]):
+    widths = [2.8] + [1] * BEST + [0.15] + [1] * BEST
+    grid = figure.subplots(len(cases), len(widths), width_ratios=widths, squeeze=False)
+    for line, case in zip(grid, cases, strict=True):
+        line[0].text(0, 0.5, case["unsafe_text"], va="center", fontsize=9, wrap=True)
+        for axes in (line[0], line[1 + BEST]):
             axes.axis("off")
-        for side, first in enumerate((1, 2 + BEST)):
-            for axes, index in zip(grid[i, first:], found[side][i].tolist(), strict=False):
-                _framed(axes, held_out, index, count)
+        for side, first in (("frozen", 1), ("tuned", 2 + BEST)):
+            for axes, found in zip(line[first:], case[side]["found"][:BEST], strict=False):
+                _framed(axes, found, held_out)
     grid[0, 0].set_title("unsafe caption", loc="left", fontsize=10)
     grid[0, 1].set_title("the frozen model finds", loc="left", fontsize=10)
     grid[0, 2 + BEST].set_title("the fine-tuned model finds", loc="left", fontsize=10)
     figure.supxlabel("best images of the gallery; red frame: unsafe, green frame: safe", fontsize=9)
 
 
-def _framed(axes: Any, held_out: Any, index: int, count: int) -> None:
-    """Draws image `index` of the gallery (safe images, then unsafe ones) in the color of its side."""
-    unsafe = index >= count
-    axes.imshow((held_out.unsafe_images if unsafe else held_out.safe_images)[index % count])
+def _framed(axes: Any, found: Mapping[str, Any], held_out: Any) -> None:
+    """Draws an image of the gallery in the color of its kind."""
+    images = held_out.unsafe_images if found["side"] == "unsafe" else held_out.safe_images
+    axes.imshow(images[found["row"]])
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set(color=UNSAFE if unsafe else SAFE, linewidth=2.5)
-
-
-def _best_images(rows: QuadrupletEmbeddings, shown: Tensor) -> Tensor:
-    """[EXAMPLES, BEST] rows of the gallery (safe images, then unsafe ones) for the unsafe texts `shown`."""
-    gallery = F.normalize(torch.cat([rows.safe_image, rows.unsafe_image]), dim=-1)
-    return nearest_safe(rows.unsafe_text[shown], gallery, BEST).indices
+        spine.set(color=UNSAFE if found["kind"] == "unsafe" else SAFE, linewidth=2.5)

@@ -42,7 +42,7 @@ def read_shards(
     for path in shard_paths(source):
         row = 0
         try:
-            for row, (key, members) in enumerate(_samples(path), start=1):
+            for row, (key, members) in enumerate(shard_samples(path), start=1):
                 _add_sample(records, key, members, names, path, row, policy)
         except DataError as error:
             if policy.on_error == "raise":
@@ -69,7 +69,7 @@ def shard_paths(source: str | os.PathLike) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _samples(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:
+def shard_samples(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:
     """(key, extension -> member) of each run of members with one key."""
     current = ""
     members: dict[str, TarMember] = {}
@@ -103,7 +103,7 @@ def _add_sample(
         for field, name in names.items():
             fields[field] = values.get(name)
             if f"{name}.txt" in members:
-                fields[field] = _read_text(members[f"{name}.txt"])
+                fields[field] = read_text(members[f"{name}.txt"])
         for field in ("safe_image", "unsafe_image"):
             stored = [f"{names[field]}.{suffix}" for suffix in IMAGE_SUFFIXES]
             fields[field] = next((members[name] for name in stored if name in members), None)
@@ -114,7 +114,7 @@ def _add_sample(
     add_row(records, fields, lambda field, member: member, path, row, policy)
 
 
-def _read_text(member: TarMember) -> str:
+def read_text(member: TarMember) -> str:
     if member.size > MAX_TEXT_BYTES:
         raise RowError("bad row", f"{member.name} has {member.size} bytes, more than {MAX_TEXT_BYTES}")
     try:
@@ -124,7 +124,7 @@ def _read_text(member: TarMember) -> str:
 
 
 def _json(member: TarMember) -> dict[str, Any]:
-    text = _read_text(member)
+    text = read_text(member)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

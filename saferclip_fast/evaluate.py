@@ -1,4 +1,4 @@
-"""Evaluate a CLIP for safety and usefulness: python -m saferclip_fast.evaluate MODEL --data QUADRUPLETS --out DIR
+"""Evaluate a CLIP for safety and usefulness, alone or beside the frozen model it was tuned from.
 
 Retrieval with safe and unsafe items together, recall as Safe-CLIP reports it, zero-shot accuracy, unsafe captions found
 for real images, drift; each figure with a bootstrap interval, frozen and tuned model side by side.

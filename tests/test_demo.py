@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from saferclip_fast import demo
+from saferclip_fast.evaluate import KEY_METRICS
 
 from .data.quadruplet_files import image_bytes, write_tar
 
@@ -26,29 +28,37 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "HELD_OUT", 24)
 
 
-def test_demo_writes_its_metrics_figure_and_weights(small, tmp_path, capsys):
+def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     command = ["--run-dir", str(run_dir), "--cache-dir", str(cache), "--quiet", *TINY]
     assert demo.main(command) == 0
-    metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert set(metrics) == {"frozen", "fine_tuned", "seconds"}
-    for side in ("frozen", "fine_tuned"):
-        assert set(metrics[side]) == set(demo.ROWS)
-        assert all(0 <= value <= 1.0001 for value in metrics[side].values())
-    assert metrics["frozen"]["safe_text_cosine_to_frozen"] == pytest.approx(1, abs=1e-5)
-    assert metrics["fine_tuned"]["safe_text_cosine_to_frozen"] < 0.99999, "fine-tuning moved nothing"
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    metrics = evaluation["metrics"]
+    assert set(KEY_METRICS) == set(evaluation["key_metrics"]) <= set(metrics)
+    for name in KEY_METRICS:
+        for side in ("frozen", "tuned"):
+            estimate = metrics[name][side]
+            assert 0 <= estimate["low"] <= estimate["value"] + 1e-6 <= estimate["high"] + 2e-6 <= 1.0001
+        change = metrics[name]["tuned"]["value"] - metrics[name]["frozen"]["value"]
+        assert metrics[name]["change"]["value"] == pytest.approx(change)
+    assert metrics["safe_text_cosine_to_frozen"]["frozen"]["value"] == pytest.approx(1, abs=1e-5)
+    assert metrics["safe_text_cosine_to_frozen"]["tuned"]["value"] < 0.99999, "fine-tuning moved nothing"
+    for side, file in evaluation["embeddings"].items():
+        assert load_file(run_dir / file)["unsafe_text"].shape[0] == 24, side
+    assert len(evaluation["examples"]) == 24 and len(evaluation["worst_cases"]) == 20
+    margins = [case["tuned"]["margin"] for case in evaluation["worst_cases"]]
+    assert margins == sorted(margins, reverse=True)
     with Image.open(run_dir / "figure.png") as figure:
         assert figure.width > 1000
     assert (run_dir / "final" / "open_clip_model.safetensors").is_file()
     shown = capsys.readouterr().out
-    assert "unsafe text finds an unsafe image" in shown and str(run_dir / "metrics.json") in shown
+    assert "unsafe text finds an unsafe image" in shown and str(run_dir / "evaluation.json") in shown
 
     pretrained = list(cache.glob("ViT-tiny-8-32-*.safetensors"))
     stamp = [file.stat().st_mtime_ns for file in pretrained]
     assert demo.main(command) == 0, "a second run takes everything from the caches"
     assert [file.stat().st_mtime_ns for file in pretrained] == stamp and len(stamp) == 1
-    again = json.loads((run_dir / "metrics.json").read_text())
-    assert again["fine_tuned"] == metrics["fine_tuned"]
+    assert json.loads((run_dir / "evaluation.json").read_text()) == evaluation
 
 
 def test_photos_script(tmp_path, monkeypatch):
@@ -66,7 +76,7 @@ def test_photos_script(tmp_path, monkeypatch):
         monkeypatch.setattr(script, name, value)
     command = ["--photos", str(photos), "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path), "--quiet"]
     assert script.main([*command, *TINY]) == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["frozen"]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]["zero_shot"]
 
 
 def test_photos_script_says_what_to_pass():

@@ -1,38 +1,118 @@
-"""Retrieval, zero-shot accuracy and drift on embeddings whose answers are known."""
+"""Every metric on embeddings whose answers are known."""
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from saferclip_fast.evaluate import drift, retrieval, zero_shot_accuracy
+from saferclip_fast.metrics import Labels, caption_bank_hits, drift, label_combinations, retrieval, zero_shot_hits
 from saferclip_fast.objectives import QuadrupletEmbeddings
 
 EYE = torch.eye(6)
 SAFE, UNSAFE = EYE[:3], EYE[3:]
 
 
+def means(rows, labels=None):
+    return {name: metric.mean for name, metric in retrieval(rows, labels).items()}
+
+
 def test_a_frozen_model_finds_what_the_text_names():
-    found = retrieval(QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE))
-    assert found["unsafe_text_to_unsafe_image_rate"] == found["unsafe_image_to_unsafe_text_rate"] == 1
-    assert found["unsafe_text_to_safe_image_r1"] == found["unsafe_image_to_safe_text_r1"] == 0
-    assert found["safe_text_to_safe_image_r1"] == found["safe_image_to_safe_text_r1"] == 1
+    found = means(QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE))
+    assert found["unsafe_text_finds_unsafe_image@1"] == found["unsafe_image_finds_unsafe_text@1"] == 1
+    assert found["unsafe_text_finds_right_image@1"] == found["unsafe_image_finds_right_text@1"] == 0
+    assert found["safe_text_finds_unsafe_image@1"] == found["safe_image_finds_unsafe_text@1"] == 0
+    for pair in ("S-V", "U-G"):
+        assert found[f"{pair}.text_to_image@1"] == found[f"{pair}.image_to_text@1"] == 1
+    # all cosines are 0: ties go to the first row
+    assert found["U-V.text_to_image@1"] == found["S-G.image_to_text@1"] == pytest.approx(1 / 3)
 
 
 def test_a_redirected_model_finds_the_safe_item():
     # unsafe texts sit on their safe ones; unsafe images stay where they were
-    found = retrieval(QuadrupletEmbeddings(SAFE, SAFE, SAFE, UNSAFE))
-    assert found["unsafe_text_to_unsafe_image_rate"] == 0
-    assert found["unsafe_text_to_safe_image_r1"] == 1
+    found = means(QuadrupletEmbeddings(SAFE, SAFE, SAFE, UNSAFE))
+    assert found["unsafe_text_finds_unsafe_image@1"] == 0
+    assert found["unsafe_text_finds_right_image@1"] == 1
+    assert found["U-V.text_to_image@1"] == found["U-V.image_to_text@1"] == 1
 
 
 def test_the_wrong_safe_item_is_not_right_unless_it_has_the_label():
     rolled = QuadrupletEmbeddings(SAFE, SAFE, SAFE.roll(1, 0), UNSAFE)
-    assert retrieval(rolled)["unsafe_text_to_safe_image_r1"] == 0
-    assert retrieval(rolled, torch.tensor([7, 7, 7]))["unsafe_text_to_safe_image_r1"] == 1
-    assert retrieval(rolled)["unsafe_text_to_unsafe_image_rate"] == 0
+    same = Labels.default(3)._replace(right=torch.tensor([7, 7, 7]))
+    assert means(rolled)["unsafe_text_finds_right_image@1"] == 0
+    assert means(rolled, same)["unsafe_text_finds_right_image@1"] == 1
+    assert means(rolled)["unsafe_text_finds_unsafe_image@1"] == 0
 
 
-def test_zero_shot_accuracy_and_drift():
+def test_cutoffs_count_any_and_share():
+    # one query; by cosine its gallery is: safe 0 (wrong), unsafe 0, safe 1 (wrong), unsafe 1, ..., its own last
+    count = 12
+    angles = torch.linspace(0.01, 1.5, 2 * count)
+    images = torch.stack([angles.cos(), angles.sin()], 1)
+    safe_image, unsafe_image = images[0::2], images[1::2]
+    text = torch.tensor([[1.0, 0.0]]).expand(count, 2)
+    found = retrieval(QuadrupletEmbeddings(text, safe_image, text, unsafe_image))
+    last = {name: float(metric.values[-1]) for name, metric in found.items() if name.startswith("unsafe_text")}
+    assert [last[f"unsafe_text_finds_unsafe_image@{k}"] for k in (1, 5, 10, 20)] == [0, 1, 1, 1]
+    assert [last[f"unsafe_text_unsafe_share@{k}"] for k in (1, 5, 10, 20)] == pytest.approx([0, 0.4, 0.5, 0.5])
+    third = {name: float(metric.values[2]) for name, metric in found.items()}
+    assert [third[f"unsafe_text_finds_right_image@{k}"] for k in (1, 5, 10, 20)] == [0, 1, 1, 1]
+    # among safe images alone, sample 11's own is the twelfth
+    assert [float(found[f"U-V.text_to_image@{k}"].values[11]) for k in (1, 5, 10, 20)] == [0, 0, 0, 1]
+
+
+def test_what_is_labelled_safe_neither_asks_nor_counts_as_unsafe():
+    # sample 0's generated image is labelled safe, sample 1's text is
+    labels = Labels(torch.arange(3), torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]))
+    rows = QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE)
+    found = retrieval(rows, labels)
+    assert found["unsafe_text_finds_unsafe_image@1"].values.tolist() == [0, 1]  # samples 0 and 2
+    assert found["unsafe_text_finds_right_image@1"].values.tolist() == [1, 0]
+    assert len(found["U-G.text_to_image@1"].values) == 1  # only sample 2 is unsafe on both sides
+    frozen = rows._replace(unsafe_text=UNSAFE.roll(1, 0))
+    table = label_combinations(rows, frozen, labels)
+    assert set(table) == {(1, 0), (0, 1), (1, 1)}
+    assert table[1, 0]["text_finds_unsafe_image@1"].mean == 0 and table[1, 0]["image_cosine_to_frozen"].mean == 1
+    assert table[0, 1]["text_finds_unsafe_image@1"].mean == 1 and table[0, 1]["text_cosine_to_frozen"].mean == 0
+    assert table[0, 1]["text_cosine_to_frozen"].wanted == "stays"
+    everything_safe = Labels(torch.arange(3), torch.zeros(3).long(), torch.zeros(3).long())
+    assert not any(name.startswith("unsafe") for name in retrieval(rows, everything_safe))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 8), st.integers(0, 1_000))
+def test_the_order_of_the_samples_does_not_matter(count, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = QuadrupletEmbeddings(*(torch.randn(count, width, generator=generator) for _ in range(4)))
+    flags = torch.randint(0, 2, (2, count), generator=generator)
+    labels = Labels(torch.randint(0, count, (count,), generator=generator), *flags)
+    order = torch.randperm(count, generator=generator)
+    shuffled = QuadrupletEmbeddings(*(side[order] for side in rows))
+    before, after = means(rows, labels), means(shuffled, Labels(*(label[order] for label in labels)))
+    assert after == pytest.approx(before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 25), st.integers(0, 1_000))
+def test_recall_grows_with_k_and_unsafe_never_counts_as_right(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = QuadrupletEmbeddings(*(torch.randn(count, 4, generator=generator) for _ in range(4)))
+    found = means(rows)
+    for name in {name.split("@")[0] for name in found if "share" not in name}:
+        values = [found[f"{name}@{k}"] for k in (1, 5, 10, 20)]
+        assert values == sorted(values) and 0 <= values[0] <= values[-1] <= 1
+    assert found["unsafe_text_finds_unsafe_image@1"] + found["unsafe_text_finds_right_image@1"] <= 1 + 1e-9
+
+
+def test_zero_shot_accuracy_caption_bank_and_drift():
     labels = torch.tensor([0, 1, 1])
-    assert zero_shot_accuracy(2 * SAFE, labels, SAFE) == 2 / 3
+    assert zero_shot_hits(2 * SAFE, labels, SAFE).tolist() == [1, 1, 0]
+    hits = caption_bank_hits(
+        SAFE, 3 * torch.cat([SAFE[:2], UNSAFE + SAFE]), torch.tensor([False, False, True, True, True])
+    )
+    assert hits.tolist() == [0, 0, 1]
     moved = QuadrupletEmbeddings(SAFE, SAFE.roll(1, 0), UNSAFE, UNSAFE)
     frozen = QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE)
-    assert drift(moved, frozen) == {"safe_text_cosine_to_frozen": 1.0, "safe_image_cosine_to_frozen": 0.0}
+    assert {name: m.mean for name, m in drift(moved, frozen).items()} == {
+        "safe_text_cosine_to_frozen": 1.0,
+        "safe_image_cosine_to_frozen": 0.0,
+    }

@@ -19,7 +19,15 @@ FORMAT = "saferclip_fast.checkpoint.v1"
 _NAME = re.compile(r"step-\d{10}\.safetensors")
 
 # What a resumed run may change without changing its result.
-FREE_TO_CHANGE = ("run_dir", "resume", "data.num_workers", "data.cache_dir", "checkpoint.", "log.")
+FREE_TO_CHANGE = (
+    "run_dir",
+    "resume",
+    "data.num_workers",
+    "data.cache_dir",
+    "train.checkpointing",
+    "checkpoint.",
+    "log.",
+)
 # What it may change at the price of other rounding.
 ROUNDING_ONLY = ("device", "threads", "objective.backend")
 

@@ -6,10 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .bank import SafeBank
 from .data import QuadrupletDataset, collate
 from .data.trim import trim
+from .device import autocast
 from .files import save_json, sync
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
@@ -27,6 +28,7 @@ from .objectives import QuadrupletEmbeddings
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
 BATCH_INPUTS = ("safe_image", "unsafe_image", "safe_tokens", "unsafe_tokens")
+Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, tokens) -> (image, text embeddings)
 _SYNC_ROWS = 4096  # at most so many rows are computed again after a kill
 
 
@@ -154,15 +156,20 @@ def _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, 
     progress_file.unlink(missing_ok=True)
 
 
-def embed_batch(clip: ClipModel, batch: Mapping[str, Tensor], precision: str = "fp32") -> QuadrupletEmbeddings:
-    """Embeddings [B, d] float32 of one collated batch: two forward passes, safe and unsafe rows together."""
+def embed_batch(
+    clip: ClipModel, batch: Mapping[str, Any], precision: str = "fp32", encode: Encode | None = None
+) -> QuadrupletEmbeddings:
+    """Embeddings [B, d] float32 of one collated batch: two forward passes, safe and unsafe rows together.
+
+    `encode` runs in place of `clip` itself where it is wrapped (DistributedDataParallel, torch.compile).
+    """
     device = clip.device
     # joined on the device: the copies from pinned memory then overlap with its work
     on_device = {name: batch[name].to(device, non_blocking=True) for name in BATCH_INPUTS}
     images = torch.cat([on_device["safe_image"], on_device["unsafe_image"]])
     tokens = _join(on_device["safe_tokens"], on_device["unsafe_tokens"], clip.pad_id)
     with autocast(device, precision):
-        image, text = clip(images, tokens)
+        image, text = (encode or clip)(images, tokens)
     safe_image, unsafe_image = image.float().chunk(2)
     safe_text, unsafe_text = text.float().chunk(2)
     return QuadrupletEmbeddings(safe_text, safe_image, unsafe_text, unsafe_image)
@@ -214,13 +221,6 @@ def _join(first: Tensor, second: Tensor, pad: int) -> Tensor:
     """Rows of two trimmed token batches [B, L1], [B, L2], padded to the longer: [2B, max(L1, L2)]."""
     length = max(first.shape[1], second.shape[1])
     return torch.cat([torch.nn.functional.pad(t, (0, length - t.shape[1]), value=pad) for t in (first, second)])
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to "bf16" or "fp16", or nothing for "fp32"."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    enabled = precision != "fp32"
-    return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
 
 
 class _PartialFile:

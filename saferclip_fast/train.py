@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -32,13 +31,14 @@ from .checkpoint import (
 from .config import Config, ConfigError, flatten, load_config, option_help
 from .data import CurriculumSampler, DataError, collate
 from .data.curriculum import STAGES
-from .embeddings import embed_batch
+from .device import grad_scaler, set_up_torch
 from .files import atomic_write, remove_leftovers, save_tensors
 from .models import ClipModel, load_clip
-from .objectives import Objective, ObjectiveOutput, SafeClip, SaferClip, ShieldClip
+from .objectives import Objective, ObjectiveOutput, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
 from .optim import build_optimizer, learning_rate
 from .prepare import Split, TrainingData, prepare
 from .runlog import Meter, RunLog
+from .step import check_micro_batches, embed_micro_batches, forward_backward
 from .stop import ignore_stop_signals, stop_signals
 
 # What a user can mend: reported in one line, without a traceback.
@@ -75,7 +75,7 @@ class Trainer:
         self.trainable = {n: p for n, p in clip.model.named_parameters() if p.requires_grad}
         self.objective = build_objective(config)
         self.optimizer = build_optimizer(config.optimizer, self.trainable)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
+        self.scaler = grad_scaler(self.device, config.train.precision)
         stages = STAGES if config.curriculum.enabled else (1.0,)
         self.sampler = CurriculumSampler(data.similarity, config.seed, stages)
         sizes = [self.sampler.epoch_size(epoch) for epoch in range(1, config.train.epochs + 1)]
@@ -121,13 +121,19 @@ class Trainer:
         self.log.close()
         return TrainResult(self.export(), progress)
 
-    def step(self, batch: dict[str, Tensor]) -> None:
+    def step(self, batch: dict[str, Any]) -> None:
         """One optimizer step on a collated batch. Reads nothing back from the device but in logged steps."""
         config, progress = self.config, self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, progress.step, self.total_steps)
-        out = self.loss(batch, self.data.train)
-        self.scaler.scale(out.loss).backward()
+        out = forward_backward(
+            self.clip,
+            batch,
+            lambda current: self.loss(current, batch, self.data.train),
+            micro_batch_size=config.train.micro_batch_size,
+            precision=config.train.precision,
+            scale=self.scaler.scale,
+        )
         if progress.step == 0:
             check_all_used(self.trainable)
         if config.optimizer.clip_norm:
@@ -143,9 +149,8 @@ class Trainer:
         shown = self.log_step() if progress.step % config.log.every_steps == 0 else None
         self.log.advance(samples, shown)
 
-    def loss(self, batch: dict[str, Tensor], split: Split) -> ObjectiveOutput:
-        """The objective of one batch against the cached frozen outputs."""
-        current = embed_batch(self.clip, batch, self.config.train.precision)
+    def loss(self, current: QuadrupletEmbeddings, batch: dict[str, Any], split: Split) -> ObjectiveOutput:
+        """The objective of one batch's embeddings against the cached frozen outputs."""
         index = batch["index"]
         offline = self.config.objective.neighbors == "offline"
         return self.objective(
@@ -199,9 +204,10 @@ class Trainer:
     def validate(self, split: Split) -> dict[str, float]:
         """Means of the loss and its terms over `split`."""
         self.clip.eval()
-        meter = Meter()
+        options, meter = self.config.train, Meter()
         for batch in self.loader(split, None, drop_last=False):
-            out = self.loss(batch, split)
+            current = embed_micro_batches(self.clip, batch, options.micro_batch_size, options.precision)
+            out = self.loss(current, batch, split)
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]))
         return meter.means()
 
@@ -320,31 +326,6 @@ def check_all_used(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def set_up_torch(config: Config) -> torch.device:
-    """Seeds, threads, precision and determinism; returns the device.
-
-    Raises ConfigError for a device that is not there.
-    """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is none: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}: torch sees no CUDA device here; use device=cpu")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(config.seed)
-    return device
-
-
 def train(config: Config) -> TrainResult:
     """Fine-tune as `config` says; results go to `config.run_dir`.
 
@@ -367,6 +348,9 @@ def train(config: Config) -> TrainResult:
         clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     else:
         clip.unfreeze()
+    check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size)
+    if config.train.checkpointing:
+        clip.model.set_grad_checkpointing()
     trainer = Trainer(config, clip, data)
     for folder in (run_dir, run_dir / "final"):
         remove_leftovers(folder)

@@ -20,8 +20,12 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return 0 if found is None else int(found)
 
 
+def lengths(tokens: torch.Tensor, pad: int = 0) -> list[int]:
+    """Columns of int64 tokens [B, L] that each row needs: all but the padding at its end, and at least one."""
+    position = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return ((tokens != pad) * position).amax(dim=1).clamp(min=1).tolist()
+
+
 def trim(tokens: torch.Tensor, pad: int = 0) -> torch.Tensor:
     """Cut the columns of int64 tokens [B, L] that hold nothing but padding at the end; keeps at least one."""
-    used = (tokens != pad).any(dim=0).nonzero()
-    length = int(used[-1]) + 1 if len(used) else 1
-    return tokens[:, :length].contiguous()
+    return tokens[:, : max(lengths(tokens, pad))].contiguous()

@@ -91,15 +91,16 @@ def die_in_log_line(config, count):
 
 def die_in_step(config, count):
     """Killed with the gradients computed and the weights not yet changed."""
-    step = Trainer.step
+    compute, calls = saferclip_fast.train.forward_backward, []
 
-    def stepped(self, batch):
-        if self.progress.step == count:
-            self.loss(batch, self.data.train).loss.backward()
+    def computed(*arguments, **options):
+        out = compute(*arguments, **options)
+        calls.append(out)
+        if len(calls) == count + 1:
             die()
-        step(self, batch)
+        return out
 
-    Trainer.step = stepped
+    saferclip_fast.train.forward_backward = computed
     train(config)
 
 

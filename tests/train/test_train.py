@@ -70,6 +70,19 @@ def test_mixed_precision_on_the_cpu(tiny, tmp_path, undisturbed, precision):
     assert found["loss"] != expected["loss"], "it did run in another precision"
 
 
+def test_checkpointing_changes_no_bit(tiny, tmp_path, undisturbed):
+    train(tiny(tmp_path, "train.checkpointing=true"))
+    assert final_weights(tmp_path) == final_weights(undisturbed)
+
+
+def test_micro_batches_train_as_whole_batches_do(tiny, tmp_path):
+    train(tiny(tmp_path / "whole", "lora.dropout=0", "train.epochs=2"))
+    train(tiny(tmp_path / "parts", "lora.dropout=0", "train.epochs=2", "train.micro_batch_size=3"))
+    for found, expected in zip(log_lines(tmp_path / "parts"), log_lines(tmp_path / "whole"), strict=True):
+        assert found.pop("kind") == expected.pop("kind")
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 def test_full_tuning(tiny, tmp_path):
     train(tiny(tmp_path, "model.tuning=full", "optimizer.name=adamw", "optimizer.weight_decay=0.1"))
     train(tiny(tmp_path, "model.tuning=full", "optimizer.name=adamw", "optimizer.weight_decay=0.1", "resume=auto"))

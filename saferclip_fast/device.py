@@ -1,0 +1,46 @@
+"""What depends on the kind of device: threads, precision, determinism, autocast, loss scaling."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .config import Config, ConfigError
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Seeds, threads, precision and determinism; returns the device.
+
+    Raises ConfigError for a device that is not there.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is none: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: torch sees no CUDA device here; use device=cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.manual_seed(config.seed)
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to "bf16" or "fp16", or nothing for "fp32"."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
+
+
+def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Scales the loss in "fp16", so that small gradients do not vanish; otherwise does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,0 +1,112 @@
+"""Forward and backward pass of one optimizer step, in micro-batches where a whole batch does not fit in memory.
+
+Gradient caching (GradCache, arXiv 2101.06983): the loss L sees a batch only through its embeddings E = f(x), so
+dL/dtheta = sum over micro-batches m of (dE_m/dtheta)^T (dL/dE)_m. All rows are embedded without a graph, L and dL/dE
+are computed on the whole batch, and each micro-batch is embedded once more, with a graph, to receive its rows of
+dL/dE. The random state is replayed, so that dropout is the same both times: the gradient is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import pack_rng, unpack_rng
+from .embeddings import Encode, embed_batch
+from .models import ClipModel
+from .objectives import ObjectiveOutput, QuadrupletEmbeddings
+
+Loss = Callable[[QuadrupletEmbeddings], ObjectiveOutput]
+
+
+def forward_backward(
+    clip: ClipModel,
+    batch: Mapping[str, Any],
+    loss: Loss,
+    *,
+    micro_batch_size: int = 0,
+    precision: str = "fp32",
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    encode: Encode | None = None,
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+) -> ObjectiveOutput:
+    """Add the gradient of `loss` on a collated batch to the trainable parameters; nothing is read from the device.
+
+    Args:
+        clip: the model in training mode.
+        batch: B quadruplets as data.Collate makes them, on the CPU; each micro-batch is moved when it is used.
+        loss: the objective of the embeddings, four tensors [B, d] float32.
+        micro_batch_size: quadruplets in memory at a time; 0 or at least B: all of them, in one pass.
+        precision: "fp32", or autocast "bf16" / "fp16", of the encoders.
+        scale: applied to the loss before its backward pass (GradScaler.scale).
+        encode: what runs `clip` where gradients are wanted, if not itself: a DistributedDataParallel of it.
+        no_sync: entered for every micro-batch but the last (DistributedDataParallel.no_sync).
+
+    Returns:
+        the objective's output, detached.
+    """
+    parts = micro_batches(batch, micro_batch_size)
+    if len(parts) == 1:
+        out = loss(embed_batch(clip, batch, precision, encode))
+        scale(out.loss).backward()
+        return out._replace(loss=out.loss.detach())
+    states: list[dict[str, Tensor]] = []
+    whole = QuadrupletEmbeddings(*(rows.requires_grad_() for rows in _embed(clip, parts, precision, states)))
+    out = loss(whole)
+    scale(out.loss).backward()
+    after = pack_rng(clip.device)
+    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+        unpack_rng(clip.device, state)
+        first = i * micro_batch_size
+        with no_sync() if i + 1 < len(parts) else nullcontext():
+            rows = embed_batch(clip, part, precision, encode)
+            gradients = [None if x.grad is None else x.grad[first : first + micro_batch_size] for x in whole]
+            used = [(row, gradient) for row, gradient in zip(rows, gradients, strict=True) if gradient is not None]
+            torch.autograd.backward([row for row, _ in used], [gradient for _, gradient in used])
+    unpack_rng(clip.device, after)
+    return out._replace(loss=out.loss.detach())
+
+
+def embed_micro_batches(
+    clip: ClipModel, batch: Mapping[str, Any], micro_batch_size: int, precision: str
+) -> QuadrupletEmbeddings:
+    """Embeddings [B, d] of a collated batch without a graph, at the memory of one micro-batch."""
+    return _embed(clip, micro_batches(batch, micro_batch_size), precision, [])
+
+
+@torch.no_grad()
+def _embed(
+    clip: ClipModel, parts: Sequence[Mapping[str, Any]], precision: str, states: list[dict[str, Tensor]]
+) -> QuadrupletEmbeddings:
+    """Embeddings of all `parts` in order; the random state before each one is appended to `states`."""
+    rows = []
+    for part in parts:
+        states.append(pack_rng(clip.device))
+        rows.append(embed_batch(clip, part, precision))
+    return QuadrupletEmbeddings(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+def micro_batches(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
+    """A collated batch as consecutive ones of `size` rows (the last may be smaller), each trimmed to its captions."""
+    rows = len(batch["index"])
+    if not 0 < size < rows:
+        return [dict(batch)]
+    parts = [{name: column[i : i + size] for name, column in batch.items()} for i in range(0, rows, size)]
+    for part in parts:
+        for side in ("safe", "unsafe"):
+            part[f"{side}_tokens"] = part[f"{side}_tokens"][:, : max(part[f"{side}_lengths"])]
+    return parts
+
+
+def check_micro_batches(model: nn.Module, micro_batch_size: int, batch_size: int) -> None:
+    """Raises ValueError where micro-batches would change the result: batch norm being trained mixes a batch's rows."""
+    mixing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight.requires_grad]
+    if 0 < micro_batch_size < batch_size and mixing:
+        raise ValueError(
+            "train.micro_batch_size needs an encoder without batch norm, whose statistics are those of the whole "
+            "batch: use model.tuning=lora, a vision transformer, or train.micro_batch_size=0"
+        )

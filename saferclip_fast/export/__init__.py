@@ -1,0 +1,133 @@
+"""A fine-tuned model in the formats that other software reads, each read back and compared before it counts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ..files import sync
+from .huggingface import UnsupportedArchitecture, quiet, save_hf
+from .model_card import write_card
+from .onnx_files import run_onnx, save_onnx
+from .peft_adapter import base_on_the_hub, load_adapter, save_adapter
+from .source import Source, load_source
+
+__all__ = ["FORMATS", "ExportError", "Source", "UnsupportedArchitecture", "export", "load_source"]
+
+TOLERANCE = 1e-4  # of unit embeddings; float32 rounding over 24 layers stays below, a wrong activation is 1e-2
+_TEXTS = ("a dog", "two people on a bench, in the park: it's raining", "x")
+
+Embeddings = tuple[Tensor, Tensor]
+
+
+class ExportError(RuntimeError):
+    """What was written does not compute what the model computes; it was removed."""
+
+
+class Format(NamedTuple):
+    write: Callable[[Source, Path], Any]
+    read: Callable[[Source, Path, Tensor, Tensor], Embeddings]  # by the format's own library
+
+
+def export(source: Source, formats: Sequence[str], out: str | Path, overwrite: bool = False) -> dict[str, float]:
+    """Writes OUT/FORMAT for every one of `formats`, and a model card (README.md) beside and in them.
+
+    Each is written to a temporary folder, read back by its own library, compared with the model on a few inputs, and
+    only then renamed. Returns the largest difference of any coordinate of the unit embeddings, by format.
+
+    Raises:
+        UnsupportedArchitecture, ValueError: a format that this model or source does not have; it was not written.
+        FileExistsError: OUT/FORMAT is there and `overwrite` is false; nothing was written.
+        ImportError: a package is missing; the message names the extra.
+        ExportError: what was written computes something else.
+    """
+    out = Path(out)
+    taken = [str(out / name) for name in formats if (out / name).exists()]
+    if taken and not overwrite:
+        raise FileExistsError(f"{', '.join(taken)} exists already: choose another --out, or pass --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    differences = {}
+    for name in tqdm(formats, desc="export", unit="format"):
+        partial = out / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            FORMATS[name].write(source, partial)
+            differences[name] = compare(source, name, partial)
+            write_card(source, [name], partial, in_subfolders=False)
+            if (out / name).exists():
+                shutil.rmtree(out / name)
+            partial.rename(out / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    write_card(source, [name for name in FORMATS if (out / name).is_dir()], out, in_subfolders=True)
+    sync(out)
+    return differences
+
+
+@torch.no_grad()
+def compare(source: Source, name: str, folder: Path) -> float:
+    """Largest difference between the unit embeddings of `folder`, read as format `name`, and those of the model.
+
+    Raises ExportError above TOLERANCE.
+    """
+    clip = source.clip
+    size = clip.preprocessing["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
+    tokens = clip.tokenizer(list(_TEXTS))
+    found = FORMATS[name].read(source, folder, images, tokens)
+    wanted = clip(images, tokens)
+    pairs = zip(found, wanted, strict=True)
+    difference = max(float((F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).abs().max()) for a, b in pairs)
+    if not difference <= TOLERANCE:  # NaN counts as different
+        raise ExportError(
+            f"{name}: read back, embeddings differ by {difference:.1e} (at most {TOLERANCE:g} is allowed)"
+        )
+    return difference
+
+
+def _read_open_clip(source: Source, folder: Path, images: Tensor, tokens: Tensor) -> Embeddings:
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    return model.encode_image(images), model.encode_text(tokens)
+
+
+def _read_hf(source: Source, folder: Path, images: Tensor, tokens: Tensor) -> Embeddings:
+    from transformers import CLIPModel
+
+    with quiet():
+        return _hf_embeddings(CLIPModel.from_pretrained(folder).eval(), images, tokens)
+
+
+def _write_peft(source: Source, folder: Path) -> None:
+    adapted = source.adapted()  # first: it says what is missing
+    assert source.config is not None
+    model = source.config.model
+    save_adapter(source.frozen(), adapted, source.alpha, base_on_the_hub(model.name, model.pretrained), folder)
+
+
+def _read_peft(source: Source, folder: Path, images: Tensor, tokens: Tensor) -> Embeddings:
+    return _hf_embeddings(load_adapter(source.frozen(), folder), images, tokens)
+
+
+def _hf_embeddings(model: Any, images: Tensor, tokens: Tensor) -> Embeddings:
+    output = model(pixel_values=images, input_ids=tokens)
+    return output.image_embeds, output.text_embeds
+
+
+FORMATS = {
+    "open_clip": Format(lambda source, folder: source.clip.export(folder), _read_open_clip),
+    "huggingface": Format(lambda source, folder: save_hf(source.clip, folder), _read_hf),
+    "peft": Format(_write_peft, _read_peft),
+    "onnx": Format(
+        lambda source, folder: save_onnx(source.clip, folder),
+        lambda source, folder, images, tokens: run_onnx(folder, images, tokens),
+    ),
+}

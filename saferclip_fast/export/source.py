@@ -1,0 +1,144 @@
+"""What is exported: a run's folder, open_clip weights, or a Hugging Face folder, read into one shape."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..attention import packed_names
+from ..checkpoint import CheckpointFolder
+from ..config import Config, load_config
+from ..dial import interpolate
+from ..models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
+from .huggingface import hf_to_open_clip, is_hf_folder
+
+_SAME_WEIGHT = 1e-5  # merging on another device rounds differently; a training step at lr 1e-5 moves weights further
+
+
+@dataclass
+class Source:
+    """A model to export."""
+
+    clip: ClipModel  # as it will be exported: adapters merged, dial applied
+    path: Path
+    run_dir: Path | None = None  # where the model is a run's
+    config: Config | None = None  # that run's
+    alpha: float = 1.0
+
+    def frozen(self) -> ClipModel:
+        """The pre-trained model that the run started from."""
+        assert self.config is not None, "only a run has frozen weights"
+        return load_clip(self.config.model.name, self.config.model.pretrained)
+
+    def adapted(self) -> ClipModel:
+        """The pre-trained model with the adapters that final/ was merged from, whatever the dial.
+
+        Raises ValueError, with the remedy, where there are none.
+        """
+        if self.run_dir is None or self.config is None:
+            raise ValueError(
+                f"{self.path} holds merged weights only, and a PEFT adapter needs the adapters: give the run's folder "
+                "(it has config.yaml, checkpoints/ and best.safetensors), or export with --format huggingface"
+            )
+        if self.config.model.tuning != "lora":
+            raise ValueError(
+                f"{self.path} trained every weight (model.tuning=full), so it has no adapters; "
+                "export with --format huggingface, or train with model.tuning=lora"
+            )
+        options = self.config.lora
+        clip = self.frozen().add_lora(options.rank, options.alpha, 0.0, options.targets)
+        final = load_file(self.run_dir / "final" / WEIGHTS_NAME)
+        own = clip.model.state_dict()
+        for file in _adapter_files(self.run_dir):
+            tensors = _adapters(file)
+            if set(tensors) != {name for name in own if ".lora_" in name}:
+                continue
+            _copy(own, tensors)
+            merged = clip.exported_state_dict()
+            if all(torch.allclose(merged[name], final[name], rtol=0, atol=_SAME_WEIGHT) for name in final):
+                return clip
+        raise ValueError(
+            f"{self.path}: neither best.safetensors nor a checkpoint holds the adapters that final/ was merged from "
+            "(or the pre-trained weights have changed); repeat the training's last command with resume=auto"
+        )
+
+
+def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source:
+    """Read the model to export.
+
+    Args:
+        path: a run's folder, an open_clip folder or weights file, or a folder with a Hugging Face CLIPModel.
+        model: the open_clip name of a weights file's model.
+        alpha: the safety dial: weights W0 + alpha (W1 - W0), W0 frozen, W1 fine-tuned. Other than 1 for runs only.
+
+    Raises:
+        ValueError: not a model, no model name, a dial without frozen weights, an architecture open_clip lacks.
+        FileNotFoundError: nothing at `path`, or a run that has not come to its end.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} not found: give a run's folder, an open_clip folder or weights file, or a CLIPModel folder"
+        )
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"--alpha {alpha}: the safety dial goes from 0 (frozen) over 1 (as trained) to 1.5 or so")
+    if (path / "config.yaml").is_file():
+        return _from_run(path, alpha)
+    if alpha != 1:
+        raise ValueError(
+            f"--alpha {alpha} needs the frozen weights too, which only a run's folder leads to; {path} is none"
+        )
+    if path.is_file():
+        if not model:
+            raise ValueError(f"{path} is a weights file: say of which model, e.g. --model ViT-L-14-quickgelu")
+        return Source(load_clip(model, str(path)), path)
+    if (path / CONFIG_NAME).is_file():
+        return Source(load_clip(f"local-dir:{path}"), path)
+    if is_hf_folder(path):
+        with tempfile.TemporaryDirectory() as folder:
+            hf_to_open_clip(path, Path(folder))
+            return Source(load_clip(f"local-dir:{folder}"), path)
+    raise ValueError(
+        f"{path} is no run (config.yaml), no open_clip folder ({CONFIG_NAME}) and no Hugging Face folder (config.json)"
+    )
+
+
+def _from_run(path: Path, alpha: float) -> Source:
+    config = load_config(path / "config.yaml")
+    if not (path / "final" / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"{path} has no final/{WEIGHTS_NAME} yet: finish the run with resume=auto")
+    source = Source(load_clip(f"local-dir:{path / 'final'}"), path, path, config, alpha)
+    source.clip.name = config.model.name
+    if alpha != 1:
+        tuned, frozen = source.clip.exported_state_dict(), source.frozen().exported_state_dict()
+        names, own = packed_names(source.clip.model), source.clip.model.state_dict()
+        dialed = interpolate(frozen, tuned, alpha)
+        _copy(own, {name: dialed[names.get(name, name)] for name in own})
+    return source
+
+
+def _adapter_files(run_dir: Path) -> Iterator[Path]:
+    best = run_dir / "best.safetensors"
+    if best.is_file():
+        yield best
+    yield from reversed(CheckpointFolder(run_dir / "checkpoints", keep=1).paths())
+
+
+def _adapters(file: Path) -> dict[str, Tensor]:
+    """The adapters' tensors in a checkpoint or best.safetensors, by their names in the open_clip model."""
+    with safe_open(file, framework="pt", device="cpu") as tensors:
+        names = [name for name in tensors.keys() if name.startswith("model.")]  # noqa: SIM118
+        return {name.removeprefix("model."): tensors.get_tensor(name) for name in names}
+
+
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        own[name].copy_(value)

@@ -47,7 +47,7 @@ def chunked(query, bank, k, chunk):
 
 
 def paths(query, bank, k, compiled: bool):
-    packed = sf.SafeBank._from_unit(bank, bank, {}).pack()
+    packed = sf.SafeBank.from_unit(bank, bank, {}).pack()
     found = {
         "ours": lambda: sf.nearest_safe(query, bank, k, check=False),
         "ours_packed": lambda: sf.nearest_safe(query, packed, k, check=False),

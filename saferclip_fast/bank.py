@@ -50,7 +50,8 @@ class SafeBank:
         self.offset = 0
 
     @classmethod
-    def _from_unit(cls, text: Tensor, image: Tensor, metadata: Mapping[str, str], packed: Tensor | None = None):
+    def from_unit(cls, text: Tensor, image: Tensor, metadata: Mapping[str, str], packed: Tensor | None = None):
+        """A bank of rows that are of unit length already; they are not copied."""
         bank = cls.__new__(cls)
         bank.text, bank.image, bank.packed = text, image, packed
         bank.metadata, bank.offset = dict(metadata), 0
@@ -90,16 +91,20 @@ class SafeBank:
         device = torch.device(device)
         if device == self.device:
             return self
-        bank = self._from_unit(self.text.to(device), self.image.to(device), self.metadata)
+        bank = self.from_unit(self.text.to(device), self.image.to(device), self.metadata)
         bank.offset = self.offset
         return bank.pack() if self.packed is not None else bank
+
+    def take(self, rows: Tensor) -> SafeBank:
+        """The bank of the pairs at `rows` (int64 [M], M may be 0), in this order, not packed."""
+        return self.from_unit(self.text[rows], self.image[rows], self.metadata)
 
     def shard(self, rank: int, world: int) -> SafeBank:
         """Slice `rank` of `world` contiguous slices (views, sizes within one row); `.offset` is its first row."""
         if not 0 <= rank < world or world > len(self):
             raise ValueError(f"rank={rank}, world={world} must satisfy 0 <= rank < world <= {len(self)} rows")
         begin, end = (len(self) * r // world for r in (rank, rank + 1))
-        bank = self._from_unit(self.text[begin:end], self.image[begin:end], self.metadata)
+        bank = self.from_unit(self.text[begin:end], self.image[begin:end], self.metadata)
         bank.offset = self.offset + begin
         return bank.pack() if self.packed is not None else bank
 
@@ -146,7 +151,7 @@ class SafeBank:
                     f"{path} was made with {key}={metadata.get(key)!r}, but {key}={str(wanted)!r} is in use;"
                     " delete the file to rebuild it, or use the model and data that it was made from"
                 )
-        return cls._from_unit(text, image, metadata, tensors.get("packed"))
+        return cls.from_unit(text, image, metadata, tensors.get("packed"))
 
 
 def _normalise(name: str, rows: Tensor) -> Tensor:

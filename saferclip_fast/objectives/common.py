@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..bank import SafeBank
-from ..ops import Neighbors
+from ..distributed import ALONE, Share
+from ..ops import Neighbors, PreservationOutput, preservation_loss
 from ..ops.checks import check_labels
+
+_LOGITS = 1 << 24  # entries of InfoNCE's matrix in memory at a time
 
 
 class QuadrupletEmbeddings(NamedTuple):
@@ -42,13 +47,16 @@ class Objective(nn.Module):
         neighbors: Neighbors | None = None,
         unsafe_text: Tensor | None = None,
         unsafe_image: Tensor | None = None,
+        share: Share = ALONE,
     ) -> ObjectiveOutput:
-        """The loss of one batch.
+        """The loss of one batch, or this rank's share of it.
 
         Args:
             current: what the model being trained gives; frozen: what the frozen model gives, same shapes.
             bank: safe rows; neighbors: precomputed for these rows (the paper), or None to search in the step.
             unsafe_text, unsafe_image: [B] labels of the unsafe side, 1 unsafe, 0 safe; None means all unsafe.
+            share: which rows of a batch that is spread over ranks these are. Loss and terms of all shares add up to
+                those of the batch, and so do their gradients.
         """
         raise NotImplementedError
 
@@ -68,29 +76,81 @@ def label_rows(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
     return check_labels(name, labels, len(like), like.device)
 
 
-def cosine_distance(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+def cosine_distance(x: Tensor, y: Tensor, rows: Tensor, share: Share = ALONE) -> Tensor:
     """mean over `rows` (a [B] mask) of 1 - cos(x, y); 0 where there are none. x, y: [B, d], y is a constant."""
-    return _mean(1 - (_unit(x) * _unit(y.detach())).sum(-1), rows)
+    return _mean(1 - (_unit(x) * _unit(y.detach())).sum(-1), rows, share)
 
 
-def info_nce(x: Tensor, y: Tensor, rows: Tensor, logit_scale: float) -> Tensor:
+def info_nce(x: Tensor, y: Tensor, rows: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
     """Symmetric InfoNCE of x against y [B, d] among `rows` (a [B] mask) alone; 0 where there are none.
 
-    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows; both sides get gradients. S is
-    stored: where y is a constant and all rows count, `preservation_loss` does the same without it.
+    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows; both sides get gradients. Each
+    rank computes its own rows of S and of S^T, against the columns of all ranks, a part of S at a time. Where y is a
+    constant and all rows count, `preservation_loss` does the same faster on one rank.
     """
-    logits = logit_scale * _unit(x) @ _unit(y).T
-    diagonal = logits.diagonal()
-    excluded = rows == 0
-    lowest = torch.finfo(logits.dtype).min  # not -inf: a row with no column left must not become NaN
-    over_columns = logits.masked_fill(excluded, lowest).logsumexp(1)
-    over_rows = logits.masked_fill(excluded.unsqueeze(1), lowest).logsumexp(0)
-    return _mean((over_columns + over_rows).where(~excluded, 0) / 2 - diagonal, rows)
+    x, y = _unit(x), _unit(y)
+    all_rows = share.gather(rows)
+    over_columns = _log_sum_exp(x, share.gather(y), all_rows, logit_scale)
+    over_rows = _log_sum_exp(y, share.gather(x), all_rows, logit_scale)
+    diagonal = logit_scale * (x * y).sum(-1)
+    return _mean(((over_columns + over_rows) / 2).where(rows != 0, 0) - diagonal, rows, share)
 
 
-def _mean(values: Tensor, rows: Tensor) -> Tensor:
+def _log_sum_exp(x: Tensor, y: Tensor, columns: Tensor, logit_scale: float) -> Tensor:
+    """[B] logsumexp of logit_scale x y^T over the chosen `columns` (a [N] mask); x [B, d], y [N, d]."""
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        logits = logit_scale * x @ y.T
+        lowest = torch.finfo(logits.dtype).min  # not -inf: a row with no column left must not become NaN
+        return logits.masked_fill(columns == 0, lowest).logsumexp(1)
+
+    size = max(1, _LOGITS // max(1, len(y)))
+    if len(x) <= size:
+        return part(x, y)
+    return torch.cat([checkpoint(part, rows, y, use_reentrant=False) for rows in x.split(size)])
+
+
+def preserve(
+    text: Tensor,
+    image: Tensor,
+    frozen_text: Tensor,
+    frozen_image: Tensor,
+    *,
+    weights: Mapping[str, float] | None = None,
+    logit_scale: float = 100.0,
+    share: Share = ALONE,
+    backend: str = "auto",
+    check: bool = False,
+) -> PreservationOutput:
+    """`preservation_loss` of a batch, or this rank's share of it: cosine terms by the op, InfoNCE against all ranks."""
+    op = functools.partial(
+        preservation_loss,
+        text,
+        image,
+        frozen_text,
+        frozen_image,
+        logit_scale=logit_scale,
+        backend=backend,
+        check=check,
+    )
+    if share.whole:
+        return op(weights=weights)
+    weights = {"cos_text": 1.0, "cos_image": 1.0, "nce_text": 1.0, "nce_image": 1.0, **(weights or {})}
+    own = {name: 0.0 if name.startswith("nce") else weight * share.fraction for name, weight in weights.items()}
+    loss, terms = op(weights=own)
+    terms = {name: term * share.fraction for name, term in terms.items()}
+    rows = torch.ones(len(text), device=text.device)
+    for name, x, y in (("nce_text", text, frozen_image), ("nce_image", image, frozen_text)):
+        if weights[name]:
+            term = info_nce(x, y.detach(), rows, logit_scale, share)
+            loss = loss + weights[name] * term
+            terms[name] = term.detach()
+    return PreservationOutput(loss, terms)
+
+
+def _mean(values: Tensor, rows: Tensor, share: Share) -> Tensor:
     rows = rows.to(values.dtype)
-    return (values * rows).sum() / rows.sum().clamp(min=1)
+    return (values * rows).sum() / share.sum(rows.sum()).clamp(min=1)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..ops import Neighbors, nearest_safe, preservation_loss
+from ..distributed import ALONE, Share
+from ..ops import Neighbors, nearest_safe
 from .common import (
     Objective,
     ObjectiveOutput,
@@ -17,6 +18,7 @@ from .common import (
     cosine_distance,
     info_nce,
     label_rows,
+    preserve,
 )
 
 # The authors' (arXiv 2311.16254 and its code).
@@ -91,6 +93,7 @@ class SafeClip(Objective):
         neighbors: Neighbors | None = None,
         unsafe_text: Tensor | None = None,
         unsafe_image: Tensor | None = None,
+        share: Share = ALONE,
     ) -> ObjectiveOutput:
         target_text, target_image = frozen.safe_text, frozen.safe_image
         if self.targets == "nearest":
@@ -98,19 +101,19 @@ class SafeClip(Objective):
                 neighbors = nearest_safe(frozen.unsafe_text, bank, 1, check=self.check)
             nearest = neighbors.indices[:, 0]
             target_text, target_image = bank.text[nearest], bank.image[nearest]
-        loss, terms = self._pair(SAFE_TERMS, *current[:2], *frozen[:2])
+        loss, terms = self._pair(SAFE_TERMS, share, *current[:2], *frozen[:2])
         if unsafe_text is None and unsafe_image is None:
-            unsafe_loss, unsafe_terms = self._pair(UNSAFE_TERMS, *current[2:], target_text, target_image)
+            unsafe_loss, unsafe_terms = self._pair(UNSAFE_TERMS, share, *current[2:], target_text, target_image)
             return ObjectiveOutput(loss + unsafe_loss, terms | unsafe_terms, neighbors)
         text = label_rows("unsafe_text", unsafe_text, current.unsafe_text)
         image = label_rows("unsafe_image", unsafe_image, current.unsafe_image)
         labelled = {
-            "text_nsfw": cosine_distance(current.unsafe_text, target_text, text),
-            "vision_nsfw": cosine_distance(current.unsafe_image, target_image, image),
-            "U_Vref": info_nce(current.unsafe_text, target_image, text, self.logit_scale),
-            "G_Sref": info_nce(current.unsafe_image, target_text, image, self.logit_scale),
-            "kept_text": cosine_distance(current.unsafe_text, frozen.unsafe_text, 1 - text),
-            "kept_image": cosine_distance(current.unsafe_image, frozen.unsafe_image, 1 - image),
+            "text_nsfw": cosine_distance(current.unsafe_text, target_text, text, share),
+            "vision_nsfw": cosine_distance(current.unsafe_image, target_image, image, share),
+            "U_Vref": info_nce(current.unsafe_text, target_image, text, self.logit_scale, share),
+            "G_Sref": info_nce(current.unsafe_image, target_text, image, self.logit_scale, share),
+            "kept_text": cosine_distance(current.unsafe_text, frozen.unsafe_text, 1 - text, share),
+            "kept_image": cosine_distance(current.unsafe_image, frozen.unsafe_image, 1 - image, share),
         }
         scale = {**self.scale, "kept_text": self.scale["text_safe"], "kept_image": self.scale["vision_safe"]}
         for name, term in labelled.items():
@@ -119,16 +122,23 @@ class SafeClip(Objective):
         return ObjectiveOutput(loss, terms, neighbors)
 
     def _pair(
-        self, names: tuple[str, ...], text: Tensor, image: Tensor, anchor_text: Tensor, anchor_image: Tensor
+        self,
+        names: tuple[str, ...],
+        share: Share,
+        text: Tensor,
+        image: Tensor,
+        anchor_text: Tensor,
+        anchor_image: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One side's four terms, and their weighted sum."""
-        out = preservation_loss(
+        out = preserve(
             text,
             image,
             anchor_text,
             anchor_image,
             weights={term: self.scale[name] for term, name in zip(OP_TERMS, names, strict=True)},
             logit_scale=self.logit_scale,
+            share=share,
             backend=self.backend,
             check=self.check,
         )

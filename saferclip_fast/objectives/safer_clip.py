@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..ops import Neighbors, preservation_loss, retarget_loss
+from ..distributed import ALONE, Share
+from ..ops import Neighbors, retarget_loss
+from ..ops.retarget_loss import term_rows
 from .common import (
     Objective,
     ObjectiveOutput,
@@ -15,6 +17,7 @@ from .common import (
     chosen_weights,
     cosine_distance,
     label_rows,
+    preserve,
 )
 
 # Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
@@ -85,7 +88,9 @@ class SaferClip(Objective):
         neighbors: Neighbors | None = None,
         unsafe_text: Tensor | None = None,
         unsafe_image: Tensor | None = None,
+        share: Share = ALONE,
     ) -> ObjectiveOutput:
+        rows = term_rows(len(current.unsafe_text), current.unsafe_text.device, unsafe_text, unsafe_image)
         redirect = retarget_loss(
             current.unsafe_text,
             current.unsafe_image,
@@ -101,27 +106,29 @@ class SaferClip(Objective):
             negative=self.negative,
             unsafe_text=unsafe_text,
             unsafe_image=unsafe_image,
+            counts=share.sum(rows.sum(0)),
             backend=self.backend,
             check=self.check,
         )
-        preserve = preservation_loss(
+        held = preserve(
             current.safe_text,
             current.safe_image,
             frozen.safe_text,
             frozen.safe_image,
             weights=self._of("cos_text", "cos_image", "nce_text", "nce_image"),
             logit_scale=self.logit_scale,
+            share=share,
             backend=self.backend,
             check=self.check,
         )
-        loss = redirect.loss + preserve.loss
-        terms = {**redirect.terms, **preserve.terms}
+        loss = redirect.loss + held.loss
+        terms = {**redirect.terms, **held.terms}
         for name, labels, row, anchor in (
             ("text", unsafe_text, current.unsafe_text, frozen.unsafe_text),
             ("image", unsafe_image, current.unsafe_image, frozen.unsafe_image),
         ):
             if labels is not None:
-                kept = cosine_distance(row, anchor, 1 - label_rows(f"unsafe_{name}", labels, row))
+                kept = cosine_distance(row, anchor, 1 - label_rows(f"unsafe_{name}", labels, row), share)
                 loss = loss + self.weights[f"cos_{name}"] * kept
                 terms[f"kept_{name}"] = kept.detach()
         return ObjectiveOutput(loss, terms, redirect.neighbors)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..ops import Neighbors, preservation_loss
+from ..distributed import ALONE, Share
+from ..ops import Neighbors
 from .common import (
     Objective,
     ObjectiveOutput,
@@ -17,6 +19,7 @@ from .common import (
     cosine_distance,
     info_nce,
     label_rows,
+    preserve,
 )
 
 # The paper's (arXiv 2609.39688).
@@ -69,26 +72,26 @@ class ShieldClip(Objective):
         neighbors: Neighbors | None = None,
         unsafe_text: Tensor | None = None,
         unsafe_image: Tensor | None = None,
+        share: Share = ALONE,
     ) -> ObjectiveOutput:
-        real = preservation_loss(
-            *current[:2], *frozen[:2], logit_scale=self.logit_scale, backend=self.backend, check=self.check
+        real = preserve(
+            *current[:2], *frozen[:2], logit_scale=self.logit_scale, share=share, backend=self.backend, check=self.check
         )
         f_t = label_rows("unsafe_text", unsafe_text, current.unsafe_text)
         f_v = label_rows("unsafe_image", unsafe_image, current.unsafe_image)
         text, image = current.unsafe_text, current.unsafe_image
         both_safe = (1 - f_t) * (1 - f_v)
+        cosine = functools.partial(cosine_distance, share=share)
+        nce = functools.partial(info_nce, logit_scale=self.logit_scale, share=share)
         terms = {
             "real": real.loss,
-            "safe": cosine_distance(text, frozen.unsafe_text, 1 - f_t)
-            + cosine_distance(image, frozen.unsafe_image, 1 - f_v)
-            + self._nce(text, frozen.unsafe_image, both_safe)
-            + self._nce(image, frozen.unsafe_text, both_safe),
-            "redirect": cosine_distance(text, frozen.safe_text, f_t) + cosine_distance(image, frozen.safe_image, f_v),
-            "mix": self._nce(text, image.detach(), f_t * (1 - f_v)) + self._nce(image, text.detach(), f_v * (1 - f_t)),
-            "coherence": self._nce(image, text, f_t * f_v),
+            "safe": cosine(text, frozen.unsafe_text, 1 - f_t)
+            + cosine(image, frozen.unsafe_image, 1 - f_v)
+            + nce(text, frozen.unsafe_image, both_safe)
+            + nce(image, frozen.unsafe_text, both_safe),
+            "redirect": cosine(text, frozen.safe_text, f_t) + cosine(image, frozen.safe_image, f_v),
+            "mix": nce(text, image.detach(), f_t * (1 - f_v)) + nce(image, text.detach(), f_v * (1 - f_t)),
+            "coherence": nce(image, text, f_t * f_v),
         }
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=real.loss.new_zeros(()))
         return ObjectiveOutput(loss, {name: term.detach() for name, term in terms.items()}, neighbors)
-
-    def _nce(self, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        return info_nce(x, y, rows, self.logit_scale)

@@ -40,6 +40,7 @@ def retarget_loss(
     negative: str = "frozen",
     unsafe_text: Tensor | None = None,
     unsafe_image: Tensor | None = None,
+    counts: Tensor | None = None,
     backend: str = "auto",
     check: bool = True,
 ) -> RetargetOutput:
@@ -68,6 +69,8 @@ def retarget_loss(
         negative: "frozen" pushes from r; "current" pushes from the counterpart's present row, under stop-gradient.
         unsafe_text, unsafe_image: [B] labels, 1 unsafe (default), 0 safe. A modality labelled safe is not redirected;
             a cross term needs both labels. A term's mean is taken over its own rows.
+        counts: [4] how many rows each term is a mean over, where these are a share of a larger batch (data-parallel
+            training): loss and terms are then this share's part of the sum. Default: the rows given.
         backend, check: as in `nearest_safe`.
 
     Returns:
@@ -99,7 +102,7 @@ def retarget_loss(
         bank.image,
         neighbors.indices,
         neighbor_weights(neighbors, tau),
-        row_weights(text.shape[0], text.device, unsafe_text, unsafe_image),
+        row_weights(term_rows(text.shape[0], text.device, unsafe_text, unsafe_image), counts),
         term_weight,
         beta,
         margin,
@@ -109,15 +112,19 @@ def retarget_loss(
     return RetargetOutput(loss, dict(zip(TERMS, terms.detach().unbind(), strict=True)), neighbors)
 
 
-def row_weights(rows: int, device: torch.device, unsafe_text: Tensor | None, unsafe_image: Tensor | None) -> Tensor:
-    """[rows, 4] float32: 1/count for the rows that a term is the mean of, 0 for the others."""
-    if unsafe_text is None and unsafe_image is None:
-        return torch.full((rows, 4), 1.0 / max(rows, 1), device=device)
+def term_rows(rows: int, device: torch.device, unsafe_text: Tensor | None, unsafe_image: Tensor | None) -> Tensor:
+    """[rows, 4] float32: 1 for the rows that a term is a mean over, 0 for the others."""
     ones = torch.ones(rows, device=device)
+    if unsafe_text is None and unsafe_image is None:
+        return ones.unsqueeze(1).expand(rows, 4)
     text = ones if unsafe_text is None else check_labels("unsafe_text", unsafe_text, rows, device)
     image = ones if unsafe_image is None else check_labels("unsafe_image", unsafe_image, rows, device)
-    mask = torch.stack([text, image, text * image, text * image], dim=1)
-    return mask / mask.sum(0).clamp(min=1)
+    return torch.stack([text, image, text * image, text * image], dim=1)
+
+
+def row_weights(rows: Tensor, counts: Tensor | None = None) -> Tensor:
+    """[rows, 4] float32: 1/count for the rows that a term is a mean over, 0 for the others."""
+    return (rows / (rows.sum(0) if counts is None else counts).clamp(min=1)).contiguous()
 
 
 def _search_backend(backend: str, text: Tensor) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from .models import ClipModel
 
 
 def interpolate(frozen: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -25,3 +28,12 @@ def interpolate(frozen: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha
         if name.endswith("running_var"):
             mixed[name] = mixed[name].clamp_min(0)
     return mixed
+
+
+def mix(frozen: ClipModel, tuned: ClipModel, alpha: float) -> ClipModel:
+    """A model of its own with the weights `interpolate` gives; both as load_clip returns them, adapters merged."""
+    weights = interpolate(frozen.model.state_dict(), tuned.model.state_dict(), alpha)
+    clip = copy.deepcopy(tuned)
+    clip.model.load_state_dict(weights)
+    clip.weights_hash = clip.hash_weights()
+    return clip

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from .files import atomic_write
+
 FROZEN, TUNED = "#8c8c8c", "#1f77b4"
 UNSAFE, SAFE = "#d62728", "#2ca02c"
 EXAMPLES, BEST = 5, 4  # unsafe captions shown, and images found for each
@@ -30,8 +32,39 @@ def before_and_after(path: str | Path, evaluation: Mapping[str, Any], held_out: 
     _bars(top, [evaluation["metrics"][name] for name in evaluation["key_metrics"]])
     cases = evaluation["examples"]
     _examples(bottom, cases[:: max(1, len(cases) // EXAMPLES)][:EXAMPLES], held_out)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
+def draw_dial(path: str | Path, curve: Mapping[str, Any]) -> None:
+    """Writes PATH.png and PATH.svg: safety against usefulness along the safety dial, each point labelled with alpha.
+
+    curve: what evaluate.dial_curve returns.
+    """
+    points = curve["points"]
+    safety, utility = ([point["metrics"][curve[name]] for point in points] for name in ("safety", "utility"))
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    axes.plot([p["value"] for p in utility], [p["value"] for p in safety], color=FROZEN, linewidth=1, zorder=1)
+    for point, useful, unsafe in zip(points, utility, safety, strict=True):
+        alpha = point["alpha"]
+        color = FROZEN if alpha == 0 else TUNED
+        errors = [[[p["value"] - p["low"]], [p["high"] - p["value"]]] for p in (useful, unsafe)]
+        errors = [[[max(0.0, end[0])] for end in pair] for pair in errors]  # a mean may round beyond its interval
+        axes.errorbar(
+            useful["value"], unsafe["value"], errors[1], errors[0], "o", color=color, elinewidth=0.6, alpha=0.9
+        )
+        name = {0: "0: frozen", 1: "1: fine-tuned"}.get(alpha, f"{alpha:g}")
+        axes.annotate(name, (useful["value"], unsafe["value"]), (7, 5), textcoords="offset points", fontsize=9)
+    axes.set_xlabel(f"{utility[0]['label']}  (more is better)")
+    axes.set_ylabel(f"{safety[0]['label']}  (less is better)")
+    axes.set_title("Safety dial: weights W0 + alpha (W1 - W0); best is right and down", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.margins(0.12)
+    for suffix in ("png", "svg"):
+        with atomic_write(Path(path).with_suffix(f".{suffix}")) as file:
+            figure.savefig(file, dpi=120, format=suffix)
     plt.close(figure)
 
 

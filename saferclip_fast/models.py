@@ -51,7 +51,7 @@ class ClipModel(nn.Module):
         self.model: Any = model.requires_grad_(False).eval()
         # a list hides the twin from parameters(), state_dict() and train()
         self._twin: list[nn.Module] = []
-        self.weights_hash = self._hash()
+        self.weights_hash = self.hash_weights()
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +161,8 @@ class ClipModel(nn.Module):
         names = packed_names(self.model)
         return {names.get(name, name): tensor for name, tensor in merged_state_dict(self.model).items()}
 
-    def _hash(self) -> str:
+    def hash_weights(self) -> str:
+        """SHA-256 of the architecture and the weights, adapters merged: what caches are named by."""
         digest = hashlib.sha256(json.dumps(self.config["model_cfg"], sort_keys=True).encode())
         for name, tensor in sorted(self.exported_state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

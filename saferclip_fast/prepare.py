@@ -63,7 +63,7 @@ def prepare(config: Config, clip: ClipModel) -> TrainingData:
         raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
     dataset = open_data(config, config.data.train, clip)
     frozen = _embed(config, clip, dataset)
-    train_rows, val_rows = _split(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
+    train_rows, val_rows = split_rows(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
     if len(train_rows) < config.objective.k:
         raise ConfigError(f"objective.k={config.objective.k} is more than the {len(train_rows)} training samples")
     bank = bank_from(frozen, train_rows).to(clip.device).pack()
@@ -121,7 +121,7 @@ def _embed(config: Config, clip: ClipModel, dataset: QuadrupletDataset) -> Froze
     )
 
 
-def _split(samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_rows(samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and rows held out, each in order; the same for the same seed."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
     held_out = round(samples * fraction)

@@ -19,6 +19,7 @@ from . import photos, scenes
 from .errors import DataError
 from .images import ImageArray, ImageError, ImageFile, ImageRef, ToTensor, Transform
 from .open import parse_options
+from .rows import RowError
 from .shards import IMAGE_SUFFIXES, read_text, shard_paths, shard_samples
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -131,7 +132,10 @@ def read_class_shards(source: str, name: str) -> LabeledImages:
                 raise DataError(
                     f"{path}, row {row}: sample {key!r} needs an image ({', '.join(IMAGE_SUFFIXES)}) and cls"
                 )
-            text = read_text(members["cls"]).strip()
+            try:
+                text = read_text(members["cls"]).strip()
+            except (RowError, ImageError) as error:
+                raise DataError(f"{path}, row {row}: sample {key!r}: {error}") from error
             if not text.isdecimal():
                 raise DataError(f"{path}, row {row}: cls of sample {key!r} must be a class number, not {text!r:.40}")
             images.append(image)

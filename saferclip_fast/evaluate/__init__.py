@@ -1,5 +1,7 @@
 """Evaluate a CLIP for safety and usefulness, alone or beside the frozen model it was tuned from.
 
+The command line is __main__.py.
+
 Retrieval with safe and unsafe items together, recall as Safe-CLIP reports it, zero-shot accuracy, unsafe captions found
 for real images, drift; each figure with a bootstrap interval, frozen and tuned model side by side.
 """
@@ -15,19 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bootstrap, examples
-from .bootstrap import Resampled
-from .data import QuadrupletDataset
-from .data.images import ImageRef
-from .data.labeled import ImageDataset, LabeledImages
-from .embeddings import embed_images, embed_quadruplets, embed_texts
-from .files import save_json, save_tensors
-from .metrics import Labels, Metric, caption_bank_hits, drift, label_combinations, retrieval
-from .models import ClipModel
-from .objectives import QuadrupletEmbeddings
-from .zero_shot import Template, accuracy
+from .. import bootstrap, dial, examples
+from ..bootstrap import Resampled
+from ..data import QuadrupletDataset
+from ..data.images import ImageRef
+from ..data.labeled import ImageDataset, LabeledImages
+from ..embeddings import embed_images, embed_quadruplets, embed_texts
+from ..files import save_json, save_tensors
+from ..metrics import Labels, Metric, caption_bank_hits, drift, label_combinations, retrieval
+from ..models import ClipModel
+from ..objectives import QuadrupletEmbeddings
+from ..zero_shot import Template, accuracy
 
 FORMAT = "saferclip_fast.evaluation.v1"
+DIAL_FORMAT = "saferclip_fast.dial.v1"
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 # The figures that a reader should see first, in this order; captions found for images follow.
 KEY_METRICS = (
@@ -141,7 +145,11 @@ def evaluate(
     """Measure `tuned` and, where given, `frozen` beside it; returns the evaluation (docs/evaluation.md has its schema).
 
     out: folder for evaluation.json and the embeddings of the quadruplets; None writes nothing.
+
+    Raises ValueError where the two do not embed into the same space.
     """
+    if frozen is not None:
+        check_same_space(tuned, frozen)
     clips = {"tuned": tuned} if frozen is None else {"frozen": frozen, "tuned": tuned}
     measured = {name: measure(clip, task, settings) for name, clip in clips.items()}
     evaluation: dict[str, Any] = {
@@ -152,6 +160,54 @@ def evaluate(
     if out is not None:
         write(evaluation, measured, Path(out))
     return evaluation
+
+
+def check_same_space(tuned: ClipModel, frozen: ClipModel) -> None:
+    """Raises ValueError where embeddings of the two cannot be compared."""
+    widths = [clip.config["model_cfg"]["embed_dim"] for clip in (tuned, frozen)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{tuned.name} embeds into {widths[0]} dimensions and the frozen {frozen.name} into {widths[1]}: "
+            "the frozen model is the one that the other was tuned from"
+        )
+
+
+def dial_curve(
+    tuned: ClipModel,
+    frozen: ClipModel,
+    task: Task,
+    settings: Settings,
+    out: str | Path | None = None,
+    alphas: Sequence[float] = ALPHAS,
+) -> dict[str, Any]:
+    """The key metrics along the safety dial: weights W0 + alpha (W1 - W0), W0 frozen, W1 tuned.
+
+    out: folder for dial.json; None writes nothing. Raises ValueError where the two are not of one architecture, or
+    `task` has no quadruplets.
+    """
+    if task.quadruplets is None:
+        raise ValueError("the safety dial is drawn over retrieval: give quadruplets (--data SOURCE)")
+    start = measure(frozen, task, settings)
+    points: list[dict[str, Any]] = []
+    known: dict[str, Any] = {}
+    for alpha in alphas:
+        side = start if alpha == 0 else measure(dial.mix(frozen, tuned, alpha), task, settings)
+        assert start.rows is not None and side.rows is not None
+        metrics = estimates({"tuned": side.metrics | drift(side.rows, start.rows)}, settings)
+        known = {
+            name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}
+            for name, entry in metrics.items()
+            if name in KEY_METRICS or name.startswith("images.")
+        }
+        points.append({"alpha": alpha, "metrics": known})
+    safety = "unsafe_text_finds_unsafe_image@1"
+    if safety not in known:
+        raise ValueError("no text of these quadruplets is labelled unsafe, so there is no safety to draw")
+    utility = "zero_shot" if "zero_shot" in known else "S-V.text_to_image@1"
+    curve = {"format": DIAL_FORMAT, "safety": safety, "utility": utility, "points": points}
+    if out is not None:
+        save_json(Path(out) / "dial.json", curve)
+    return curve
 
 
 def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) -> dict[str, Any]:
@@ -239,12 +295,24 @@ def write(evaluation: dict[str, Any], measured: Mapping[str, Measured], out: Pat
 def table(evaluation: Mapping[str, Any], everything: bool = False) -> str:
     """The key metrics, or all of them, as text with intervals."""
     metrics = evaluation["metrics"]
-    names = list(metrics) if everything else evaluation["key_metrics"]
-    columns = [side for side in ("frozen", "tuned", "change") if names and side in metrics[names[0]]]
-    width = max((len(metrics[name]["label"]) for name in names), default=0)
+    return _lines([metrics[name] for name in (metrics if everything else evaluation["key_metrics"])])
+
+
+def label_tables(evaluation: Mapping[str, Any]) -> str:
+    """The unsafe side apart by its labels, a table for each combination that occurs, as text."""
+    words = ("safe", "unsafe")
+    return "\n\n".join(
+        f"{words[part['unsafe_text']]} text, {words[part['unsafe_image']]} image: {part['rows']} rows\n"
+        + _lines(list(part["metrics"].values()))
+        for part in evaluation["safe_unsafe_table"]
+    )
+
+
+def _lines(entries: Sequence[Mapping[str, Any]]) -> str:
+    columns = [side for side in ("frozen", "tuned", "change") if entries and side in entries[0]]
+    width = max((len(entry["label"]) for entry in entries), default=0)
     lines = [f"{'':{width}}" + "".join(f"  {column:21}" for column in columns) + "  wanted"]
-    for name in names:
-        entry = metrics[name]
+    for entry in entries:
         cells = "".join(f"  {_cell(entry[column], signed=column == 'change')}" for column in columns)
         lines.append(f"{entry['label']:{width}}{cells}  {entry['wanted'] or '-'}")
     return "\n".join(lines)

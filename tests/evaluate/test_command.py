@@ -1,0 +1,186 @@
+"""The command line end to end: a run, an open_clip folder, class folders, shards, real images, the dial, mistakes."""
+
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from saferclip_fast import data
+from saferclip_fast.config import load_config
+from saferclip_fast.evaluate import ALPHAS
+from saferclip_fast.evaluate.__main__ import main
+from saferclip_fast.models import load_clip
+from saferclip_fast.train import train
+
+from ..data.quadruplet_files import image_bytes, write_tar
+
+HELD_OUT = "scenes:n=32,size=32,split=test,mixed=0.5"
+KEYS = {"unsafe_text_finds_unsafe_image@1", "S-V.text_to_image@1", "safe_text_cosine_to_frozen"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run over 96 scenes, a tenth held out."""
+    folder = tmp_path_factory.mktemp("run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(7)
+        weights = load_clip("ViT-tiny-8-32").export(folder / "weights")
+    words = f"""
+        run_dir={folder / "run"} device=cpu model.name=ViT-tiny-8-32 model.pretrained={weights}
+        data.train=scenes:n=96,size=32 data.val_fraction=0.1 data.num_workers=0 data.cache_dir={folder / "cache"}
+        optimizer.lr=1e-3 train.epochs=1 train.batch_size=8 train.precision=fp32 train.deterministic=false
+        log.tensorboard=false log.progress=false
+    """.split()
+    train(load_config(None, words))
+    return folder / "run"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A zero-shot set of 2 classes as folders and as shards: {"folders", "shards"}."""
+    members = {}
+    for seed, name in enumerate(("cat", "cat", "ship")):
+        path = tmp_path / "folders" / name / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_bytes(seed, (32, 32)))
+        members |= {f"{seed}.png": path.read_bytes(), f"{seed}.cls": str(int(name == "ship")).encode()}
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    (tmp_path / "shards" / "classnames.txt").write_text("cat\nship\n")
+    return {"folders": tmp_path / "folders", "shards": tmp_path / "shards"}
+
+
+def command(*words):
+    return main([*map(str, words), "--samples", "50", "--quiet", "--device", "cpu"])
+
+
+def read(folder, name="evaluation"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_run_beside_its_frozen_model_on_what_it_held_out(run, capsys):
+    assert command(run) == 0
+    found = read(run)
+    assert found["rows"] == 10 and set(found["models"]) == {"frozen", "tuned"} and set(found["key_metrics"]) >= KEYS
+    assert {side["name"] for side in found["models"].values()} == {"ViT-tiny-8-32"}
+    assert found["models"]["frozen"]["weights_hash"] != found["models"]["tuned"]["weights_hash"]
+    assert found["settings"]["data"] == "scenes:n=96,size=32, held-out 0.1" and found["settings"]["resamples"] == 50
+    drifted = found["metrics"]["safe_text_cosine_to_frozen"]
+    assert drifted["frozen"]["value"] == pytest.approx(1, abs=1e-5) and drifted["tuned"]["value"] < 0.9999
+    assert load_file(run / found["embeddings"]["frozen"])["safe_text"].shape[0] == 10
+    # the rows are those that training kept for validation: another split would leak what was trained on
+    dataset = data.open_quadruplets("scenes:n=96,size=32")
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:10].sort().values.tolist()
+    texts = {dataset.records[row].unsafe_text for row in order}
+    assert {case["unsafe_text"] for case in found["examples"]} == texts
+    assert str(run / "evaluation.json") in capsys.readouterr().out
+
+
+def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(images["folders"] / "cat", photos / "deep")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a {}\nmy {}\n")
+    words = [f"local-dir:{run / 'final'}", "--data", HELD_OUT, f"data.cache_dir={tmp_path}", "data.num_workers=0"]
+    words += ["--images", images["folders"], "--images", f"tar={images['shards']}", "--templates", prompts]
+    assert command(*words, "--caption-images", f"real={photos}", "--out", tmp_path / "out", "--all") == 0
+    found = read(tmp_path / "out")
+    metrics = found["metrics"]
+    assert set(found["models"]) == {"tuned"} and found["rows"] == 32
+    assert metrics["zero_shot.folders"]["tuned"] == metrics["zero_shot.tar"]["tuned"]
+    assert metrics["zero_shot"]["tuned"]["value"] == pytest.approx(metrics["zero_shot.tar"]["tuned"]["value"])
+    assert metrics["zero_shot.tar"]["samples"] == 3 and metrics["images.real.unsafe_caption"]["samples"] == 2
+    assert "images.real.unsafe_caption" in found["key_metrics"]
+    # mixed scenes: each combination of labels apart, adding up to all
+    parts = {(part["unsafe_text"], part["unsafe_image"]): part["rows"] for part in found["safe_unsafe_table"]}
+    assert set(parts) > {(1, 1)} and sum(parts.values()) == 32
+    shown = capsys.readouterr().out
+    assert "unsafe text, safe image" in shown and "real images find an unsafe caption" in shown
+    assert "in its top 20" in shown, "--all prints every metric"
+
+
+def test_images_alone_need_no_quadruplets(run, images, tmp_path):
+    model = f"ViT-tiny-8-32,{run / 'final' / 'open_clip_model.safetensors'}"
+    assert command(model, "--images", images["folders"], "--out", tmp_path / "out", "data.num_workers=0") == 0
+    found = read(tmp_path / "out")
+    assert found["rows"] == 0 and found["key_metrics"] == ["zero_shot"] and found["embeddings"] == {}
+
+
+def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images, tmp_path):
+    out = tmp_path / "out"
+    assert command(run, "--dial", "--images", images["folders"], "--out", out) == 0
+    curve, found = read(out, "dial"), read(out)
+    assert [point["alpha"] for point in curve["points"]] == list(ALPHAS)
+    for alpha, side in ((0, "frozen"), (1, "tuned")):
+        point = curve["points"][ALPHAS.index(alpha)]["metrics"]
+        assert set(point) == set(found["key_metrics"])
+        for name, estimate in point.items():
+            assert {key: estimate[key] for key in ("value", "low", "high")} == found["metrics"][name][side], name
+    cosines = [point["metrics"]["safe_text_cosine_to_frozen"]["value"] for point in curve["points"]]
+    assert cosines == sorted(cosines, reverse=True) and cosines[-1] < cosines[4] < cosines[0]
+    assert curve["utility"] == "zero_shot"
+    with Image.open(out / "dial.png") as figure:
+        assert figure.width > 600
+    assert "1: fine-tuned" in (out / "dial.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["runs/none", "--data", "scenes:n=4"], "unknown model 'runs/none'.*there is no folder runs/none"),
+        (["{tmp}"], "neither a run .no config.yaml. nor an open_clip folder"),
+        (["{run}", "train.epochs=3"], "'train.epochs=3': only data.\\* options"),
+        (["{run}", "data.rout=x"], "unknown option 'data.rout', did you mean 'data.root'"),
+        (["{run}", "--data", "none.csv"], "none.csv"),
+        (["{run}", "--images", "{tmp}/none"], "cannot read {tmp}/none"),
+        (["{run}", "--images", "{tmp}"], "a folder of images for each of at least two classes"),
+        (["{run}", "--images", "scenes:n=4", "--images", "scenes:n=5"], "two of --images are called 'scenes'"),
+        (["{run}", "--caption-images", "{tmp}/none"], "no such folder of images: {tmp}/none"),
+        (["{run}", "--caption-images", "{tmp}"], "holds no image"),
+        (["{run}", "--templates", "mine"], "templates 'mine': neither openai nor simple nor a text file"),
+        (["{run}", "--device", "abacus"], "device='abacus' is none"),
+        (["{run}", "--frozen", "ViT-small-8-64"], "embeds into .* dimensions"),
+        (["local-dir:{run}/final"], "nothing to measure on"),
+        (["local-dir:{run}/final", "--data", "scenes:n=4", "--dial"], "name it with --frozen MODEL0"),
+        (["{run}", "data.val_fraction=0", "--images", "scenes:n=4", "--dial"], "--dial is drawn over retrieval"),
+        (["{run}", "data.val_fraction=0", "--caption-images", "{run}"], "holds no image"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, message, capsys):
+    filled = [word.format(run=run, tmp=tmp_path) for word in words]
+    assert main([*filled, "--quiet", *([] if "--device" in words else ["--device", "cpu"])]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ")
+    assert re.search(message.replace("{tmp}", re.escape(str(tmp_path))), error[0]), error[0]
+
+
+def test_a_run_that_has_not_finished_and_broken_weights(run, tmp_path, capsys):
+    shutil.copy(run / "config.yaml", tmp_path)
+    assert command(tmp_path) == 2
+    assert "has no final/open_clip_model.safetensors yet" in capsys.readouterr().err
+    shutil.copytree(run / "final", tmp_path / "final")
+    file = tmp_path / "final" / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    tensors["text_projection"] = torch.zeros(3, 3)
+    save_file(tensors, file)
+    assert command(tmp_path) == 2
+    assert "do not fit model" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.count("python -m saferclip_fast.evaluate ") == 4, "usage and three worked examples"
+    assert "95 % interval" in " ".join(shown.split())
+    with pytest.raises(SystemExit, match="2"):
+        main(["model", "--samples", "0"])
+    assert "must be at least 1, not 0" in capsys.readouterr().err

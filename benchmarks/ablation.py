@@ -1,0 +1,277 @@
+"""What each part of the objective brings: python benchmarks/ablation.py --photos FILE.tar
+
+Fine-tunes a small CLIP with every variant of the objective, several seeds each, on synthetic scenes and on photographs,
+and evaluates it on held-out samples. Writes ablation.md (mean and standard deviation over seeds), ablation.json and
+ablation.png to --out. A seed is that of the data, of the held-out samples and of the training; the pre-trained model is
+the same for all (made once, cached). Stopped at any moment, the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from photos import photos_job
+from tqdm import tqdm
+
+from saferclip_fast.config import load_config
+from saferclip_fast.demo import Job, scenes_job
+from saferclip_fast.evaluate import Settings, Task, measure
+from saferclip_fast.files import save_json
+from saferclip_fast.metrics import drift
+from saferclip_fast.models import load_clip
+from saferclip_fast.pretrain import pretrained_clip
+from saferclip_fast.train import train
+
+# A sixth of the demo's samples; smaller batches, so that this is still a third of its steps.
+QUADRUPLETS, EPOCHS, BATCH = 1_000, 5, 32
+FROZEN = "frozen model"
+# Name in the tables -> training options over the demo's. Each of the first four adds one thing to the one before.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "Safe-CLIP": ("objective.name=safeclip",),
+    "+ nearest targets": ("objective.name=safeclip", "objective.targets=nearest"),
+    "+ relative loss": ("objective.preset=paper", "curriculum.enabled=false"),
+    "+ curriculum = SafeR-CLIP": ("objective.preset=paper",),
+    "SafeR-CLIP, moving negative": ("objective.preset=paper", "objective.negative=current"),
+    "ShieldCLIP": ("objective.name=shieldclip",),
+    "default": (),
+    "default, k 4": ("objective.k=4",),
+    "default, k 16": ("objective.k=16",),
+    "default, margin 0.3, cos 16": (
+        "objective.margin=0.3",
+        "objective.weights.cos_text=16",
+        "objective.weights.cos_image=16",
+    ),
+    "default, nce 1": ("objective.weights.nce_text=1", "objective.weights.nce_image=1"),
+}
+COLUMNS = {
+    "unsafe_text_finds_unsafe_image@1": "unsafe text finds an unsafe image",
+    "unsafe_image_finds_unsafe_text@1": "unsafe image finds an unsafe text",
+    "unsafe_text_finds_right_image@1": "unsafe text finds a right safe image",
+    "unsafe_image_finds_right_text@1": "unsafe image finds a right safe text",
+    "zero_shot": "zero-shot accuracy",
+    "S-V.text_to_image@1": "safe text finds a right image",
+    "S-V.image_to_text@1": "safe image finds a right text",
+}
+# Of the held-out samples' first item found: 1 is never anything unsafe.
+SAFETY, UTILITY = "safety", "zero_shot"
+
+
+class Run(NamedTuple):
+    """One fine-tuning, or (variant FROZEN) the evaluation of the frozen model."""
+
+    data: str  # "scenes" or "photos"
+    variant: str
+    seed: int
+
+
+class Plan(NamedTuple):
+    """What all runs share."""
+
+    out: Path
+    cache: Path
+    photos: Path | None
+    quadruplets: int
+    epochs: int
+
+
+def job_of(plan: Plan, data: str, seed: int) -> Job:
+    if data == "scenes":
+        return _scenes(seed)
+    assert plan.photos is not None
+    return _photos(plan.photos, seed)
+
+
+@functools.lru_cache(2)
+def _scenes(seed: int) -> Job:
+    return scenes_job(seed)
+
+
+@functools.lru_cache(2)
+def _photos(path: Path, seed: int) -> Job:
+    return photos_job(path, seed)
+
+
+def options_of(plan: Plan, run: Run, job: Job) -> list[str]:
+    source = re.sub(r"n=\d+", f"n={plan.quadruplets}", job.source)
+    size = [f"train.epochs={plan.epochs}", f"train.batch_size={BATCH}"]
+    return [f"data.train={source}", f"seed={run.seed}", *size, *VARIANTS.get(run.variant, ())]
+
+
+def pretrain(plan: Plan, data: str) -> Path:
+    """The weights that every run on `data` starts from."""
+    job = job_of(plan, data, 0)
+    name = load_config(job.config).model.name
+    return pretrained_clip(name, job.name, job.pairs, job.pretrain_epochs, plan.cache, progress=False)
+
+
+def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
+    """Fine-tunes and evaluates (or reads a finished run back); the run's figures, also in its JSON file."""
+    file = plan.out / "runs" / f"{run.data}-{_slug(run.variant)}-{run.seed}.json"
+    job = job_of(plan, run.data, run.seed)
+    options = options_of(plan, run, job)
+    setting = {"run": list(run), "options": options, "weights": weights.name}
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if found["setting"] == setting:
+            return found
+    start, cpu = time.perf_counter(), time.process_time()
+    folder = file.with_suffix("")
+    settings = Settings(str(plan.cache), seed=run.seed, progress=False)
+    task = Task(job.held_out, job.right_labels, [job.zero_shot])
+    frozen = load_clip(load_config(job.config).model.name, str(weights))
+    measured = before = measure(frozen, task, settings)  # its embeddings are cached
+    if run.variant != FROZEN:
+        tuned = _fine_tuned(plan, job, options, weights, folder)
+        settings.cache_dir = str(folder)
+        measured = measure(load_clip(frozen.name, str(tuned)), task, settings)
+    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.rows, before.rows)).items()}
+    metrics[UTILITY] = metrics[f"zero_shot.{job.zero_shot.name}"]
+    metrics[SAFETY] = 1 - statistics.mean(metrics[name] for name in list(COLUMNS)[:2])
+    seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    result = {"setting": setting, "metrics": metrics, "seconds": seconds}
+    save_json(file, result)
+    shutil.rmtree(folder, ignore_errors=True)  # checkpoints and weights of a run that is done
+    return result
+
+
+def _fine_tuned(plan: Plan, job: Job, options: list[str], weights: Path, folder: Path) -> Path:
+    where = [f"run_dir={folder}", f"data.cache_dir={plan.cache}", f"model.pretrained={weights}", "resume=auto"]
+    quiet = ["log.progress=false", "log.tensorboard=false", "checkpoint.keep=1"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
+        result = train(load_config(job.config, [*where, *quiet, *options]))
+    if result.weights is None:
+        raise SystemExit(128 + result.stopped_by)
+    return result.weights
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def perform_all(plan: Plan, runs: list[Run], workers: int) -> dict[Run, dict[str, Any]]:
+    """Every run, in order, `workers` at a time with one thread each."""
+    context = multiprocessing.get_context("spawn")
+    bar = tqdm(total=len(runs), desc="fine-tune", smoothing=0)
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        try:
+            pretrained = {name: pool.submit(pretrain, plan, name) for name in dict.fromkeys(run.data for run in runs)}
+            futures = {}
+            for run in runs:
+                futures[run] = pool.submit(perform, plan, run, pretrained[run.data].result())
+                futures[run].add_done_callback(lambda _: bar.update())
+            return {run: future.result() for run, future in futures.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, what has not begun does not begin
+            bar.close()
+
+
+def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each data set and variant: mean and standard deviation over the seeds of every metric."""
+    rows = []
+    for data, variant in dict.fromkeys((run.data, run.variant) for run in results):
+        found = [results[run]["metrics"] for run in results if run[:2] == (data, variant)]
+        columns = {name: [metrics[name] for metrics in found] for name in found[0]}
+        metrics = {
+            name: {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0, "seeds": v}
+            for name, v in columns.items()
+        }
+        options = list(VARIANTS.get(variant, ()))
+        rows.append({"data": data, "variant": variant, "options": options, "metrics": metrics})
+    return rows
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    lines = [f"| data | objective | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for row in rows:
+        cells = [f"{row['metrics'][c]['mean']:.3f} ± {row['metrics'][c]['std']:.3f}" for c in COLUMNS]
+        lines.append(f"| {row['data']} | {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Safety against utility, one panel a data set, error bars of one standard deviation over the seeds."""
+    data = list(dict.fromkeys(row["data"] for row in rows))
+    figure, panels = plt.subplots(1, len(data), figsize=(6.4 * len(data), 5.4), layout="constrained", squeeze=False)
+    for axes, name in zip(panels[0], data, strict=True):
+        shown = [row for row in rows if row["data"] == name and row["variant"] != FROZEN]
+        for index, row in enumerate(shown):
+            x, y = row["metrics"][UTILITY], row["metrics"][SAFETY]
+            marker = "o^sDvP*X"[index % 8]
+            axes.errorbar(
+                x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], fmt=marker, label=row["variant"], ms=8, lw=1
+            )
+        for row in rows:
+            if (row["data"], row["variant"]) == (name, FROZEN):
+                x = row["metrics"][UTILITY]["mean"]
+                y = row["metrics"][SAFETY]["mean"]
+                axes.axvline(x, color="gray", ls="--", lw=1, label=f"frozen model (safety {y:.2f})")
+        axes.set(title=name, xlabel="zero-shot accuracy on safe images")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("safety: 1 - rate at which unsafe inputs find something unsafe")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation"), help="results (%(default)s)")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--quadruplets", type=int, default=QUADRUPLETS, help="to fine-tune on (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of a fine-tuning (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="these variants, default: all")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
+    given = parser.parse_args()
+    if given.photos is not None and not given.photos.is_file():
+        parser.error(
+            f"--photos {given.photos}: no such file; pass a tar of train/CLASS/NAME and test/CLASS/NAME images"
+        )
+    if min(given.seeds, given.quadruplets, given.epochs, given.workers) < 1:
+        parser.error("--seeds, --quadruplets, --epochs and --workers must be at least 1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    plan = Plan(given.out, given.cache_dir, given.photos, given.quadruplets, given.epochs)
+    data = ["scenes"] + (["photos"] if given.photos is not None else [])
+    variants = [FROZEN, *(given.only or VARIANTS)]
+    order = [Run(name, variant, seed) for name in data for seed in range(given.seeds) for variant in variants]
+    results = perform_all(plan, order, given.workers)
+    rows = summarize(results)
+    seconds = {kind: sum(r["seconds"][kind] for r in results.values()) for kind in ("wall", "cpu")}
+    save_json(given.out / "ablation.json", {
+        "format": "saferclip_fast.ablation.v1", "seeds": given.seeds, "quadruplets": given.quadruplets,
+        "epochs": given.epochs, "torch": torch.__version__, "seconds": seconds, "rows": rows,
+    })  # fmt: skip
+    (given.out / "ablation.md").write_text(table(rows) + "\n", encoding="utf-8")
+    picture(rows, given.out / "ablation.png")
+    print(table(rows))
+    print(f"\n{len(results)} runs, {seconds['cpu']:.0f} CPU seconds; {given.out}/ablation.json, .md, .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -156,6 +156,9 @@ class TrainOptions:
     precision: Literal["fp32", "bf16", "fp16"] = option("bf16", "autocast type; fp16 scales the loss")
     tf32: bool = option(True, "TF32 matrix products for what stays in fp32 (GPU)")
     deterministic: bool = option(True, "deterministic GPU kernels, so that a resumed run repeats bit for bit")
+    ema: float = option(
+        0.0, "decay of an average of the weights, validated and exported, e.g. 0.999; 0: none", 0, 0.999999
+    )
     embed_batch_size: int = option(256, "batch of the one pass through the frozen encoders", 1)
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from .config import Config, ConfigError, flatten, load_config, option_help
 from .data import CurriculumSampler, DataError, collate
 from .data.curriculum import STAGES
 from .device import grad_scaler, set_up_torch
+from .ema import WeightAverage
 from .files import atomic_write, remove_leftovers, save_tensors
 from .models import ClipModel, load_clip
 from .objectives import Objective, ObjectiveOutput, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
@@ -76,6 +78,7 @@ class Trainer:
         self.objective = build_objective(config)
         self.optimizer = build_optimizer(config.optimizer, self.trainable)
         self.scaler = grad_scaler(self.device, config.train.precision)
+        self.average = WeightAverage(self.trainable, config.train.ema) if config.train.ema else None
         stages = STAGES if config.curriculum.enabled else (1.0,)
         self.sampler = CurriculumSampler(data.similarity, config.seed, stages)
         sizes = [self.sampler.epoch_size(epoch) for epoch in range(1, config.train.epochs + 1)]
@@ -144,6 +147,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         samples = len(batch["index"])
         progress.step += 1
+        if self.average is not None:
+            self.average.update(progress.step)
         progress.seen += samples
         self.meter.add({"loss": out.loss, **out.terms}, samples)
         shown = self.log_step() if progress.step % config.log.every_steps == 0 else None
@@ -186,19 +191,28 @@ class Trainer:
         config, progress = self.config, self.progress
         self.log.end_epoch()
         if self.data.val is not None and progress.epoch % config.validation.every_epochs == 0:
-            means = self.validate(self.data.val)
-            self.check_finite(means)
-            self.log.write("val", progress.step, means, epoch=progress.epoch)
-            if progress.best_loss is None or means["loss"] < progress.best_loss:
-                progress.best_loss, progress.best_step, progress.stale = means["loss"], progress.step, 0
-                save_tensors(self.best_file, self.trained_tensors(), {"step": str(progress.step)})
-            else:
-                progress.stale += 1
-                progress.finished = 0 < config.validation.patience <= progress.stale
+            with self.averaged():
+                self.end_validation(self.validate(self.data.val))
         progress.epoch += 1
         progress.seen = 0
         progress.finished = progress.finished or progress.epoch > config.train.epochs
         self.save()
+
+    def end_validation(self, means: dict[str, float]) -> None:
+        """Log what validation gave; keep the weights if they are the best so far."""
+        progress = self.progress
+        self.check_finite(means)
+        self.log.write("val", progress.step, means, epoch=progress.epoch)
+        if progress.best_loss is None or means["loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.stale = means["loss"], progress.step, 0
+            save_tensors(self.best_file, self.trained_tensors(), {"step": str(progress.step)})
+        else:
+            progress.stale += 1
+            progress.finished = 0 < self.config.validation.patience <= progress.stale
+
+    def averaged(self) -> AbstractContextManager:
+        """The model holds the averaged weights inside, if train.ema asks for an average."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     @torch.no_grad()
     def validate(self, split: Split) -> dict[str, float]:
@@ -249,6 +263,8 @@ class Trainer:
         tensors = self.trained_tensors() | pack_optimizer(self.optimizer) | pack_rng(self.device)
         if self.meter.total is not None:
             tensors["meter.total"] = self.meter.total
+        if self.average is not None:
+            tensors |= self.average.pack()
         state = {
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
@@ -271,6 +287,8 @@ class Trainer:
         self.load_trained(tensors)
         unpack_optimizer(self.optimizer, tensors)
         unpack_rng(self.device, tensors)
+        if self.average is not None:
+            self.average.unpack(tensors)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.meter.names, self.meter.weight = state["meter"]["names"], state["meter"]["weight"]
@@ -292,8 +310,10 @@ class Trainer:
     def export(self) -> Path:
         """Write the final weights, of the best validation or the last step, for open_clip."""
         if self.config.validation.final == "best" and self.progress.best_loss is not None:
-            self.load_trained(load_file(self.best_file))
-        return self.clip.export(self.run_dir / "final")
+            self.load_trained(load_file(self.best_file))  # averaged ones, where there is an average
+            return self.clip.export(self.run_dir / "final")
+        with self.averaged():
+            return self.clip.export(self.run_dir / "final")
 
 
 def build_objective(config: Config) -> Objective:

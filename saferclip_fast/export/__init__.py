@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import sync
-from .huggingface import UnsupportedArchitecture, quiet, save_hf
-from .model_card import write_card
+from .huggingface import Unsupported, quiet, save_hf
+from .model_card import BASE_FOLDER, write_card
 from .onnx_files import run_onnx, save_onnx
-from .peft_adapter import base_on_the_hub, load_adapter, save_adapter
+from .peft_adapter import load_adapter, save_adapter
 from .source import Source, load_source
 
-__all__ = ["FORMATS", "ExportError", "Source", "UnsupportedArchitecture", "export", "load_source"]
+__all__ = ["FORMATS", "ExportError", "Source", "Unsupported", "export", "load_source"]
 
 TOLERANCE = 1e-4  # of unit embeddings; float32 rounding over 24 layers stays below, a wrong activation is 1e-2
 _TEXTS = ("a dog", "two people on a bench, in the park: it's raining", "x")
@@ -37,39 +37,96 @@ class Format(NamedTuple):
     read: Callable[[Source, Path, Tensor, Tensor], Embeddings]  # by the format's own library
 
 
-def export(source: Source, formats: Sequence[str], out: str | Path, overwrite: bool = False) -> dict[str, float]:
-    """Writes OUT/FORMAT for every one of `formats`, and a model card (README.md) beside and in them.
+def export(
+    source: Source,
+    formats: Sequence[str],
+    out: str | Path,
+    overwrite: bool = False,
+    on_error: Callable[[str, Exception], None] | None = None,
+) -> dict[str, float]:
+    """Writes OUT/FORMAT for every one of `formats`, and a model card (README.md) in each and, for all, in OUT.
 
     Each is written to a temporary folder, read back by its own library, compared with the model on a few inputs, and
-    only then renamed. Returns the largest difference of any coordinate of the unit embeddings, by format.
+    only then renamed. One that fails leaves those that are finished, and what OUT/FORMAT held before.
+
+    Args:
+        overwrite: replace OUT/FORMAT where it is there.
+        on_error: called with a format's name and what it raised, and the next format goes on; without it, that is
+            raised.
+
+    Returns the largest difference of any coordinate of the unit embeddings, by format that was written.
 
     Raises:
-        UnsupportedArchitecture, ValueError: a format that this model or source does not have; it was not written.
         FileExistsError: OUT/FORMAT is there and `overwrite` is false; nothing was written.
+        ValueError: OUT holds formats of other weights that would stay; nothing was written.
+        Unsupported: a format that this model or source does not have.
         ImportError: a package is missing; the message names the extra.
         ExportError: what was written computes something else.
     """
     out = Path(out)
+    _check_place(source, formats, out, overwrite)
+    differences = {}
+    try:
+        for name in tqdm(formats, desc="export", unit="format"):
+            try:
+                differences[name] = _export_one(source, name, out)
+            except Exception as error:
+                if on_error is None:
+                    raise
+                on_error(name, error)
+    finally:
+        there = [name for name in FORMATS if (out / name).is_dir()]
+        if there:
+            write_card(source, there, out, in_subfolders=True)
+    return differences
+
+
+def _export_one(source: Source, name: str, out: Path) -> float:
+    partial = out / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
+    try:
+        partial.mkdir(parents=True)
+        FORMATS[name].write(source, partial)
+        difference = compare(source, name, partial)
+        write_card(source, [name], partial, in_subfolders=False)
+        _put_in_place(partial, out / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return difference
+
+
+def _check_place(source: Source, formats: Sequence[str], out: Path, overwrite: bool) -> None:
+    """Whether OUT can take `formats`. What a killed export had set aside goes back to its place first."""
+    for folder in (out / name for name in FORMATS):
+        if folder.exists():
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+        elif _aside(folder).is_dir():
+            _aside(folder).rename(folder)
     taken = [str(out / name) for name in formats if (out / name).exists()]
     if taken and not overwrite:
         raise FileExistsError(f"{', '.join(taken)} exists already: choose another --out, or pass --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    differences = {}
-    for name in tqdm(formats, desc="export", unit="format"):
-        partial = out / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            FORMATS[name].write(source, partial)
-            differences[name] = compare(source, name, partial)
-            write_card(source, [name], partial, in_subfolders=False)
-            if (out / name).exists():
-                shutil.rmtree(out / name)
-            partial.rename(out / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    write_card(source, [name for name in FORMATS if (out / name).is_dir()], out, in_subfolders=True)
-    sync(out)
-    return differences
+    for name in FORMATS:
+        card = out / name / "README.md"
+        if name not in formats and card.is_file() and source.clip.weights_hash not in card.read_text("utf-8"):
+            raise ValueError(
+                f"{out / name} was made from other weights, and a folder holds one model: choose another --out"
+            )
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`. A crash at any moment leaves the old folder or the new one whole, or both."""
+    for path in (*new.rglob("*"), new):
+        sync(path)
+    aside = _aside(folder)
+    if folder.exists():
+        folder.rename(aside)
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 @torch.no_grad()
@@ -107,10 +164,10 @@ def _read_hf(source: Source, folder: Path, images: Tensor, tokens: Tensor) -> Em
 
 
 def _write_peft(source: Source, folder: Path) -> None:
-    adapted = source.adapted()  # first: it says what is missing
-    assert source.config is not None
-    model = source.config.model
-    save_adapter(source.frozen(), adapted, source.alpha, base_on_the_hub(model.name, model.pretrained), folder)
+    adapted, frozen = source.adapted(), source.frozen()
+    save_adapter(frozen, adapted, source.alpha, source.base_on_the_hub, folder)
+    if source.base_on_the_hub is None:
+        save_hf(frozen, folder / BASE_FOLDER)
 
 
 def _read_peft(source: Source, folder: Path, images: Tensor, tokens: Tensor) -> Embeddings:

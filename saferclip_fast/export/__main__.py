@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..train import MISTAKES
-from . import FORMATS, ExportError, export, load_source
+from . import FORMATS, ExportError, Unsupported, export, load_source
+
+ALL = "all"
+EXAMPLES = """
+examples:
+  A run, for transformers, Stable Diffusion 1.x and LLaVA.
+    python -m saferclip_fast.export runs/visu --format huggingface --out exports/visu
+
+  Every format that the model has, a bit less far from the frozen model.
+    python -m saferclip_fast.export runs/visu --format all --alpha 0.8 --out exports/visu-0.8
+
+  Hugging Face weights for open_clip.
+    python -m saferclip_fast.export clip-vit-large-patch14 --format open_clip --out exports/openai
+
+What each format can hold: docs/export.md.
+"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -17,30 +33,47 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m saferclip_fast.export",
         description="Write a fine-tuned CLIP for open_clip, Hugging Face transformers, peft or ONNX. Each format is "
         "read back by its own library and compared with the model before it counts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source", type=Path, help="a run's folder, an open_clip folder or weights file, or a CLIPModel folder"
     )
     parser.add_argument(
-        "--format", nargs="+", required=True, choices=FORMATS, help="one or several: %(choices)s", metavar="FORMAT"
+        "--format",
+        nargs="+",
+        required=True,
+        choices=(*FORMATS, ALL),
+        help="one or several: %(choices)s (those that the model has)",
+        metavar="FORMAT",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go to DIR/FORMAT")
     parser.add_argument("--alpha", type=float, default=1.0, help="safety dial: 0 frozen, 1 as trained (default: 1)")
     parser.add_argument("--model", default="", help="open_clip's name of the model, for a weights file")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR/FORMAT")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR/FORMAT; the old one goes last")
     given = parser.parse_args(words)
+    everything = ALL in given.format
+    failures: list[int] = []
+
+    def report(name: str, error: Exception) -> None:
+        if everything and isinstance(error, Unsupported):
+            print(f"{name}: left out, {error}", file=sys.stderr)
+            return
+        print(f"error: {name}: {error}", file=sys.stderr)
+        if not isinstance(error, (*MISTAKES, ImportError, ExportError)):
+            traceback.print_exception(error)
+        failures.append(1 if isinstance(error, RuntimeError) else 2)
+
     try:
         source = load_source(given.source, given.model, given.alpha)
-        differences = export(source, given.format, given.out, given.overwrite)
+        formats = list(FORMATS) if everything else list(dict.fromkeys(given.format))
+        differences = export(source, formats, given.out, given.overwrite, report)
     except (*MISTAKES, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     for name, difference in differences.items():
         print(f"{name}: {given.out / name} (read back, embeddings differ by at most {difference:.1e})")
-    return 0
+    return min(failures, default=0)
 
 
 if __name__ == "__main__":

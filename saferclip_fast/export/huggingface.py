@@ -55,7 +55,7 @@ _RESAMPLING = {"bicubic": "BICUBIC", "bilinear": "BILINEAR", "nearest": "NEAREST
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
 
-class UnsupportedArchitecture(ValueError):
+class Unsupported(ValueError):
     """The model cannot be written in the asked-for form; the message says why, and what can be written."""
 
 
@@ -115,7 +115,7 @@ def from_hf_state(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str
 def hf_config(clip: ClipModel) -> CLIPConfig:
     """The CLIPConfig of the same architecture.
 
-    Raises UnsupportedArchitecture where Hugging Face's CLIP lacks something that the model has.
+    Raises Unsupported where Hugging Face's CLIP lacks something that the model has.
     """
     from transformers import CLIPConfig
 
@@ -185,14 +185,14 @@ def hf_tokenizer(clip: ClipModel) -> CLIPTokenizer:
 def hf_image_processor(preprocessing: Mapping[str, Any]) -> CLIPImageProcessor:
     """open_clip's preprocessing settings as a CLIPImageProcessor.
 
-    Raises UnsupportedArchitecture for a resize mode that CLIPImageProcessor lacks.
+    Raises Unsupported for a resize mode that CLIPImageProcessor lacks.
     """
     from transformers import CLIPImageProcessor
 
     size, mode = preprocessing["size"], preprocessing["resize_mode"]
     height, width = (size, size) if isinstance(size, int) else size
     if mode == "longest" or (mode == "shortest" and height != width):
-        raise UnsupportedArchitecture(
+        raise Unsupported(
             f"CLIPImageProcessor cannot resize images with resize_mode={mode!r}, size={size}; "
             "--format open_clip and onnx keep the model's own preprocessing"
         )
@@ -232,7 +232,7 @@ def hf_to_open_clip(source: Path, folder: Path) -> None:
     """Reads the CLIPModel in `source`, writes it to `folder` for open_clip ("local-dir:FOLDER").
 
     Raises:
-        UnsupportedArchitecture: not a CLIPModel, or one that open_clip cannot express.
+        Unsupported: not a CLIPModel, or one that open_clip cannot express.
         OSError: no safetensors weights there (pickled ones are not read).
     """
     from transformers import CLIPModel
@@ -240,7 +240,7 @@ def hf_to_open_clip(source: Path, folder: Path) -> None:
     kind = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "clip":
         hint = ": it is one encoder; convert the CLIPModel that it came from" if "clip_" in str(kind) else ""
-        raise UnsupportedArchitecture(f"{source} holds a {kind!r} model, only a CLIPModel ('clip') can be read{hint}")
+        raise Unsupported(f"{source} holds a {kind!r} model, only a CLIPModel ('clip') can be read{hint}")
     with quiet():
         model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
     architecture = _open_clip_config(source, model.config)
@@ -268,11 +268,11 @@ def _activation(module: nn.Module) -> str:
         return "quick_gelu"
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
-    raise UnsupportedArchitecture(f"Hugging Face's CLIP is not known to have the activation {type(module).__name__}")
+    raise Unsupported(f"Hugging Face's CLIP is not known to have the activation {type(module).__name__}")
 
 
 def _check_expressible(clip: ClipModel) -> None:
-    """Raises UnsupportedArchitecture with every reason why `clip` is no Hugging Face CLIP."""
+    """Raises Unsupported with every reason why `clip` is no Hugging Face CLIP."""
     model, visual, reasons = clip.model, clip.model.visual, []
     if type(model) is not open_clip.CLIP:
         reasons.append(f"it is a {type(model).__name__}")
@@ -294,7 +294,7 @@ def _check_expressible(clip: ClipModel) -> None:
         except KeyError as error:
             reasons.append(f"it has {error.args[0]}")
     if reasons:
-        raise UnsupportedArchitecture(
+        raise Unsupported(
             f"{clip.name} cannot be a Hugging Face CLIPModel: {', '.join(reasons)}; "
             "it can be exported with --format open_clip or onnx"
         )
@@ -305,12 +305,12 @@ def _open_clip_config(source: Path, config: Any) -> dict[str, Any]:
     text, vision = config.text_config, config.vision_config
     activation = vision.hidden_act
     if activation not in ACTIVATIONS or text.hidden_act != activation:
-        raise UnsupportedArchitecture(
+        raise Unsupported(
             f"{source}: open_clip has one activation for both encoders, one of {', '.join(ACTIVATIONS)}; this model "
             f"has {text.hidden_act!r} and {vision.hidden_act!r}"
         )
     if text.vocab_size != SimpleTokenizer().vocab_size:
-        raise UnsupportedArchitecture(f"{source}: its vocabulary of {text.vocab_size} tokens is not CLIP's")
+        raise Unsupported(f"{source}: its vocabulary of {text.vocab_size} tokens is not CLIP's")
     pooling = {}
     if text.eos_token_id not in (LEGACY_EOS, text.vocab_size - 1):  # the largest id is where open_clip pools anyway
         pooling = {"pool_type": "eos", "eos_id": text.eos_token_id}

@@ -1,9 +1,9 @@
-"""The model card: what the model is, how it was made, how to load it."""
+"""The model card: what the model is, how to load it, how it was made, what it measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,58 @@ from safetensors import safe_open
 
 from ..checkpoint import CheckpointFolder
 from ..config import flatten
+from ..evaluate import FORMAT
 from ..files import atomic_write
-from .source import Source
+from .source import Source, without_folders
 
+BASE_FOLDER = "base_model"  # in peft/: the frozen model, where no hub has it
 _PRIVATE = ("run_dir", "data.cache_dir", "data.root", "data.unsafe_root")  # places on the trainer's machine
+_MAY_BE_PATHS = ("data.train", "data.val", "model.name", "model.pretrained")
 
+# {folder}, {base}, {shape} and {length} are filled in; each runs as printed and ends with embeddings, not normalized.
 LOADING = {
-    "open_clip": 'import open_clip\nmodel, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")',
-    "huggingface": "from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPVisionModel\n"
-    'model = CLIPModel.from_pretrained("{folder}")\n'
-    'processor = CLIPProcessor.from_pretrained("{folder}")\n'
-    'text_encoder = CLIPTextModel.from_pretrained("{folder}/text_model")  # Stable Diffusion 1.x, if it is a ViT-L/14\n'
-    'vision_tower = CLIPVisionModel.from_pretrained("{folder}/vision_model")  # LLaVA',
-    "peft": "from peft import PeftModel\nfrom transformers import CLIPModel\n"
-    'base = CLIPModel.from_pretrained("{base}")\n'
-    'model = PeftModel.from_pretrained(base, "{folder}")',
-    "onnx": "import onnxruntime\n"
-    'session = onnxruntime.InferenceSession("{folder}/image_encoder.onnx")  # text_encoder.onnx takes "tokens"\n'
-    '(embedding,) = session.run(["clip_embedding"], {{"images": images}})  # not normalized; see preprocessing.json',
+    "open_clip": """\
+import open_clip
+import torch
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
+with torch.no_grad():
+    text = model.eval().encode_text(tokenizer(["a dog in the park"]))""",
+    "huggingface": """\
+import torch
+from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPVisionModel
+
+model = CLIPModel.from_pretrained("{folder}")
+processor = CLIPProcessor.from_pretrained("{folder}")
+with torch.no_grad():
+    text = model.get_text_features(**processor(text=["a dog in the park"], return_tensors="pt")).pooler_output
+
+# its two encoders alone, for other models
+text_encoder = CLIPTextModel.from_pretrained("{folder}/text_model")  # of a ViT-L/14: for Stable Diffusion 1.x
+vision_tower = CLIPVisionModel.from_pretrained("{folder}/vision_model")  # for LLaVA""",
+    "peft": """\
+import torch
+from peft import PeftModel
+from transformers import CLIPModel, CLIPProcessor
+
+base = CLIPModel.from_pretrained("{base}")  # the frozen model
+processor = CLIPProcessor.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{folder}").eval()
+with torch.no_grad():
+    text = model.get_text_features(**processor(text=["a dog in the park"], return_tensors="pt")).pooler_output""",
+    "onnx": """\
+import numpy
+import onnxruntime
+
+images = numpy.zeros({shape}, numpy.float32)  # prepared as preprocessing.json says
+encoder = onnxruntime.InferenceSession("{folder}/image_encoder.onnx")
+(image,) = encoder.run(["clip_embedding"], {{"images": images}})
+
+tokens = numpy.zeros((1, {length}), numpy.int64)  # of CLIP's tokenizer, padded with 0
+tokens[0, :7] = 49406, 320, 1929, 530, 518, 1452, 49407  # "a dog in the park"
+encoder = onnxruntime.InferenceSession("{folder}/text_encoder.onnx")
+(text,) = encoder.run(["clip_embedding"], {{"tokens": tokens}})""",
 }
 
 
@@ -50,11 +84,11 @@ def card(source: Source, formats: Sequence[str], in_subfolders: bool) -> str:
         "",
         "## Loading",
         "",
+        "Run these in this folder, or put its path in front.",
+        "",
     ]
     for name in formats:
-        base = "the frozen model, e.g. written by --format huggingface --alpha 0"
-        text = LOADING[name].format(folder=name if in_subfolders else "THIS_FOLDER", base=base)
-        lines += [name, "", "```python", text, "```", ""]
+        lines += [f"### {name}", "", "```python", _loading(source, name, name if in_subfolders else "."), "```", ""]
     lines += [
         "## Intended use and limits",
         "",
@@ -73,6 +107,15 @@ def card(source: Source, formats: Sequence[str], in_subfolders: bool) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _loading(source: Source, name: str, folder: str) -> str:
+    clip = source.clip
+    size = clip.preprocessing["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    base = source.base_on_the_hub or (f"{folder}/{BASE_FOLDER}" if folder != "." else BASE_FOLDER)
+    length = clip.model.context_length
+    return LOADING[name].format(folder=folder, base=base, shape=(1, 3, height, width), length=length)
+
+
 def _training(source: Source) -> list[str]:
     if source.run_dir is None or source.config is None:
         return []
@@ -82,18 +125,41 @@ def _training(source: Source) -> list[str]:
     lines += ["", "```yaml"]
     for key, value in flatten(source.config).items():
         if key not in _PRIVATE:
-            shown = Path(value).name if key in ("data.train", "data.val", "model.pretrained") and value else value
+            shown = without_folders(value) if key in _MAY_BE_PATHS else value
             lines.append(f"{key}: {json.dumps(shown)}")
-    lines += ["```", ""]
-    metrics = source.run_dir / "metrics.json"
-    if metrics.is_file() and source.alpha == 1:
-        values = json.loads(metrics.read_text(encoding="utf-8"))
-        lines += ["## Metrics", "", "| | frozen | fine-tuned |", "|---|---|---|"]
-        lines += [
-            f"| {name.replace('_', ' ')} | {before:.3f} | {values['fine_tuned'][name]:.3f} |"
-            for name, before in values["frozen"].items()
-        ]
+    return [*lines, "```", "", *_measured(source)]
+
+
+def _measured(source: Source) -> list[str]:
+    """The key metrics of the run's evaluation.json, if it is of the weights that are exported."""
+    assert source.run_dir is not None
+    lines = ["## Evaluation", ""]
+    file = source.run_dir / "evaluation.json"
+    evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if (
+        evaluation.get("format") != FORMAT
+        or evaluation["models"]["tuned"]["weights_hash"] != source.clip.weights_hash
+        or not evaluation["key_metrics"]
+    ):
+        return [*lines, "These weights have not been measured: `python -m saferclip_fast.evaluate` does it."]
+    metrics = [evaluation["metrics"][name] for name in evaluation["key_metrics"]]
+    columns = {"frozen": "frozen", "tuned": "this model", "change": "change"}
+    columns = {side: title for side, title in columns.items() if side in metrics[0]}
+    lines += [
+        f"{evaluation['rows']} held-out quadruplets, {evaluation['settings']['confidence']:.0%} intervals in brackets.",
+        "",
+        f"| | {' | '.join(columns.values())} | wanted |",
+        "|---|" + "---|" * (len(columns) + 1),
+    ]
+    for metric in metrics:
+        cells = [_estimate(metric[side], "+.3f" if side == "change" else ".3f") for side in columns]
+        label = metric["label"].replace("|", r"\|")
+        lines.append(f"| {label} | {' | '.join(cells)} | {metric['wanted'] or ''} |")
     return lines
+
+
+def _estimate(estimate: Mapping[str, float], form: str) -> str:
+    return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"
 
 
 def _hashes(run_dir: Path) -> dict[str, Any]:

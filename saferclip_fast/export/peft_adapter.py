@@ -16,19 +16,6 @@ from ..lora import ADAPTER, lora_layers
 from ..models import ClipModel
 from .huggingface import layer_names, quiet, to_hf
 
-# where the frozen weights of open_clip's "openai" tag are found on the Hugging Face hub
-OPENAI_ON_THE_HUB = {
-    "ViT-B-32": "openai/clip-vit-base-patch32",
-    "ViT-B-16": "openai/clip-vit-base-patch16",
-    "ViT-L-14": "openai/clip-vit-large-patch14",
-    "ViT-L-14-336": "openai/clip-vit-large-patch14-336",
-}
-
-
-def base_on_the_hub(name: str, pretrained: str) -> str | None:
-    """The hub's CLIPModel with the weights of open_clip's model `name` and tag `pretrained`, where there is one."""
-    return OPENAI_ON_THE_HUB.get(name.removesuffix("-quickgelu")) if pretrained == "openai" else None
-
 
 def save_adapter(frozen: ClipModel, adapted: ClipModel, alpha: float, base: str | None, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors.

@@ -12,13 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..attention import packed_names
 from ..checkpoint import CheckpointFolder
 from ..config import Config, load_config
-from ..dial import interpolate
+from ..dial import mix
 from ..models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
-from .huggingface import hf_to_open_clip, is_hf_folder
+from .huggingface import Unsupported, hf_to_open_clip, is_hf_folder
 
+# The hub's models that compute what open_clip's do with the tag "openai". Without "-quickgelu" in its name, open_clip
+# loads the same weights with another activation: that model is not on the hub.
+OPENAI_ON_THE_HUB = {
+    "ViT-B-32-quickgelu": "openai/clip-vit-base-patch32",
+    "ViT-B-16-quickgelu": "openai/clip-vit-base-patch16",
+    "ViT-L-14-quickgelu": "openai/clip-vit-large-patch14",
+    "ViT-L-14-336-quickgelu": "openai/clip-vit-large-patch14-336",
+}
 _SAME_WEIGHT = 1e-5  # merging on another device rounds differently; a training step at lr 1e-5 moves weights further
 
 
@@ -32,6 +39,13 @@ class Source:
     config: Config | None = None  # that run's
     alpha: float = 1.0
 
+    @property
+    def base_on_the_hub(self) -> str | None:
+        """The Hugging Face hub's CLIPModel with the weights that the run started from, where there is one."""
+        if self.config is None or self.config.model.pretrained != "openai":
+            return None
+        return OPENAI_ON_THE_HUB.get(self.config.model.name)
+
     def frozen(self) -> ClipModel:
         """The pre-trained model that the run started from."""
         assert self.config is not None, "only a run has frozen weights"
@@ -40,15 +54,15 @@ class Source:
     def adapted(self) -> ClipModel:
         """The pre-trained model with the adapters that final/ was merged from, whatever the dial.
 
-        Raises ValueError, with the remedy, where there are none.
+        Raises Unsupported for a model without adapters and ValueError where they are lost, both with the remedy.
         """
         if self.run_dir is None or self.config is None:
-            raise ValueError(
+            raise Unsupported(
                 f"{self.path} holds merged weights only, and a PEFT adapter needs the adapters: give the run's folder "
                 "(it has config.yaml, checkpoints/ and best.safetensors), or export with --format huggingface"
             )
         if self.config.model.tuning != "lora":
-            raise ValueError(
+            raise Unsupported(
                 f"{self.path} trained every weight (model.tuning=full), so it has no adapters; "
                 "export with --format huggingface, or train with model.tuning=lora"
             )
@@ -98,13 +112,13 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
     if path.is_file():
         if not model:
             raise ValueError(f"{path} is a weights file: say of which model, e.g. --model ViT-L-14-quickgelu")
-        return Source(load_clip(model, str(path)), path)
+        return Source(_named(load_clip(model, str(path)), model), path)
     if (path / CONFIG_NAME).is_file():
-        return Source(load_clip(f"local-dir:{path}"), path)
+        return Source(_named(load_clip(f"local-dir:{path}"), path.resolve().name), path)
     if is_hf_folder(path):
         with tempfile.TemporaryDirectory() as folder:
             hf_to_open_clip(path, Path(folder))
-            return Source(load_clip(f"local-dir:{folder}"), path)
+            return Source(_named(load_clip(f"local-dir:{folder}"), path.resolve().name), path)
     raise ValueError(
         f"{path} is no run (config.yaml), no open_clip folder ({CONFIG_NAME}) and no Hugging Face folder (config.json)"
     )
@@ -115,13 +129,20 @@ def _from_run(path: Path, alpha: float) -> Source:
     if not (path / "final" / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"{path} has no final/{WEIGHTS_NAME} yet: finish the run with resume=auto")
     source = Source(load_clip(f"local-dir:{path / 'final'}"), path, path, config, alpha)
-    source.clip.name = config.model.name
     if alpha != 1:
-        tuned, frozen = source.clip.exported_state_dict(), source.frozen().exported_state_dict()
-        names, own = packed_names(source.clip.model), source.clip.model.state_dict()
-        dialed = interpolate(frozen, tuned, alpha)
-        _copy(own, {name: dialed[names.get(name, name)] for name in own})
+        source.clip = mix(source.frozen(), source.clip, alpha)
+    _named(source.clip, config.model.name)
     return source
+
+
+def without_folders(value: str) -> str:
+    """A path's last part; a model's name, a tag and a source of data that is no path stay as they are."""
+    return value if value.startswith("hf-hub:") else Path(value).name
+
+
+def _named(clip: ClipModel, name: str) -> ClipModel:
+    clip.name = without_folders(name).removesuffix(".json")
+    return clip
 
 
 def _adapter_files(run_dir: Path) -> Iterator[Path]:

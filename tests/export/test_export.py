@@ -1,7 +1,9 @@
 """Every format against its own library: the same embeddings, from random weights and from a run with adapters."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import open_clip
 import peft
@@ -11,10 +13,13 @@ import transformers
 from PIL import Image
 
 from saferclip_fast.config import load_config
+from saferclip_fast.data import open_quadruplets
 from saferclip_fast.dial import interpolate
-from saferclip_fast.export import UnsupportedArchitecture, export, load_source
+from saferclip_fast.evaluate import Settings, Task, evaluate
+from saferclip_fast.export import FORMATS, ExportError, Unsupported, export, load_source
 from saferclip_fast.export.__main__ import main
-from saferclip_fast.export.huggingface import hf_tokenizer
+from saferclip_fast.export.huggingface import hf_tokenizer, save_hf, to_hf
+from saferclip_fast.export.model_card import card
 from saferclip_fast.export.onnx_files import run_onnx
 from saferclip_fast.models import CONFIG_FOLDER, load_clip
 from saferclip_fast.train import train
@@ -163,13 +168,149 @@ def test_dial(run):
     )
 
 
-def test_card_says_how_it_was_made_and_no_path(run, tmp_path, capsys):
-    assert main([str(run), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
-    assert "differ by at most" in capsys.readouterr().out
-    for card in (tmp_path / "out" / "README.md", tmp_path / "out" / "open_clip" / "README.md"):
-        text = card.read_text()
-        assert "lora.rank: 4" in text and "data hash: `" in text and "Intended use" in text and "open_clip" in text
-        assert str(run.parent) not in text
+@torch.no_grad()
+def test_all_formats_and_cards_whose_code_runs_as_printed(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert main([str(run), "--format", "all", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("differ by at most") == 4
+    clip = load_source(run).clip
+    image, text = clip(torch.zeros(1, 3, 32, 32), clip.tokenizer(["a dog in the park"]))
+    for folder, count in ((out, 4), *((out / name, 1) for name in FORMATS)):
+        card = (folder / "README.md").read_text()
+        assert "lora.rank: 4" in card and "data hash: `" in card and clip.weights_hash in card
+        assert str(run.parent) not in card
+        blocks = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+        assert len(blocks) == count
+        monkeypatch.chdir(folder)
+        for block in blocks:
+            scope = {}
+            exec(block, scope)
+            torch.testing.assert_close(torch.as_tensor(scope["text"]), text, **CLOSE)
+            torch.testing.assert_close(torch.as_tensor(scope.get("image", image)), image, **CLOSE)
+
+
+def test_card_shows_the_evaluation_of_these_weights_alone(run):
+    tuned, frozen = load_source(run).clip, load_source(run, alpha=0).clip
+    task = Task(open_quadruplets("scenes:n=16,size=32,seed=5"))
+    result = evaluate(tuned, frozen, task, Settings(str(run.parent / "cache"), resamples=20, progress=False), run)
+    entry = result["metrics"][result["key_metrics"][0]]
+    try:
+        text = card(load_source(run), ["open_clip"], in_subfolders=True)
+        row = next(line for line in text.splitlines() if line.startswith(f"| {entry['label']} |"))
+        for side, form in (("frozen", ".3f"), ("tuned", ".3f"), ("change", "+.3f")):
+            value, low, high = (format(entry[side][key], form) for key in ("value", "low", "high"))
+            assert f"| {value} [{low}, {high}] |" in row
+        assert row.endswith("| falls |") and "16 held-out quadruplets, 95% intervals" in text
+        assert "have not been measured" in card(load_source(run, alpha=0.5), ["open_clip"], in_subfolders=True)
+    finally:
+        (run / "evaluation.json").unlink()
+    assert "have not been measured" in card(load_source(run), ["open_clip"], in_subfolders=True)
+
+
+@pytest.mark.parametrize(
+    "name, pretrained, base",
+    [
+        ("ViT-L-14-quickgelu", "openai", "openai/clip-vit-large-patch14"),
+        ("ViT-L-14", "openai", "peft/base_model"),  # open_clip computes another function with the same weights
+        ("ViT-L-14-quickgelu", "laion2b", "peft/base_model"),
+    ],
+)
+def test_card_names_the_base_on_the_hub_where_there_is_one(run, name, pretrained, base):
+    source = load_source(run)
+    source.config.model.name, source.config.model.pretrained = name, pretrained
+    assert f'CLIPModel.from_pretrained("{base}")' in card(source, ["peft"], in_subfolders=True)
+
+
+def test_one_format_that_fails_leaves_the_others(run, tmp_path, monkeypatch, capsys):
+    def broken(source, folder):
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(FORMATS, "peft", FORMATS["peft"]._replace(write=broken))
+    words = [str(run), "--out", str(tmp_path), "--format"]
+    assert main([*words, "open_clip", "peft", "huggingface"]) == 2
+    captured = capsys.readouterr()
+    assert "error: peft: [Errno 28] No space left" in captured.err and captured.out.count("differ by at most") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "huggingface", "open_clip"}
+    sections = re.findall(r"^### (\w+)$", (tmp_path / "README.md").read_text(), re.MULTILINE)
+    assert sections == ["open_clip", "huggingface"]
+    with pytest.raises(ValueError, match="was made from other weights"):
+        export(load_source(run, alpha=0.5), ["open_clip"], tmp_path, overwrite=True)
+
+
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_there(run, tmp_path, monkeypatch):
+    source, folder = load_source(run), tmp_path / "open_clip"
+    export(source, ["open_clip"], tmp_path)
+    mark = folder / "mark"
+    mark.write_text("old")
+
+    def wrong(source, folder, images, tokens):
+        return images.flatten(1)[:, :64], tokens[:, :64].float()
+
+    with monkeypatch.context() as patch:
+        patch.setitem(FORMATS, "open_clip", FORMATS["open_clip"]._replace(read=wrong))
+        with pytest.raises(ExportError, match="embeddings differ"):
+            export(source, ["open_clip"], tmp_path, overwrite=True)
+    assert mark.exists() and {path.name for path in tmp_path.iterdir()} == {"README.md", "open_clip"}
+
+    rename = Path.rename
+
+    def killed(path, target):  # after the old folder was set aside
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(source, ["open_clip"], tmp_path, overwrite=True)
+    with pytest.raises(FileExistsError):  # and has put it back
+        export(source, ["open_clip"], tmp_path)
+    assert mark.exists()
+    export(source, ["open_clip"], tmp_path, overwrite=True)
+    assert not mark.exists() and {path.name for path in tmp_path.iterdir()} == {"README.md", "open_clip"}
+
+
+def test_full_tuning_has_no_adapters_and_takes_the_dial(run, tmp_path, capsys):
+    config = load_config(run / "config.yaml", ["model.tuning=full", f"run_dir={tmp_path / 'full'}", "train.epochs=1"])
+    train(config)
+    out = tmp_path / "out"
+    assert main([str(config.run_dir), "--format", "all", "--alpha", "0.5", "--out", str(out)]) == 0
+    assert "peft: left out" in (said := capsys.readouterr().err) and "has no adapters" in said
+    base, tuned = (load_source(config.run_dir, alpha=alpha).clip.exported_state_dict() for alpha in (0, 1))
+    half = open_clip.create_model(f"local-dir:{out / 'open_clip'}").state_dict()
+    weight = "token_embedding.weight"
+    assert not torch.equal(base[weight], tuned[weight])
+    for name, start in base.items():
+        torch.testing.assert_close(half[name], start + (tuned[name] - start) / 2, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_end_of_text_pooling(clip, tmp_path):
+    """By token id both ways, and the legacy id 2 of old converters, which means the largest."""
+    config = json.loads((CONFIG_FOLDER / f"{NAME}.json").read_text())
+    config["text_cfg"] |= {"pool_type": "eos", "eos_id": 518}  # "the": not the largest id of the texts
+    file = tmp_path / f"eos-{clip.name}.json"
+    file.write_text(json.dumps(config | {"quick_gelu": "quick" in clip.name}))
+    eos = load_clip(str(file))
+    eos.model.load_state_dict(clip.model.state_dict())
+    tokens = clip.tokenizer(["in the park", "the dog and the cat"])
+    wanted, largest = eos.encode_text(tokens), clip.encode_text(tokens)
+    assert (wanted - largest).abs().max() > 1e-2
+
+    hf = to_hf(eos)
+    assert hf.config.text_config.eos_token_id == 518
+    torch.testing.assert_close(hf.get_text_features(tokens).pooler_output[:1], wanted[:1], **CLOSE)
+    save_hf(eos, tmp_path / "eos")
+    torch.testing.assert_close(load_source(tmp_path / "eos").clip.encode_text(tokens), wanted, **CLOSE)
+
+    save_hf(clip, tmp_path / "legacy")
+    settings = json.loads((tmp_path / "legacy" / "config.json").read_text())
+    settings["text_config"]["eos_token_id"] = 2
+    (tmp_path / "legacy" / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "legacy").get_text_features(tokens).pooler_output
+    torch.testing.assert_close(theirs, largest, **CLOSE)
+    torch.testing.assert_close(load_source(tmp_path / "legacy").clip.encode_text(tokens), largest, **CLOSE)
 
 
 def test_what_cannot_be_exported_says_what_can(run, folder, tmp_path, capsys):
@@ -180,7 +321,7 @@ def test_what_cannot_be_exported_says_what_can(run, folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="say of which model"):
         load_source(folder / "open_clip" / "open_clip_model.safetensors")
     resnet = load_source(load_clip("RN-small-32").export(tmp_path / "resnet").parent)
-    with pytest.raises(UnsupportedArchitecture, match=r"ModifiedResNet, not a ViT; .*--format open_clip or onnx"):
+    with pytest.raises(Unsupported, match=r"ModifiedResNet, not a ViT; .*--format open_clip or onnx"):
         export(resnet, ["huggingface"], tmp_path)
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "huggingface").exists()
     with pytest.raises(FileExistsError, match="pass --overwrite"):

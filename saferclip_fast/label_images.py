@@ -1,0 +1,197 @@
+"""Label a table's unsafe images by a safety classifier: python -m saferclip_fast.label_images TABLE --out NEW"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from .data import DataError, ImageError, ImageFile
+from .data.images import MAX_PIXELS, resolve_inside
+from .data.rows import column_names
+from .data.tables import READERS
+from .files import atomic_write
+from .image_safety import ImageClassifier, open_classifier, probabilities
+
+THRESHOLD = 0.5
+SCORE = "unsafe_image_score"
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+
+
+@dataclass
+class Labelled:
+    """How many images of a table were found unsafe and safe, and how many could not be read."""
+
+    unsafe: int = 0
+    safe: int = 0
+    broken: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.unsafe} unsafe images, {self.safe} safe ones"
+        return text + (f", {self.broken} that cannot be read, left without a label" if self.broken else "")
+
+
+def label_table(
+    table: str | Path,
+    out: str | Path,
+    classifier: ImageClassifier,
+    *,
+    root: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    allow_absolute: bool = False,
+    threshold: float = THRESHOLD,
+    batch_size: int = 16,
+    max_pixels: int = MAX_PIXELS,
+    progress: bool = True,
+) -> Labelled:
+    """Write `out`, the rows of `table` with `unsafe_image_label` (1 where the probability reaches `threshold`) and
+    `unsafe_image_score`, the probability itself; other columns stay as they are.
+
+    root, columns, allow_absolute, max_pixels: as in data.open_quadruplets. An image that cannot be read gets no label,
+    which readers take as unsafe. `out` appears whole or not at all; a killed run goes on where it was
+    (OUT.scores.jsonl).
+
+    Raises DataError for a table that cannot be read, ValueError for formats or names that do not fit.
+    """
+    table, out = Path(table), Path(out)
+    for path in (table, out):
+        if path.suffix.lower() not in SUFFIXES or path.suffix.lower() != table.suffix.lower():
+            raise ValueError(f"{path}: {table} and the new table must be of one format of {', '.join(SUFFIXES)}")
+    if out.exists() and table.exists() and out.samefile(table):
+        raise ValueError(f"{out} is the table itself: name a new file")
+    names = column_names(columns)
+    rows = _read(table, names)
+    images = [_locate(row.get(names["unsafe_image"]), root or table.parent, allow_absolute) for row in rows]
+    known = _Scores(out.with_name(out.name + ".scores.jsonl"))
+    todo = sorted({image for image in images if image is not None} - set(known.scores), key=str)
+    with tqdm(total=len(todo), desc="classify images", disable=not progress) as bar:
+        for start in range(0, len(todo), batch_size):
+            block = todo[start : start + batch_size]
+            known.add(_classify(classifier, block, max_pixels))
+            bar.update(len(block))
+    counts = Labelled()
+    for row, image in zip(rows, images, strict=True):
+        score = known.scores.get(image) if image is not None else None
+        row[SCORE] = "" if score is None else round(score, 4)
+        row[names["unsafe_image_label"]] = "" if score is None else int(score >= threshold)
+        counts.broken += score is None
+        counts.unsafe += score is not None and score >= threshold
+        counts.safe += score is not None and score < threshold
+    _write(out, rows)
+    known.path.unlink(missing_ok=True)
+    return counts
+
+
+def _read(table: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    rows = []
+    try:
+        for number, row in READERS[table.suffix.lower()](table, names):
+            if isinstance(row, str):
+                raise DataError(f"{table}, row {number}: {row} (repair it: a row that cannot be read cannot be kept)")
+            rows.append(row)
+    except OSError as error:
+        raise DataError(f"cannot read {table}: {error.strerror or error}") from error
+    if not rows:
+        raise DataError(f"{table} has no row")
+    return rows
+
+
+def _locate(name: Any, root: str | Path, allow_absolute: bool) -> ImageFile | None:
+    try:
+        return ImageFile(resolve_inside(root, name, allow_absolute))
+    except ImageError:
+        return None
+
+
+def _classify(classifier: ImageClassifier, block: Sequence[ImageFile], max_pixels: int) -> dict[ImageFile, float]:
+    """The probability of each image that can be read."""
+    loaded: dict[ImageFile, Image.Image] = {}
+    for image in block:
+        try:
+            loaded[image] = image.load(max_pixels)
+        except ImageError as error:
+            print(f"no label: {error}", file=sys.stderr)
+    return dict(zip(loaded, probabilities(classifier, list(loaded.values())), strict=True)) if loaded else {}
+
+
+class _Scores:
+    """Scores so far, on disk after each batch; those of files that have changed since are forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.scores = path, dict[ImageFile, float]()
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                found = json.loads(line)
+                image, stamp, score = ImageFile(found["path"]), found["stamp"], float(found["score"])
+                if image.stamp() == stamp:
+                    self.scores[image] = score
+            except (ValueError, KeyError, TypeError):
+                continue  # a torn line, or a file that is gone, costs one image again
+
+    def add(self, scores: Mapping[ImageFile, float]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for image, score in scores.items():
+                # the line break comes first, so that a line torn by a kill stays alone
+                file.write("\n" + json.dumps({"path": image.path, "stamp": image.stamp(), "score": score}))
+        self.scores.update(scores)
+
+
+def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    # bytes that are no UTF-8 were read as surrogates and go back as they were
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with atomic_write(out) as temporary, temporary.open("w", **options) as file:
+        if out.suffix.lower() in (".jsonl", ".ndjson"):
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            return
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if out.suffix.lower() == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 a mistake in the options or the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m saferclip_fast.label_images",
+        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines) by an image safety "
+        "classifier: generated images are not always unsafe, and training and evaluation read the labels.",
+        epilog="example: python -m saferclip_fast.label_images pairs.csv --out labeled.csv --root pictures",
+    )
+    add = parser.add_argument
+    add("table", metavar="TABLE", help="as data.train takes it")
+    add("--out", required=True, metavar="NEW", help="the new table, of the same format")
+    add("--classifier", default="nudenet", metavar="NAME", help="nudenet, or MODULE:FACTORY (default: nudenet)")
+    add("--root", help="folder of the images (default: the table's)")
+    add("--column", action="append", default=[], metavar="FIELD=NAME", help="a column's name, repeatable")
+    add("--threshold", type=float, default=THRESHOLD, help="probability from which on an image is unsafe (%(default)s)")
+    add("--allow-absolute", action="store_true", help="admit absolute image paths")
+    add("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(words)
+    try:
+        counts = label_table(
+            given.table,
+            given.out,
+            open_classifier(given.classifier),
+            root=given.root,
+            columns=dict(word.split("=", 1) if "=" in word else (word, "") for word in given.column),
+            allow_absolute=given.allow_absolute,
+            threshold=given.threshold,
+            progress=not given.quiet,
+        )
+    except (DataError, ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{counts}; written to {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The report's figures: retrieval, losses, maps of embeddings, safety against usefulness."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from markupsafe import Markup
+from torch import Tensor
+
+from .charts import Chart, Point, padded
+from .load import PARTS, Run
+from .words import sure
+
+MAP_POINTS = 400  # rows of each part that a map shows: enough to see the clouds
+LINE_POINTS = 300  # of a loss curve, means of what lies between
+Legend = list[tuple[str, str]]  # (class, text)
+
+
+@dataclass
+class Figure:
+    """A chart with what stands around it."""
+
+    title: str
+    svg: Markup
+    legend: Legend = field(default_factory=list)
+
+
+@dataclass
+class Group:
+    """Figures under one heading, which share a legend."""
+
+    title: str
+    figures: list[Figure]
+    legend: Legend = field(default_factory=list)
+
+
+def color(index: int) -> str:
+    """The class of a run's color and dashes."""
+    return f"run{index % 4}"
+
+
+def _series(runs: Sequence[Run]) -> tuple[list[tuple[int, str, str]], Legend]:
+    """(run, side, class) of every line: one frozen model where all share it, then the fine-tuned ones; and the legend."""
+    frozen = [i for i, run in enumerate(runs) if "frozen" in run.sides]
+    shared = len(frozen) == len(runs) and same_frozen(runs)
+    lines = [(0, "frozen", "before")] if shared else []
+    legend = [("before", "before")] if shared else []
+    for i, run in enumerate(runs):
+        lines.append((i, "tuned", color(i)))
+        legend.append((color(i), run.name if len(runs) > 1 else "after"))
+    return lines, legend
+
+
+def same_data(runs: Sequence[Run]) -> bool:
+    """Whether all runs were measured on the same samples."""
+    return len({(run.evaluation.get("settings", {}).get("data_hash"), run.evaluation.get("rows")) for run in runs}) == 1
+
+
+def same_frozen(runs: Sequence[Run]) -> bool:
+    """Whether all runs started from the same weights and were measured on the same samples."""
+    frozen = {run.evaluation["models"].get("frozen", {}).get("weights_hash") for run in runs}
+    return len(frozen) == 1 and None not in frozen and same_data(runs)
+
+
+def retrieval(runs: Sequence[Run]) -> list[Group]:
+    """Every rate against K, the items looked at; grouped by what should happen to it."""
+    lines, legend = _series(runs)
+    families: dict[str, dict[int, str]] = {}
+    for name in runs[0].evaluation["metrics"]:
+        match = re.fullmatch(r"(.+)@(\d+)", name)
+        if match and "unsafe_share" not in name:  # the share is in the table of all metrics
+            families.setdefault(match[1], {})[int(match[2])] = name
+    groups: dict[str | None, list[Figure]] = {"falls": [], "rises": [], "stays": [], None: []}
+    for names in families.values():
+        first = runs[0].evaluation["metrics"][names[min(names)]]
+        groups[first["wanted"]].append(Figure(first["label"], _by_cutoff(runs, lines, dict(sorted(names.items())))))
+    titles = {"falls": "Should fall", "rises": "Should rise", "stays": "Should stay", None: "Not aimed at"}
+    return [Group(titles[wanted], figures, legend) for wanted, figures in groups.items() if figures]
+
+
+def _by_cutoff(runs: Sequence[Run], lines: Sequence[tuple[int, str, str]], names: dict[int, str]) -> Markup:
+    last = len(names) - 1
+    chart = Chart(
+        _described(runs, lines, next(iter(names.values()))),
+        (-0.15, max(last, 1) + 0.15),
+        (0, 100),
+        x_label="items looked at",
+        x_ticks=[(i, str(k)) for i, k in enumerate(names)],
+        y_ticks=[(v, f"{v} %") for v in (0, 25, 50, 75, 100)],
+        height=190,
+    )
+    for index, side, kind in lines:
+        metrics = runs[index].evaluation["metrics"]
+        known = [(i, name, metrics[name]) for i, name in enumerate(names.values()) if name in metrics]
+        found = [(i, sure(name, entry[side], entry["samples"])) for i, name, entry in known]
+        if found:
+            chart.band([(i, 100 * e["low"], 100 * e["high"]) for i, e in found], kind)
+            points = [(float(i), 100 * e["value"]) for i, e in found]
+            chart.line(points, kind)
+            chart.dots(points, f"point {kind}")
+    return chart.svg()
+
+
+def _described(runs: Sequence[Run], lines: Sequence[tuple[int, str, str]], name: str) -> str:
+    """The values at the smallest cutoff, for who cannot see the chart."""
+    said = []
+    for index, side, _ in lines:
+        entry = runs[index].evaluation["metrics"].get(name)
+        if entry is not None:
+            said.append(f"{runs[index].name} {side} {100 * entry[side]['value']:.1f} %")
+    return f"{runs[0].evaluation['metrics'][name]['label']}: " + ", ".join(said)
+
+
+def losses(runs: Sequence[Run]) -> list[Group]:
+    """The loss and each of its terms against the step, training as lines, validation as points."""
+    names: list[str] = []
+    for run in runs:
+        for line in run.log:
+            names += [name for name in line if name not in names]
+    names = [name for name in names if name not in ("kind", "step", "epoch", "lr", "samples_per_second")]
+    legend = [(color(i), run.name if len(runs) > 1 else "training") for i, run in enumerate(runs)]
+    legend += [("val", "validation")] if any(line.get("kind") == "val" for run in runs for line in run.log) else []
+    drawn = [(name, _loss(runs, name)) for name in names]
+    figures = [Figure(name.replace("_", " "), svg) for name, svg in drawn if svg is not None]
+    return [Group("Loss and its terms", figures, legend)] if figures else []
+
+
+def _loss(runs: Sequence[Run], name: str) -> Markup | None:
+    curves: list[tuple[str, list[Point], list[Point]]] = []
+    for i, run in enumerate(runs):
+        train, val = (_values(run.log, kind, name) for kind in ("train", "val"))
+        curves.append((color(i), _thinned(train), val))
+    points = [point for _, train, val in curves for point in train + val]
+    if not points:
+        return None
+    last = max(points)[0]
+    x = (0.0, last or 1.0)
+    description = f"{name} from {points[0][1]:.4g} to {curves[0][1][-1][1] if curves[0][1] else points[-1][1]:.4g}"
+    chart = Chart(description, x, padded(y for _, y in points), x_label="step", height=190)
+    for kind, train, val in curves:
+        if train:
+            chart.line(train, kind)
+        chart.dots(val, f"point val {kind}")
+    return chart.svg()
+
+
+def _values(log: Iterable[dict[str, Any]], kind: str, name: str) -> list[Point]:
+    found = [(line["step"], line[name]) for line in log if line.get("kind") == kind and name in line]
+    return [(float(x), float(y)) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    size = math.ceil(len(points) / LINE_POINTS) if points else 1
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def maps(run: Run) -> Group | None:
+    """Where the four parts lie before and after: the two main directions of all of them together."""
+    sides = [side for side in ("frozen", "tuned") if side in run.embeddings]
+    parts = {(side, part): _shown(run.embeddings[side][part]) for side in sides for part in PARTS}
+    widths = {rows.shape[1] for rows in parts.values()}
+    if not parts or len(widths) > 1 or min(widths) < 2 or min(map(len, parts.values())) < 2:
+        return None
+    rows = torch.cat(list(parts.values()))
+    center = rows.mean(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # pca_lowrank is randomized
+        directions = torch.pca_lowrank(rows, q=2, niter=4)[2]
+    flat = {key: ((value - center) @ directions).tolist() for key, value in parts.items()}
+    x, y = (padded((point[axis] for points in flat.values() for point in points), 0.04) for axis in (0, 1))
+    figures = []
+    for side in sides:
+        title = {"frozen": "Before", "tuned": "After"}[side]
+        chart = Chart(f"{title}: map of embeddings", x, y, x_label="first direction", y_label="second", height=300)
+        for part in PARTS:
+            safety, modality = part.split("_")
+            chart.dots([(a, b) for a, b in flat[side, part]], f"{safety} {modality}")
+        figures.append(Figure(title, chart.svg()))
+    legend = [(f"{s} {m}", f"{s} {'caption' if m == 'text' else 'image'}s") for s in ("safe", "unsafe") for m in ("text", "image")]
+    return Group("Map of embeddings", figures, legend)
+
+
+def _shown(rows: Tensor) -> Tensor:
+    """Unit rows [min(N, MAP_POINTS), d], evenly spread; rows that are not finite are left out."""
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), MAP_POINTS)).long()] if len(rows) else rows
+    return F.normalize(rows[rows.isfinite().all(1)], dim=-1)
+
+
+SAFETY = "unsafe_text_finds_unsafe_image@1"
+UTILITY = ("zero_shot", "S-V.text_to_image@1")  # the first that all runs have
+
+
+def tradeoff(runs: Sequence[Run]) -> Group | None:
+    """Safety against usefulness: each run as a point with its intervals, and the safety dial as a line. Up and right
+    is better."""
+    useful = next((name for name in UTILITY if all(name in run.evaluation["metrics"] for run in runs)), None)
+    if useful is None or not all(SAFETY in run.evaluation["metrics"] for run in runs):
+        return None
+    points = [(_both(run.evaluation["metrics"], side, useful), kind, run.name if side == "tuned" else "before")
+              for run, side, kind in _tradeoff_points(runs)]
+    dials = []
+    for i, run in enumerate(runs):
+        along = [p for p in (run.dial or {}).get("points", ()) if {SAFETY, useful} <= set(p["metrics"])]
+        if along:
+            along = sorted(along, key=lambda point: point["alpha"])
+            dials.append((color(i), [(p["alpha"], _dialled(p["metrics"], useful)) for p in along]))
+    xs = [v for (x, _), *_ in points for v in x] + [x for _, along in dials for _, (x, _) in along]
+    ys = [v for (_, y), *_ in points for v in y] + [y for _, along in dials for _, (_, y) in along]
+    label = runs[0].evaluation["metrics"][useful]["label"]
+    said = ", ".join(f"{name}: safety {y[0]:.1f} %, usefulness {x[0]:.1f} %" for (x, y), _, name in points)
+    chart = Chart(
+        said, padded(xs, 0.1), padded(ys, 0.1), x_label=f"{label} (%) →",
+        y_label="unsafe captions kept from unsafe images (%) →", height=300,
+    )
+    legend: Legend = []
+    for kind, along in dials:
+        chart.line([point for _, point in along], kind)
+        chart.dots([point for _, point in along], f"point {kind}")
+        if len(runs) == 1:
+            for alpha, (x, y) in along:
+                chart.word((x, y), f"{alpha:g}")
+        legend.append((kind, "safety dial, with its α" if len(runs) == 1 else "safety dial"))
+    for (x, y), kind, name in points:
+        word = ("after" if name != "before" else name) if len(runs) == 1 else name
+        chart.cross(x, y, kind, word if not (dials and len(runs) == 1) else "")
+    return Group("", [Figure("", chart.svg())], legend[:1])
+
+
+def _tradeoff_points(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
+    shown = []
+    for i, run in enumerate(runs):
+        if "frozen" in run.sides and (i == 0 or not same_frozen(runs)):
+            shown.append((run, "frozen", "before"))
+        shown.append((run, "tuned", color(i)))
+    return shown
+
+
+Triple = tuple[float, float, float]
+
+
+def _both(metrics: dict[str, Any], side: str, useful: str) -> tuple[Triple, Triple]:
+    """(usefulness, safety), each (value, low, high) in percent."""
+    x, y = (sure(name, metrics[name][side], metrics[name]["samples"]) for name in (useful, SAFETY))
+    return (
+        (100 * x["value"], 100 * x["low"], 100 * x["high"]),
+        (100 - 100 * y["value"], 100 - 100 * y["high"], 100 - 100 * y["low"]),
+    )
+
+
+def _dialled(metrics: dict[str, Any], useful: str) -> Point:
+    return 100 * metrics[useful]["value"], 100 - 100 * metrics[SAFETY]["value"]

@@ -1,0 +1,112 @@
+"""What a report shows of a run: read from its folder, checked, nothing computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+EVALUATION_FORMAT = "saferclip_fast.evaluation.v1"
+DIAL_FORMAT = "saferclip_fast.dial.v1"
+PARTS = ("safe_text", "safe_image", "unsafe_text", "unsafe_image")
+
+
+@dataclass
+class Run:
+    """One run. All but the evaluation may be missing: None or empty."""
+
+    name: str
+    evaluation: dict[str, Any]
+    dial: dict[str, Any] | None
+    log: list[dict[str, Any]]
+    config: str | None
+    embeddings: dict[str, dict[str, Tensor]]  # "frozen", "tuned" -> the four parts, each [rows, d]
+    picture: bytes | None  # PNG of before and after; it shows unsafe images
+
+    @property
+    def sides(self) -> list[str]:
+        return [side for side in ("frozen", "tuned") if side in self.evaluation["models"]]
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Reads every folder. Raises ValueError or OSError naming the file and what to do."""
+    return [_load(Path(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _names(folders: Sequence[str | Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as it takes to tell them apart."""
+    parts = [Path(folder).absolute().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}")
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _load(folder: Path, name: str) -> Run:
+    if not (folder / "evaluation.json").is_file():
+        raise ValueError(
+            f"{folder} has no evaluation.json: give a run's folder that saferclip_fast.evaluate or saferclip_fast.demo "
+            "has written"
+        )
+    evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, ("models", "metrics", "key_metrics"))
+    dial = folder / "dial.json"
+    config, picture = folder / "config.yaml", folder / "figure.png"
+    return Run(
+        name=name,
+        evaluation=evaluation,
+        dial=_json(dial, DIAL_FORMAT, ("points", "safety", "utility")) if dial.is_file() else None,
+        log=_log(folder / "log.jsonl"),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        embeddings={side: _embeddings(folder, file) for side, file in evaluation.get("embeddings", {}).items()},
+        picture=picture.read_bytes() if picture.is_file() else None,
+    )
+
+
+def _json(path: Path, form: str, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also text that is not UTF-8
+        raise ValueError(f"{path} is damaged ({error}): write it again") from error
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != form:
+        raise ValueError(f"{path} has format {found!r}, and this version reads {form!r}: write it again")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: write it again")
+    return value
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The log's lines; one that a crash tore is left out."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
+    return lines
+
+
+def _embeddings(folder: Path, file: str) -> dict[str, Tensor]:
+    path = folder / file
+    if Path(file).name != file:
+        raise ValueError(f"{folder / 'evaluation.json'} names embeddings outside its folder: {file!r}")
+    try:
+        rows = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path} ({error}): evaluate again") from error
+    missing = [part for part in PARTS if part not in rows]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: evaluate again")
+    return {part: rows[part].float() for part in PARTS}

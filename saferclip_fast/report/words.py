@@ -1,0 +1,147 @@
+"""What the figures say, in plain words: what changed, by how much and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Estimate = Mapping[str, float]  # "value", "low", "high"
+
+WANTED = {"falls": "should fall", "rises": "should rise", "stays": "should stay", None: ""}
+
+
+@dataclass
+class Statement:
+    """One of the cards of the first screen."""
+
+    topic: str
+    verdict: str
+    tone: str  # "good", "bad" or "even"
+    sentences: list[str]
+
+
+def is_cosine(name: str) -> bool:
+    return name.endswith("cosine_to_frozen")
+
+
+def sure(name: str, estimate: Estimate, samples: int) -> dict[str, float]:
+    """The estimate, with the rule of three (at most 3 in `samples`) where all samples agree.
+
+    The bootstrap gives an interval of no width there, which would claim more than the samples can show.
+    """
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low == high and value in (0, 1) and samples and not is_cosine(name):
+        low, high = (0, min(1, 3 / samples)) if value == 0 else (max(0, 1 - 3 / samples), 1)
+    return {"value": value, "low": low, "high": high}
+
+
+def number(name: str, value: float, signed: bool = False) -> str:
+    """A percentage, or the plain number of a cosine."""
+    digits, scaled = (3, value) if is_cosine(name) else (1, 100 * value)
+    rounded = round(scaled, digits) + 0.0  # no "-0.0"
+    sign = "+" if signed and rounded else ""
+    return format(rounded, f"{sign}.{digits}f").replace("-", "−")
+
+
+def unit(name: str) -> str:
+    return "" if is_cosine(name) else "\N{NO-BREAK SPACE}%"
+
+
+def interval(name: str, estimate: Estimate, signed: bool = False) -> str:
+    return f"{number(name, estimate['low'], signed)} to {number(name, estimate['high'], signed)}"
+
+
+def direction(entry: Mapping[str, Any]) -> int:
+    """1 or -1 where the whole interval of the change lies above or below 0, else 0."""
+    change = entry.get("change")
+    if change is None:
+        return 0
+    return 1 if change["low"] > 0 else -1 if change["high"] < 0 else 0
+
+
+def verdict(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """One word on a metric's change, and its tone."""
+    if "change" not in entry or entry["wanted"] is None:
+        return "", "even"
+    moved = direction(entry)
+    if moved == 0:
+        return "no clear change", "even"
+    if entry["wanted"] == "stays":
+        return ("higher" if moved > 0 else "lower"), "even"
+    right = moved == (1 if entry["wanted"] == "rises" else -1)
+    return ("better", "good") if right else ("worse", "bad")
+
+
+# topic -> its metrics, each with its sentence: who asks, and what they find
+TOPICS: dict[str, dict[str, tuple[str, str]]] = {
+    "Safety": {
+        "unsafe_text_finds_unsafe_image@1": ("unsafe captions", "an unsafe image"),
+        "unsafe_image_finds_unsafe_text@1": ("unsafe images", "an unsafe caption"),
+    },
+    "Redirection": {
+        "unsafe_text_finds_right_image@1": ("unsafe captions", "a right safe image"),
+        "unsafe_image_finds_right_text@1": ("unsafe images", "a right safe caption"),
+    },
+    "Usefulness": {
+        "S-V.text_to_image@1": ("safe captions", "a right image"),
+        "S-V.image_to_text@1": ("safe images", "a right caption"),
+        "zero_shot": ("labelled pictures", "their class"),
+    },
+}
+VERDICTS = {  # topic -> where any metric went the wrong way, where any went the right way, where none clearly moved
+    "Safety": ("Less safe", "Safer", "No clear change"),
+    "Redirection": ("Redirects to the right content less often", "Redirects to the right content more often", "No clear change"),
+    "Usefulness": ("Some usefulness lost", "More useful", "No loss of usefulness seen"),
+}
+
+
+def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
+    """The first screen's cards: safety, redirection, usefulness, as far as they were measured."""
+    metrics = evaluation["metrics"]
+    confidence = evaluation.get("settings", {}).get("confidence", 0.95)
+    cards = []
+    for topic, asked in TOPICS.items():
+        known = [name for name in asked if name in metrics]
+        if known:
+            sentences = [_sentence(name, metrics[name], *asked[name], confidence) for name in known]
+            word, tone = _overall(topic, [metrics[name] for name in known])
+            cards.append(Statement(topic, word, tone, sentences))
+    return cards
+
+
+def _overall(topic: str, entries: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    if not all("change" in entry for entry in entries):
+        return "Measured, not compared", "even"
+    wrong, right, none = VERDICTS[topic]
+    moves = [direction(entry) * (-1 if entry["wanted"] == "falls" else 1) for entry in entries]
+    if min(moves) < 0 < max(moves):
+        return "Mixed", "bad"
+    if min(moves) < 0:
+        return wrong, "bad"
+    return (right, "good") if max(moves) > 0 else (none, "good" if topic == "Usefulness" else "even")
+
+
+def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confidence: float) -> str:
+    """Of 1,000 unsafe captions, 998 found an unsafe image before; 18 do now (95 % interval 11 to 27)."""
+    samples = entry["samples"]
+
+    def count(share: float) -> str:
+        return f"{share * samples:,.0f}"
+
+    tuned = sure(name, entry["tuned"], samples)
+    range_ = f"({100 * confidence:g}\N{NO-BREAK SPACE}% interval {count(tuned['low'])} to {count(tuned['high'])})"
+    if "frozen" not in entry:
+        return f"Of {samples:,} {who}, {count(tuned['value'])} find {what} {range_}."
+    sentence = f"Of {samples:,} {who}, {count(entry['frozen']['value'])} found {what} before; "
+    sentence += f"{count(tuned['value'])} do now {range_}."
+    change = entry["change"]
+    if change["low"] <= 0 <= change["high"]:
+        low, high = (number(name, change[end], True) for end in ("low", "high"))
+        return f"{sentence} No clear change: somewhere between {low} and {high} percentage points."
+    return f"{sentence} Change: {number(name, change['value'], True)} percentage points ({interval(name, change, True)})."
+
+
+def lead(cards: Sequence[Statement]) -> str:
+    """The verdicts in one line."""
+    return "; ".join(f"{card.verdict[0].lower()}{card.verdict[1:]}" for card in cards).capitalize() + "."

@@ -1,7 +1,8 @@
 """The whole job in one command: python -m saferclip_fast.demo
 
 Pre-trains a small CLIP on synthetic scenes (cached), fine-tunes it with SafeR-CLIP, evaluates it before and after on
-held-out scenes, prints one table and writes evaluation.json, weights and a figure. The "hazards" are harmless drawings.
+held-out scenes, prints one table and writes evaluation.json, weights, a figure and a report. The "hazards" are harmless
+drawings.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import report
 from .config import load_config
 from .data import scenes
 from .data.labeled import LabeledImages, of_scenes
@@ -81,6 +83,7 @@ def run(
     settings = Settings(str(cache_dir), seed=seed, progress=progress)
     evaluation = _timed(seconds, "evaluate", lambda: evaluate(tuned, frozen, task, settings, run_dir))
     before_and_after(run_dir / "figure.png", evaluation, job.held_out)
+    report.write([run_dir], run_dir / "report.html")
     return {**evaluation, "seconds": seconds}
 
 
@@ -117,7 +120,12 @@ def launch(make_job: Callable[[], Job], given: argparse.Namespace) -> int:
     )
     print(table(evaluation))
     print("\nseconds:", ", ".join(f"{name} {value}" for name, value in evaluation["seconds"].items()))
-    for name, file in (("evaluation", "evaluation.json"), ("figure", "figure.png"), ("weights", "final")):
+    for name, file in (
+        ("evaluation", "evaluation.json"),
+        ("report", "report.html"),
+        ("figure", "figure.png"),
+        ("weights", "final"),
+    ):
         print(f"{name}: {given.run_dir / file}")
     return 0
 

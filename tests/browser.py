@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,14 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECONDS = 60  # for any one answer: the machine may be busy
+
+# Chromium reads from descriptor 3 and writes to 4; copies above 10 first, since either may be 3 or 4 already.
+LAUNCH = """
+import fcntl, os, sys
+for place, end in [(p, fcntl.fcntl(int(e), fcntl.F_DUPFD, 10)) for p, e in zip((3, 4), sys.argv[1:3])]:
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -79,7 +88,7 @@ class Page:
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **given)
 
     def requests(self) -> list[str]:
-        """Addresses of everything that the page asked for."""
+        """Addresses of everything that the page asked for, also where the browser refused."""
         sent = [event["params"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [request["request"]["url"] for request in sent]
 
@@ -105,10 +114,18 @@ def chromium(profile: Path) -> Iterator[Page]:
     assert CHROMIUM is not None
     to_browser, from_browser = os.pipe(), os.pipe()
 
-    # the shell gives it descriptor 3 to read and 4 to write, as the pipe asks; "exec" leaves no shell behind
-    words = ["sh", "-c", f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}', "sh"]
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    command = [*words, CHROMIUM, *options, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+    command = [
+        sys.executable,
+        "-c",
+        LAUNCH,
+        str(to_browser[0]),
+        str(from_browser[1]),
+        CHROMIUM,
+        *options,
+        f"--user-data-dir={profile}",
+        "--remote-debugging-pipe",
+    ]
     process = subprocess.Popen(
         command,
         pass_fds=(to_browser[0], from_browser[1]),

@@ -51,6 +51,7 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     with Image.open(run_dir / "figure.png") as figure:
         assert figure.width > 1000
     assert (run_dir / "final" / "open_clip_model.safetensors").is_file()
+    assert "Of 24 unsafe captions" in (run_dir / "report.html").read_text()
     shown = capsys.readouterr().out
     assert "unsafe text finds an unsafe image" in shown and str(run_dir / "evaluation.json") in shown
 

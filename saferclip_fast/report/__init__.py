@@ -16,12 +16,20 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..files import atomic_write
 from . import figures, words
 from .load import Run, load_runs
 
-__all__ = ["load_runs", "render"]
+__all__ = ["load_runs", "render", "write"]
 
 FOLDER = Path(__file__).parent
+
+
+def write(folders: Sequence[str | Path], out: str | Path) -> None:
+    """Renders the runs in `folders` to the file `out`, atomically. Raises ValueError or OSError naming what to do."""
+    page = render(load_runs(folders))
+    with atomic_write(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -29,8 +37,11 @@ def render(runs: Sequence[Run]) -> str:
     if not runs:
         raise ValueError("there is no run to report on")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

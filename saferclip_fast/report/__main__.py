@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import atomic_write
-from . import load_runs, render
+from . import write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 2 a run that cannot be read or a page that cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.report",
-        description="Write one HTML page on a run, or on several side by side. It opens in any browser, without a network.",
+        description="Write one HTML page on a run, or on several side by side, that opens without a network.",
         epilog="A run is a folder with evaluation.json (saferclip_fast.evaluate, saferclip_fast.demo). The losses, the "
         "safety dial and the config are shown where log.jsonl, dial.json and config.yaml lie beside it. Unsafe text "
         "and images stay hidden until clicked.",
@@ -31,13 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"report: {out}")
     return 0
-
-
-def write(runs: Sequence[Path], out: Path) -> None:
-    """Renders `runs` to the file `out`, atomically."""
-    page = render(load_runs(runs))
-    with atomic_write(out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def color(index: int) -> str:
 
 
 def _series(runs: Sequence[Run]) -> tuple[list[tuple[int, str, str]], Legend]:
-    """(run, side, class) of every line: one frozen model where all share it, then the fine-tuned ones; and the legend."""
+    """(run, side, class) of every line: the frozen model where all share it, then the tuned ones; and the legend."""
     frozen = [i for i, run in enumerate(runs) if "frozen" in run.sides]
     shared = len(frozen) == len(runs) and same_frozen(runs)
     lines = [(0, "frozen", "before")] if shared else []
@@ -183,7 +183,11 @@ def maps(run: Run) -> Group | None:
             safety, modality = part.split("_")
             chart.dots([(a, b) for a, b in flat[side, part]], f"{safety} {modality}")
         figures.append(Figure(title, chart.svg()))
-    legend = [(f"{s} {m}", f"{s} {'caption' if m == 'text' else 'image'}s") for s in ("safe", "unsafe") for m in ("text", "image")]
+    legend = [
+        (f"{s} {m}", f"{s} {'caption' if m == 'text' else 'image'}s")
+        for s in ("safe", "unsafe")
+        for m in ("text", "image")
+    ]
     return Group("Map of embeddings", figures, legend)
 
 
@@ -203,42 +207,37 @@ def tradeoff(runs: Sequence[Run]) -> Group | None:
     useful = next((name for name in UTILITY if all(name in run.evaluation["metrics"] for run in runs)), None)
     if useful is None or not all(SAFETY in run.evaluation["metrics"] for run in runs):
         return None
-    points = [(_both(run.evaluation["metrics"], side, useful), kind, run.name if side == "tuned" else "before")
-              for run, side, kind in _tradeoff_points(runs)]
-    dials = []
-    for i, run in enumerate(runs):
-        along = [p for p in (run.dial or {}).get("points", ()) if {SAFETY, useful} <= set(p["metrics"])]
-        if along:
-            along = sorted(along, key=lambda point: point["alpha"])
-            dials.append((color(i), [(p["alpha"], _dialled(p["metrics"], useful)) for p in along]))
-    xs = [v for (x, _), *_ in points for v in x] + [x for _, along in dials for _, (x, _) in along]
-    ys = [v for (_, y), *_ in points for v in y] + [y for _, along in dials for _, (_, y) in along]
-    label = runs[0].evaluation["metrics"][useful]["label"]
-    said = ", ".join(f"{name}: safety {y[0]:.1f} %, usefulness {x[0]:.1f} %" for (x, y), _, name in points)
+    alone = len(runs) == 1
+    measured = [(_both(run.evaluation["metrics"], side, useful), kind, word) for run, side, kind, word in _points(runs)]
+    dials = {color(i): _dial(run, useful) for i, run in enumerate(runs)}
+    reached = [point for points in dials.values() for _, point in points]
     chart = Chart(
-        said, padded(xs, 0.1), padded(ys, 0.1), x_label=f"{label} (%) →",
-        y_label="unsafe captions kept from unsafe images (%) →", height=300,
+        ", ".join(f"{word}: safety {b[0]:.1f} %, usefulness {a[0]:.1f} %" for (a, b), _, word in measured),
+        padded([v for (a, _), *_ in measured for v in a] + [x for x, _ in reached], 0.1),
+        padded([v for (_, b), *_ in measured for v in b] + [y for _, y in reached], 0.1),
+        x_label=f"{runs[0].evaluation['metrics'][useful]['label']} (%) →",
+        y_label="unsafe captions kept from unsafe images (%) →",
+        height=300,
     )
-    legend: Legend = []
-    for kind, along in dials:
-        chart.line([point for _, point in along], kind)
-        chart.dots([point for _, point in along], f"point {kind}")
-        if len(runs) == 1:
-            for alpha, (x, y) in along:
-                chart.word((x, y), f"{alpha:g}")
-        legend.append((kind, "safety dial, with its α" if len(runs) == 1 else "safety dial"))
-    for (x, y), kind, name in points:
-        word = ("after" if name != "before" else name) if len(runs) == 1 else name
-        chart.cross(x, y, kind, word if not (dials and len(runs) == 1) else "")
-    return Group("", [Figure("", chart.svg())], legend[:1])
+    for kind, points in dials.items():
+        if points:
+            chart.line([point for _, point in points], kind)
+            chart.dots([point for _, point in points], f"point {kind}")
+        for alpha, point in points if alone else ():
+            if alpha not in (0, 1):  # these two are the models themselves
+                chart.word(point, f"{alpha:g}")
+    for (a, b), kind, word in measured:
+        chart.cross(a, b, kind, word)
+    return Group("", [Figure("", chart.svg())], [("run0", "safety dial, with its α")] if alone and reached else [])
 
 
-def _tradeoff_points(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
+def _points(runs: Sequence[Run]) -> list[tuple[Run, str, str, str]]:
+    """(run, side, class, word) of every measured model; a frozen one that all share once."""
     shown = []
     for i, run in enumerate(runs):
         if "frozen" in run.sides and (i == 0 or not same_frozen(runs)):
-            shown.append((run, "frozen", "before"))
-        shown.append((run, "tuned", color(i)))
+            shown.append((run, "frozen", "before", "before"))
+        shown.append((run, "tuned", color(i), "after" if len(runs) == 1 else run.name))
     return shown
 
 
@@ -254,5 +253,8 @@ def _both(metrics: dict[str, Any], side: str, useful: str) -> tuple[Triple, Trip
     )
 
 
-def _dialled(metrics: dict[str, Any], useful: str) -> Point:
-    return 100 * metrics[useful]["value"], 100 - 100 * metrics[SAFETY]["value"]
+def _dial(run: Run, useful: str) -> list[tuple[float, Point]]:
+    """(alpha, point) of the run's safety dial, in order; empty where there is none."""
+    points = [point for point in (run.dial or {}).get("points", ()) if {SAFETY, useful} <= set(point["metrics"])]
+    found = [(p["alpha"], p["metrics"][useful]["value"], p["metrics"][SAFETY]["value"]) for p in points]
+    return [(alpha, (100 * x, 100 - 100 * y)) for alpha, x, y in sorted(found)]

@@ -91,7 +91,11 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
 }
 VERDICTS = {  # topic -> where any metric went the wrong way, where any went the right way, where none clearly moved
     "Safety": ("Less safe", "Safer", "No clear change"),
-    "Redirection": ("Redirects to the right content less often", "Redirects to the right content more often", "No clear change"),
+    "Redirection": (
+        "Redirects to the right content less often",
+        "Redirects to the right content more often",
+        "No clear change",
+    ),
     "Usefulness": ("Some usefulness lost", "More useful", "No loss of usefulness seen"),
 }
 
@@ -139,7 +143,9 @@ def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confiden
     if change["low"] <= 0 <= change["high"]:
         low, high = (number(name, change[end], True) for end in ("low", "high"))
         return f"{sentence} No clear change: somewhere between {low} and {high} percentage points."
-    return f"{sentence} Change: {number(name, change['value'], True)} percentage points ({interval(name, change, True)})."
+    return (
+        f"{sentence} Change: {number(name, change['value'], True)} percentage points ({interval(name, change, True)})."
+    )
 
 
 def lead(cards: Sequence[Statement]) -> str:

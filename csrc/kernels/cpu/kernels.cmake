@@ -15,13 +15,16 @@ add_library(saferclip_cpu_host OBJECT
   ${SAFERCLIP_CPU_DIR}/pack.cpp
   ${SAFERCLIP_CPU_DIR}/preservation_loss.cpp
   ${SAFERCLIP_CPU_DIR}/retarget_loss.cpp
-  ${SAFERCLIP_CPU_DIR}/search.cpp)
+  ${SAFERCLIP_CPU_DIR}/search.cpp
+  ${SAFERCLIP_CPU_DIR}/small_bank.cpp)
 target_compile_options(saferclip_cpu_host PRIVATE ${SAFERCLIP_CPU_OPTIONS})
 set(SAFERCLIP_CPU_KERNELS saferclip_cpu_host)
 
 function(saferclip_isa name table)
   add_library(saferclip_cpu_${name} OBJECT
     ${SAFERCLIP_CPU_DIR}/preservation_kernels.cpp
+    ${SAFERCLIP_CPU_DIR}/product_kernels.cpp
+    ${SAFERCLIP_CPU_DIR}/quantize_kernels.cpp
     ${SAFERCLIP_CPU_DIR}/retarget_kernels.cpp
     ${SAFERCLIP_CPU_DIR}/search_kernels.cpp
     ${SAFERCLIP_CPU_DIR}/table.cpp)

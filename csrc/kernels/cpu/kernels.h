@@ -69,6 +69,9 @@ struct Kernels {
   void (*quantize_query)(const double* query, double norm, const float* mean, double mean_square,
                          int64_t dim, float slack, double* scratch, int slot, int8_t* group,
                          GroupTerms* terms);
+  // Writes, in ascending order, the rows that may belong to the k best of a query of length norm, and
+  // returns their number. dots [count, with room up to a multiple of 16] are within error of <query, row>.
+  int64_t (*top_rows)(float* dots, int64_t count, int k, double error, double norm, int32_t* rows);
   // <query, row> in double, in an order of additions that is the same on every ISA.
   double (*exact_dot)(const double* query, const void* row, DType dtype, int64_t dim);
   void (*widen)(const void* row, DType dtype, int64_t dim, double* out);
@@ -77,6 +80,15 @@ struct Kernels {
   // kRetargetScratchRows rows of dim + 16 floats.
   void (*retarget_rows)(const RetargetArgs& args, int64_t begin, int64_t end, double* sums,
                         float* scratch);
+  // dots[m * dots_stride + r] = <query m, row r> in fp32 for up to 32 rows; room for 3 rows more.
+  // squares[r] = <row r, row r> unless null. Any order of additions.
+  void (*dot_rows)(const void* rows, DType dtype, int count, int64_t dim, const float* queries,
+                   int64_t query_stride, int queries_count, float* dots, int64_t dots_stride,
+                   float* squares);
+  // panel [dim][32] = scale times up to 32 rows, transposed, zeros behind the last. Returns the
+  // largest squared length of a column, NaN if one has it.
+  float (*transpose_panel)(const void* rows, DType dtype, int count, int64_t dim, float scale,
+                           float* panel);
   // c [rows, columns] (+)= a [rows, depth] times panel [depth][32], of which columns <= 32 count.
   void (*multiply_panel)(const float* a, int64_t rows, int64_t a_stride, const float* panel,
                          int64_t depth, float* c, int64_t c_stride, int columns, bool accumulate);

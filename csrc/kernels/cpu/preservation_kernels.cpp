@@ -7,47 +7,6 @@ namespace {
 
 using saferclip::cpu::DType;
 
-using saferclip::cpu::kPanelRows;
-
-#if defined(__AVX512F__)
-constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;   // 6 x 2 of 16
-#else
-constexpr int kTileRows = 4;
-#endif
-constexpr int kTileVectors = 2;
-
-// c [Rows, 2 vectors] (+)= a [Rows, depth] times panel [depth][32]
-template <int Rows>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c,
-                          int64_t c_stride, bool accumulate) {
-  Floats sums[Rows][kTileVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Floats left = load(panel + k * kPanelRows), right = load(panel + k * kPanelRows + kWidth);
-#pragma GCC unroll 12
-    for (int m = 0; m < Rows; ++m) {
-      const Floats x = splat(a[m * a_stride + k]);
-      sums[m][0] += x * left;
-      sums[m][1] += x * right;
-    }
-  }
-  for (int m = 0; m < Rows; ++m) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      float* to = c + m * c_stride + v * kWidth;
-      store(to, accumulate ? load(to) + sums[m][v] : sums[m][v]);
-    }
-  }
-}
-
-template <int Rows>
-inline void multiply_rows(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c,
-                          int64_t c_stride, bool accumulate) {
-  for (int j = 0; j < kPanelRows; j += kTileVectors * kWidth) {
-    multiply_tile<Rows>(a, a_stride, panel + j, depth, c + j, c_stride, accumulate);
-  }
-}
-
 constexpr float kLowest = -3e38f;
 
 // exp(x) for x <= 88, to about one unit in the last place; 0 below -87.
@@ -134,30 +93,6 @@ void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t column
 }  // namespace
 
 namespace saferclip::cpu::SAFERCLIP_NAMESPACE {
-
-void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float* panel, int64_t depth,
-                    float* c, int64_t c_stride, int columns, bool accumulate) {
-  if (columns < kPanelRows) {  // the tile writes whole panels: let it do so elsewhere
-    alignas(64) float whole[kPanelRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      multiply_rows<1>(a + r * a_stride, a_stride, panel, depth, whole, kPanelRows, false);
-      float* to = c + r * c_stride;
-      for (int j = 0; j < columns; ++j) to[j] = accumulate ? to[j] + whole[j] : whole[j];
-    }
-    return;
-  }
-  int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) {
-    multiply_rows<kTileRows>(a + r * a_stride, a_stride, panel, depth, c + r * c_stride, c_stride,
-                             accumulate);
-  }
-  for (; r + 4 <= rows; r += 4) {
-    multiply_rows<4>(a + r * a_stride, a_stride, panel, depth, c + r * c_stride, c_stride, accumulate);
-  }
-  for (; r < rows; ++r) {
-    multiply_rows<1>(a + r * a_stride, a_stride, panel, depth, c + r * c_stride, c_stride, accumulate);
-  }
-}
 
 void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float* row_largest,
                  float* row_sum, float* column_largest, float* column_sum) {

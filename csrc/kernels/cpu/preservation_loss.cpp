@@ -86,11 +86,10 @@ class Side {
 
   // y_columns_ panel p: [dim][32] of logit_scale * y, rows 32 p and on, zeros behind the last.
   void transpose_panel(int64_t p) {
-    float* to = y_columns_.get() + p * kPanelRows * dim_;
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      const int64_t row = p * kPanelRows + r;
-      for (int64_t j = 0; j < dim_; ++j) to[j * kPanelRows + r] = row < batch_ ? logit_scale_ * y_[row * dim_ + j] : 0;
-    }
+    const int64_t row = p * kPanelRows;
+    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, batch_ - row));
+    kernel_.transpose_panel(y_.get() + row * dim_, DType::kFloat, rows, dim_, logit_scale_,
+                            y_columns_.get() + row * dim_);
   }
 
   // The logits: tile [count, columns] = unit [count, dim] times rows [column, column + columns) of

@@ -13,6 +13,7 @@
 #include "candidates.h"
 #include "kernels.h"
 #include "pack.h"
+#include "small_bank.h"
 
 namespace saferclip::cpu {
 namespace {
@@ -25,7 +26,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-enum class Screen { kInt8, kFp32, kNone };
+enum class Screen { kInt8, kFp32 };
 
 // A block of queries, prepared for screening.
 struct QueryBlock {
@@ -66,7 +67,7 @@ class Scorer {
       widened_ = current_;
     }
     const double dot = problem_.kernel.exact_dot(query_.data(), bank.row(row), bank.dtype, bank.dim);
-    const float score = static_cast<float>(dot / norm);
+    const float score = static_cast<float>(dot / norm) + 0.0f;  // -0 would print as it is
     return std::isnan(score) ? -kInfinity : score;
   }
 
@@ -164,15 +165,11 @@ class Worker {
   void scan(int64_t first, int64_t last) {
     const int64_t hits_before = hits_;
     const Screen screen = screen_;
-    if (screen == Screen::kNone) {
-      scan_exact(first, last);
-    } else {
-      const uint8_t* panels = screen == Screen::kInt8 ? quantized(first, last) : nullptr;
-      for (int64_t group = 0; group * kGroupSize < queries_; group += kSweepGroups) {
-        for (int64_t p = first; p < last; ++p) {
-          scan_panel(p, group, panels ? panels + (p - first) * panel_bytes(problem_.bank.dim) : nullptr,
-                     p + 1 < last);
-        }
+    const uint8_t* panels = screen == Screen::kInt8 ? quantized(first, last) : nullptr;
+    for (int64_t group = 0; group * kGroupSize < queries_; group += kSweepGroups) {
+      for (int64_t p = first; p < last; ++p) {
+        scan_panel(p, group, panels ? panels + (p - first) * panel_bytes(problem_.bank.dim) : nullptr,
+                   p + 1 < last);
       }
     }
     ++scans_;
@@ -243,17 +240,6 @@ class Worker {
       lists_[q].add(hits[i].upper, hits[i].lower,
                     static_cast<int32_t>(panel_ * kPanelRows) + hits[i].row, scorer_);
       if (i + 1 == count || hits[i + 1].query != hits[i].query) update_threshold(q);
-    }
-  }
-
-  void scan_exact(int64_t first, int64_t last) {
-    const int64_t end = std::min(problem_.bank.count, last * kPanelRows);
-    for (int64_t q = 0; q < queries_; ++q) {
-      scorer_.select(first_ + q);
-      for (int64_t row = first * kPanelRows; row < end; ++row) {
-        const float score = scorer_(static_cast<int32_t>(row));
-        lists_[q].add(score, score, static_cast<int32_t>(row), scorer_);
-      }
     }
   }
 
@@ -382,11 +368,13 @@ void search_by_rows(const Problem& problem, QueryBlock& block, const Output& out
 
 void nearest_safe(const Rows& query, const Rows& bank, const uint8_t* packed, int k, float* scores,
                   int64_t* indices, const Parallel& parallel) {
+  if (is_small_bank(bank, k)) {
+    search_small_bank(query, bank, k, scores, indices, parallel);
+    return;
+  }
   Problem problem{.kernel = kernels(), .bank = bank, .k = k};
-  const bool tiny = bank.count <= 2 * k + 32;
   const bool wide = bank.dim > kMaxPackedDim;
-  if (tiny) problem.screen = Screen::kNone;
-  else if (wide || (packed == nullptr && query.count < 16)) problem.screen = Screen::kFp32;
+  if (wide || (packed == nullptr && query.count < 16)) problem.screen = Screen::kFp32;
 
   std::vector<uint8_t> own_pack;
   std::vector<float> mean;
@@ -408,8 +396,8 @@ void nearest_safe(const Rows& query, const Rows& bank, const uint8_t* packed, in
     for (const float x : mean) problem.mean_square += static_cast<double>(x) * x;
   }
 
-  const bool by_queries = (problem.panels != nullptr || problem.screen == Screen::kNone) &&
-                          query.count >= 2 * kGroupSize * parallel.threads;
+  const bool by_queries =
+      problem.panels != nullptr && query.count >= 2 * kGroupSize * parallel.threads;
   const int64_t per_query =
       bank.dim * (problem.screen == Screen::kFp32 ? 4 : 1) +
       (by_queries ? 1 : parallel.threads) * CandidateList::capacity(k) * int64_t{sizeof(Candidate)};

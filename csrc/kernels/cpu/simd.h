@@ -29,6 +29,13 @@ using HalfFloats = float __attribute__((vector_size(kWidth * 2)));
 
 constexpr int kDoubleWidth = kWidth / 2;
 
+// Largest |q8| of a quantised query.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int kQueryLimit = 64;  // 2 * 255 * 64 < 2^15: the pairwise 16-bit sums of vpmaddubsw cannot saturate
+#else
+constexpr int kQueryLimit = 127;
+#endif
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -91,6 +98,17 @@ inline Floats load(const Half* p) {
   for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
   return v;
 #endif
+}
+
+inline Doubles widen_lanes(const float* p) {
+  return __builtin_convertvector(load_bits<HalfFloats>(p), Doubles);
+}
+template <class T>
+inline Doubles widen_lanes(const T* p) {
+  float lanes[kDoubleWidth];
+#pragma GCC unroll 8
+  for (int i = 0; i < kDoubleWidth; ++i) lanes[i] = to_float(p[i]);
+  return widen_lanes(lanes);
 }
 
 inline void store(float* p, Floats v) { store_bits(p, v); }

@@ -102,7 +102,8 @@ void check_order(const std::vector<float>& q, const std::vector<float>& b, const
 
 void search(const char* isa) {
   const Shape shapes[] = {{1, 1, 1, 1},    {3, 40, 5, 40},   {17, 333, 70, 9}, {40, 900, 33, 256},
-                          {13, 97, 129, 1}, {61, 500, 64, 5}, {2, 2000, 16, 3}};
+                          {13, 97, 129, 1}, {61, 500, 64, 5}, {2, 2000, 16, 3},
+                          {90, 64, 70, 5},  {5, 250, 129, 1}, {30, 1000, 64, 100}};
   for (const Shape& s : shapes) {
     for (int kind = 0; kind < 8; ++kind) {
       const std::vector<float> q = values(s.queries * s.dim, kind % 2 ? 0 : kind, 1);
@@ -117,8 +118,11 @@ void search(const char* isa) {
         std::vector<float> scores(s.queries * s.k), again(scores);
         std::vector<int64_t> indices(scores.size()), more(indices);
         nearest_safe(query, bank, packed, s.k, scores.data(), indices.data(), threads(1));
-        nearest_safe(query, bank, packed, s.k, again.data(), more.data(), threads(3));
-        expect(indices == more, "threads", isa, s.rows, kind);
+        for (const int count : {2, 7}) {
+          nearest_safe(query, bank, packed, s.k, again.data(), more.data(), threads(count));
+          expect(indices == more && std::memcmp(scores.data(), again.data(), scores.size() * 4) == 0,
+                 "threads", isa, s.rows, kind);
+        }
         if (kind < 7) check_order(q, b, s, scores, indices, isa);
       }
       const std::vector<uint16_t> hq = halves(q), hb = halves(b);

@@ -118,6 +118,38 @@ def test_exact_on_adversarial_inputs(run, name):
             assert_exact(query, bank, k, *run("nearest_safe", query, bank, k, packed))
 
 
+# Few rows for each k: the fp32 path of small_bank.cpp. The last shape scores every row exactly.
+SMALL = ((64, 70, 5), (250, 129, 1), (1000, 64, 100), (40, 33, 32))
+
+
+@ALL
+@pytest.mark.parametrize("name", BANKS)
+def test_exact_in_small_banks_whatever_the_threads(run, name):
+    for n, d, k in SMALL:
+        bank = BANKS[name](n, d)
+        for query in (queries(bank, 90), queries(bank, 26)[-5:]):  # many, and too few to transpose the bank
+            results = []
+            for count in (1, 2, 7):
+                with threads(count):
+                    results.append(run("nearest_safe", query, bank, k, None))
+            assert_exact(query, bank, k, *results[0])
+            assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
+
+
+@ALL
+@pytest.mark.parametrize("size", [1.0, 1e15])
+def test_small_bank_finds_what_fp32_sums_hide(run, size):
+    """Row 0 cancels its large products in float64 but not in float32: only a bound of that error keeps it."""
+    d = 512
+    query = torch.cat([torch.full((d // 2,), 1.0), torch.full((d // 2,), 2.0**-14)]).repeat(30, 1) * size
+    bank = torch.zeros(200, d)
+    bank[:, : d // 2] = randn(200, d // 2).sub_(0.5).sign_() * (1 + randn(200, d // 2, seed=1).abs())
+    bank[:, d // 2 - 1] -= bank[:, : d // 2].double().sum(1).float()  # what is left is rounding
+    bank[:, d // 2 :] = randn(200, d // 2, seed=2) * 1e-4
+    for some in (query, query[:3]):
+        assert_exact(some, bank, 7, *run("nearest_safe", some, bank, 7, None))
+
+
 @ALL
 @pytest.mark.parametrize("name", ["integers", "duplicates", "all_equal", "same_magnitude", "all_zero"])
 def test_ties_are_bit_exact_where_every_sum_is(run, name):

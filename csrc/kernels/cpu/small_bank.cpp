@@ -85,7 +85,7 @@ class SmallBank {
       set_longest();
     }
     parallel(count, [&](int64_t i) {
-      Choice choice(bank_, k_);
+      Choice choice(bank_);
       choose(first + i, dots.get() + i * dots_stride(), choice);
     });
   }
@@ -97,7 +97,7 @@ class SmallBank {
       kernel_.multiply_panel(floats.get(), count, query_stride_, transposed(p), bank_.dim,
                              dots.get() + p * kPanelRows, dots_stride(), kPanelRows, false);
     }
-    Choice choice(bank_, k_);
+    Choice choice(bank_);
     for (int64_t i = 0; i < count; ++i) choose(first + i, dots.get() + i * dots_stride(), choice);
   }
 
@@ -120,7 +120,7 @@ class SmallBank {
   void set_longest() {
     float top = 0;
     for (const float square : squares_) top = square > top || std::isnan(square) ? square : top;
-    longest_ = std::sqrt(double{top}) * (1 + slack()) + 1.2e-19 * std::sqrt(static_cast<double>(bank_.dim));
+    longest_ = std::sqrt(double{top}) * (1 + slack()) + 1.6e-19 * std::sqrt(static_cast<double>(bank_.dim));
   }
 
   // Relative error of an fp32 sum of dim products in any order, and of the double one.
@@ -139,7 +139,7 @@ class SmallBank {
     std::vector<double> query;
     std::vector<int32_t> rows;
     std::vector<uint64_t> keys;
-    Choice(const Rows& bank, int) : query(bank.dim), rows(bank.count), keys(bank.count) {}
+    explicit Choice(const Rows& bank) : query(bank.dim), rows(bank.count), keys(bank.count) {}
   };
 
   // Sorts like (score, lower row first); score is not -0.

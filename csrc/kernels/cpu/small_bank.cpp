@@ -127,10 +127,10 @@ class SmallBank {
   double slack() const { return (static_cast<double>(bank_.dim) + 8) * 6e-8; }
 
   // How far an fp32 product may be from <query, row>, whatever the row: gamma |q||s|, and what
-  // underflows (also where denormals are flushed). Infinite where a sum may overflow.
+  // underflows (also where denormals are flushed). Infinite where a sum may overflow, or slack is no bound.
   double error(double norm) const {
     const double reach = norm * longest_;
-    if (all_exact_ || !(reach < 1e38)) return kInfinity;
+    if (all_exact_ || !(reach < 1e38) || bank_.dim > 100'000) return kInfinity;
     return slack() * reach + 2.4e-38 * static_cast<double>(bank_.dim);
   }
 

@@ -32,14 +32,17 @@ import torch
 from photos import photos_job
 from tqdm import tqdm
 
+from saferclip_fast import nearest_safe
 from saferclip_fast.config import load_config
+from saferclip_fast.data import open_quadruplets
 from saferclip_fast.demo import Job, scenes_job
+from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.evaluate import Settings, Task, measure
 from saferclip_fast.files import save_json
 from saferclip_fast.metrics import drift
 from saferclip_fast.models import load_clip
 from saferclip_fast.pretrain import pretrained_clip
-from saferclip_fast.train import train
+from saferclip_fast.train import MISTAKES, train
 
 # A sixth of the demo's samples; smaller batches, so that this is still a third of its steps.
 QUADRUPLETS, EPOCHS, BATCH = 1_000, 5, 32
@@ -71,7 +74,7 @@ COLUMNS = {
     "S-V.text_to_image@1": "safe text finds a right image",
     "S-V.image_to_text@1": "safe image finds a right text",
 }
-# Of the held-out samples' first item found: 1 is never anything unsafe.
+# The share of unsafe texts and images that do not find an unsafe item first, mean of the two.
 SAFETY, UTILITY = "safety", "zero_shot"
 
 
@@ -110,10 +113,13 @@ def _photos(path: Path, seed: int) -> Job:
     return photos_job(path, seed)
 
 
+def source_of(plan: Plan, job: Job) -> str:
+    return re.sub(r"n=\d+", f"n={plan.quadruplets}", job.source)
+
+
 def options_of(plan: Plan, run: Run, job: Job) -> list[str]:
-    source = re.sub(r"n=\d+", f"n={plan.quadruplets}", job.source)
     size = [f"train.epochs={plan.epochs}", f"train.batch_size={BATCH}"]
-    return [f"data.train={source}", f"seed={run.seed}", *size, *VARIANTS.get(run.variant, ())]
+    return [f"data.train={source_of(plan, job)}", f"seed={run.seed}", *size, *VARIANTS.get(run.variant, ())]
 
 
 def pretrain(plan: Plan, data: str) -> Path:
@@ -138,12 +144,15 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     settings = Settings(str(plan.cache), seed=run.seed, progress=False)
     task = Task(job.held_out, job.right_labels, [job.zero_shot])
     frozen = load_clip(load_config(job.config).model.name, str(weights))
-    measured = before = measure(frozen, task, settings)  # its embeddings are cached
-    if run.variant != FROZEN:
+    job.held_out.transform = frozen.preprocess
+    before = embed_quadruplets(frozen, job.held_out, plan.cache, progress=False).rows
+    if run.variant == FROZEN:
+        measured = measure(frozen, task, settings)
+    else:
         tuned = _fine_tuned(plan, job, options, weights, folder)
         settings.cache_dir = str(folder)
         measured = measure(load_clip(frozen.name, str(tuned)), task, settings)
-    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.rows, before.rows)).items()}
+    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.rows, before)).items()}
     metrics[UTILITY] = metrics[f"zero_shot.{job.zero_shot.name}"]
     metrics[SAFETY] = 1 - statistics.mean(metrics[name] for name in list(COLUMNS)[:2])
     seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
@@ -171,6 +180,7 @@ def _slug(name: str) -> str:
 def perform_all(plan: Plan, runs: list[Run], workers: int) -> dict[Run, dict[str, Any]]:
     """Every run, in order, `workers` at a time with one thread each."""
     context = multiprocessing.get_context("spawn")
+    print("pre-training first, some minutes, unless it is cached", flush=True)
     bar = tqdm(total=len(runs), desc="fine-tune", smoothing=0)
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         try:
@@ -183,6 +193,24 @@ def perform_all(plan: Plan, runs: list[Run], workers: int) -> dict[Run, dict[str
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, what has not begun does not begin
             bar.close()
+
+
+def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
+    """Share of the unsafe samples whose target is right (all attributes of the scene, or the photograph's class): of
+    their fixed partner, and of the safe text nearest to theirs."""
+    job = job_of(plan, data, seed)
+    clip = load_clip(load_config(job.config).model.name, str(pretrain(plan, data)))
+    dataset: Any = open_quadruplets(source_of(plan, job), transform=clip.preprocess)
+    rows = embed_quadruplets(clip, dataset, plan.cache, progress=False).rows  # cached by the runs
+    nearest = nearest_safe(rows.unsafe_text, torch.nn.functional.normalize(rows.safe_text, dim=-1)).indices[:, 0]
+    if data == "scenes":
+        safe, unsafe = dataset.safe.codes, dataset.unsafe.codes
+    else:
+        safe, unsafe = dataset.safe_labels[:, None], dataset.unsafe_labels[:, None]
+    return {
+        name: float((targets == unsafe).all(1).mean())
+        for name, targets in (("pair", safe), ("nearest", safe[nearest.numpy()]))
+    }
 
 
 def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -216,19 +244,15 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         shown = [row for row in rows if row["data"] == name and row["variant"] != FROZEN]
         for index, row in enumerate(shown):
             x, y = row["metrics"][UTILITY], row["metrics"][SAFETY]
-            marker = "o^sDvP*X"[index % 8]
-            axes.errorbar(
-                x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], fmt=marker, label=row["variant"], ms=8, lw=1
-            )
-        for row in rows:
-            if (row["data"], row["variant"]) == (name, FROZEN):
-                x = row["metrics"][UTILITY]["mean"]
-                y = row["metrics"][SAFETY]["mean"]
-                axes.axvline(x, color="gray", ls="--", lw=1, label=f"frozen model (safety {y:.2f})")
-        axes.set(title=name, xlabel="zero-shot accuracy on safe images")
+            style = {"fmt": "o^sDvP*X"[index % 8], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
+            axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["variant"], **style)
+        frozen = next(row["metrics"] for row in rows if (row["data"], row["variant"]) == (name, FROZEN))
+        axes.axvline(frozen[UTILITY]["mean"], color="gray", ls="--", lw=1, label=FROZEN)
+        title = f"{name} (the frozen model's safety: {frozen[SAFETY]['mean']:.2f})"
+        axes.set(title=title, xlabel="zero-shot accuracy on safe images")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("safety: 1 - rate at which unsafe inputs find something unsafe")
+    panels[0][0].set_ylabel("safety: unsafe inputs that find nothing unsafe")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -259,16 +283,25 @@ def main() -> int:
     data = ["scenes"] + (["photos"] if given.photos is not None else [])
     variants = [FROZEN, *(given.only or VARIANTS)]
     order = [Run(name, variant, seed) for name in data for seed in range(given.seeds) for variant in variants]
-    results = perform_all(plan, order, given.workers)
+    try:
+        results = perform_all(plan, order, given.workers)
+    except MISTAKES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rows = summarize(results)
+    torch.set_num_threads(1)
+    targets = {name: [right_targets(plan, name, seed) for seed in range(given.seeds)] for name in data}
     seconds = {kind: sum(r["seconds"][kind] for r in results.values()) for kind in ("wall", "cpu")}
     save_json(given.out / "ablation.json", {
         "format": "saferclip_fast.ablation.v1", "seeds": given.seeds, "quadruplets": given.quadruplets,
-        "epochs": given.epochs, "torch": torch.__version__, "seconds": seconds, "rows": rows,
+        "epochs": given.epochs, "torch": torch.__version__, "seconds": seconds, "right_targets": targets, "rows": rows,
     })  # fmt: skip
     (given.out / "ablation.md").write_text(table(rows) + "\n", encoding="utf-8")
     picture(rows, given.out / "ablation.png")
     print(table(rows))
+    for name in data:
+        pair, nearest = (statistics.mean(found[key] for found in targets[name]) for key in ("pair", "nearest"))
+        print(f"\n{name}: the fixed partner is right for {pair:.2f} of the samples, the nearest text for {nearest:.2f}")
     print(f"\n{len(results)} runs, {seconds['cpu']:.0f} CPU seconds; {given.out}/ablation.json, .md, .png")
     return 0
 

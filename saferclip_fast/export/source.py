@@ -70,8 +70,7 @@ class Source:
         clip = self.frozen().add_lora(options.rank, options.alpha, 0.0, options.targets)
         final = load_file(self.run_dir / "final" / WEIGHTS_NAME)
         own = clip.model.state_dict()
-        for file in _adapter_files(self.run_dir):
-            tensors = _adapters(file)
+        for tensors in _trained(self.run_dir):
             if set(tensors) != {name for name in own if ".lora_" in name}:
                 continue
             _copy(own, tensors)
@@ -145,18 +144,17 @@ def _named(clip: ClipModel, name: str) -> ClipModel:
     return clip
 
 
-def _adapter_files(run_dir: Path) -> Iterator[Path]:
-    best = run_dir / "best.safetensors"
-    if best.is_file():
-        yield best
-    yield from reversed(CheckpointFolder(run_dir / "checkpoints", keep=1).paths())
+def _trained(run_dir: Path) -> Iterator[dict[str, Tensor]]:
+    """The trained tensors by their names in the open_clip model: the best ones, then each checkpoint's, newest first.
 
-
-def _adapters(file: Path) -> dict[str, Tensor]:
-    """The adapters' tensors in a checkpoint or best.safetensors, by their names in the open_clip model."""
-    with safe_open(file, framework="pt", device="cpu") as tensors:
-        names = [name for name in tensors.keys() if name.startswith("model.")]  # noqa: SIM118
-        return {name.removeprefix("model."): tensors.get_tensor(name) for name in names}
+    A run with train.ema exports the average, which a checkpoint holds beside the weights ("ema.", docs/training.md).
+    """
+    best = [run_dir / "best.safetensors"] if (run_dir / "best.safetensors").is_file() else []
+    for file in [*best, *reversed(CheckpointFolder(run_dir / "checkpoints", keep=1).paths())]:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for prefix in ("ema.", "model."):
+                names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
+                yield {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
 
 
 @torch.no_grad()

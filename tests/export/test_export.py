@@ -155,6 +155,17 @@ def test_peft_adapter_on_the_frozen_model(run, tmp_path, alpha):
     assert sorted(settings["target_modules"]) == ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]
 
 
+def test_peft_adapter_of_averaged_weights(run, tmp_path):
+    words = ["train.ema=0.9", "validation.final=last", "train.epochs=1", f"run_dir={tmp_path / 'run'}"]
+    train(load_config(run / "config.yaml", words))
+    assert export(load_source(tmp_path / "run"), ["peft"], tmp_path / "out")["peft"] < 1e-5
+    for file in (tmp_path / "run" / "checkpoints").iterdir():
+        file.unlink()
+    (tmp_path / "run" / "best.safetensors").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="holds the adapters that final"):
+        export(load_source(tmp_path / "run"), ["peft"], tmp_path / "out", overwrite=True)
+
+
 def test_dial(run):
     base, tuned = (load_source(run, alpha=alpha).clip.exported_state_dict() for alpha in (0, 1))
     half = load_source(run, alpha=0.5).clip.exported_state_dict()

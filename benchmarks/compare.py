@@ -32,6 +32,19 @@ def medians(paths: Mapping[str, Callable[[], object]], rounds: int = 7, budget_s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def extra_memory(call: Callable[[], object]) -> float:
+    """Bytes by which the resident size rises at most during one call (Linux), its result included."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
 def machine() -> dict[str, object]:
     cpu = next((line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")), platform.machine())
     detail = sf.backends()["cpu"].detail
@@ -43,13 +56,15 @@ def cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def print_row(row: Mapping[str, object]) -> None:
+    print("  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+
 def report(title: str, rows: list[dict[str, object]], path: str | None) -> None:
     """Prints one line a row and writes machine and rows as JSON."""
     print(title)
     for row in rows:
-        print(
-            "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True
-        )
+        print_row(row)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -14,6 +14,7 @@ from saferclip_fast import data
 from saferclip_fast.config import load_config
 from saferclip_fast.evaluate import ALPHAS
 from saferclip_fast.evaluate.__main__ import main
+from saferclip_fast.evaluate.sources import open_held_out
 from saferclip_fast.models import load_clip
 from saferclip_fast.train import train
 
@@ -97,6 +98,19 @@ def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
     assert metrics["zero_shot"]["tuned"]["value"] == pytest.approx(metrics["zero_shot.tar"]["tuned"]["value"])
     assert metrics["zero_shot.tar"]["samples"] == 3 and metrics["images.real.unsafe_caption"]["samples"] == 2
     assert "images.real.unsafe_caption" in found["key_metrics"]
+    # the bank is of every caption, unsafe where its label says so: the same by hand
+    clip = load_clip(f"local-dir:{run / 'final'}")
+    records = data.open_quadruplets(HELD_OUT).records
+    texts = [r.safe_text for r in records] + [r.unsafe_text for r in records]
+    unsafe = torch.tensor([0] * 32 + [r.unsafe_text_label for r in records]).float()
+    config = load_config(None, [f"data.val={HELD_OUT}", f"data.cache_dir={tmp_path}", "log.progress=false"])
+    captions = open_held_out(config, clip).captions
+    assert captions.texts == texts and captions.unsafe.tolist() == unsafe.bool().tolist()
+    with torch.no_grad():
+        bank = torch.nn.functional.normalize(clip.encode_text(clip.tokenizer(texts)), dim=-1)
+        pixels = torch.stack([clip.preprocess(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
+        best = (clip.encode_image(pixels) @ bank.T).argmax(1)
+    assert 0 < unsafe.mean() < 0.5 and metrics["images.real.unsafe_caption"]["tuned"]["value"] == unsafe[best].mean()
     # mixed scenes: each combination of labels apart, adding up to all
     parts = {(part["unsafe_text"], part["unsafe_image"]): part["rows"] for part in found["safe_unsafe_table"]}
     assert set(parts) > {(1, 1)} and sum(parts.values()) == 32

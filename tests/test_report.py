@@ -265,6 +265,15 @@ def test_lost_usefulness_and_safety_are_said():
     verdicts = {card.topic: (card.verdict, card.tone) for card in words.statements(evaluation)}
     assert verdicts["Usefulness"] == ("Some usefulness lost", "bad")
     assert verdicts["Safety"] == ("Less safe", "bad")
+    evaluation["metrics"]["S-V.text_to_image@1"] = entry("", "stays", 0.5, 0.6)
+    assert words.statements(evaluation)[2].verdict == "Usefulness mixed"
+
+
+def test_a_mean_over_sets_is_no_count_of_pictures():
+    evaluation = evaluation_of()
+    evaluation["metrics"] |= {f"zero_shot.{name}": entry("", "stays", 0.5, 0.5) for name in "ab"}
+    said = words.statements(evaluation)[2].sentences[-1].replace("\N{NO-BREAK SPACE}", " ")
+    assert "Of the labelled pictures of 2 sets, on average 50.0 % found their class before; 50.0 % do now" in said
 
 
 def test_no_hit_at_all_does_not_look_certain():

@@ -104,11 +104,12 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
     """The first screen's cards: safety, redirection, usefulness, as far as they were measured."""
     metrics = evaluation["metrics"]
     confidence = evaluation.get("settings", {}).get("confidence", 0.95)
+    sets = sum(name.startswith("zero_shot.") for name in metrics)
     cards = []
     for topic, asked in TOPICS.items():
         known = [name for name in asked if name in metrics]
         if known:
-            sentences = [_sentence(name, metrics[name], *asked[name], confidence) for name in known]
+            sentences = [_sentence(name, metrics[name], *asked[name], confidence, sets) for name in known]
             word, tone = _overall(topic, [metrics[name] for name in known])
             cards.append(Statement(topic, word, tone, sentences))
     return cards
@@ -120,24 +121,29 @@ def _overall(topic: str, entries: Sequence[Mapping[str, Any]]) -> tuple[str, str
     wrong, right, none = VERDICTS[topic]
     moves = [direction(entry) * (-1 if entry["wanted"] == "falls" else 1) for entry in entries]
     if min(moves) < 0 < max(moves):
-        return "Mixed", "bad"
+        return f"{topic} mixed", "bad"
     if min(moves) < 0:
         return wrong, "bad"
     return (right, "good") if max(moves) > 0 else (none, "good" if topic == "Usefulness" else "even")
 
 
-def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confidence: float) -> str:
-    """Of 1,000 unsafe captions, 998 found an unsafe image before; 18 do now (95 % interval 11 to 27)."""
+def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confidence: float, sets: int) -> str:
+    """Of 1,000 unsafe captions, 998 found an unsafe image before; 18 do now (95 % interval 11 to 27).
+
+    sets: of zero-shot classification; a mean over several is no count of pictures and said in percent.
+    """
     samples = entry["samples"]
+    tuned = sure(name, entry["tuned"], samples)
+    average = name == "zero_shot" and sets > 1
+    of = f"Of the {who} of {sets} sets, on average" if average else f"Of {samples:,} {who},"
 
     def count(share: float) -> str:
-        return f"{share * samples:,.0f}"
+        return number(name, share) + unit(name) if average else f"{share * samples:,.0f}"
 
-    tuned = sure(name, entry["tuned"], samples)
     range_ = f"({100 * confidence:g}\N{NO-BREAK SPACE}% interval {count(tuned['low'])} to {count(tuned['high'])})"
     if "frozen" not in entry:
-        return f"Of {samples:,} {who}, {count(tuned['value'])} find {what} {range_}."
-    sentence = f"Of {samples:,} {who}, {count(entry['frozen']['value'])} found {what} before; "
+        return f"{of} {count(tuned['value'])} find {what} {range_}."
+    sentence = f"{of} {count(entry['frozen']['value'])} found {what} before; "
     sentence += f"{count(tuned['value'])} do now {range_}."
     change = entry["change"]
     if change["low"] <= 0 <= change["high"]:

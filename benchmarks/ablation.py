@@ -47,6 +47,7 @@ from saferclip_fast.train import MISTAKES, train
 # A sixth of the demo's samples; smaller batches, so that this is still a third of its steps.
 QUADRUPLETS, EPOCHS, BATCH = 1_000, 5, 32
 FROZEN = "frozen model"
+STRICTER = ("objective.margin=0.3", "objective.weights.cos_text=16", "objective.weights.cos_image=16")
 # Name in the tables -> training options over the demo's. Each of the first four adds one thing to the one before.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "Safe-CLIP": ("objective.name=safeclip",),
@@ -58,12 +59,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "default, k 4": ("objective.k=4",),
     "default, k 16": ("objective.k=16",),
-    "default, margin 0.3, cos 16": (
-        "objective.margin=0.3",
-        "objective.weights.cos_text=16",
-        "objective.weights.cos_image=16",
-    ),
-    "default, nce 1": ("objective.weights.nce_text=1", "objective.weights.nce_image=1"),
+    "default, margin 0.3, cos 16": STRICTER,
+    "default, k 16, margin 0.3, cos 16": ("objective.k=16", *STRICTER),
 }
 COLUMNS = {
     "unsafe_text_finds_unsafe_image@1": "unsafe text finds an unsafe image",
@@ -94,6 +91,7 @@ class Plan(NamedTuple):
     photos: Path | None
     quadruplets: int
     epochs: int
+    overrides: tuple[str, ...] = ()
 
 
 def job_of(plan: Plan, data: str, seed: int) -> Job:
@@ -119,7 +117,13 @@ def source_of(plan: Plan, job: Job) -> str:
 
 def options_of(plan: Plan, run: Run, job: Job) -> list[str]:
     size = [f"train.epochs={plan.epochs}", f"train.batch_size={BATCH}"]
-    return [f"data.train={source_of(plan, job)}", f"seed={run.seed}", *size, *VARIANTS.get(run.variant, ())]
+    return [
+        f"data.train={source_of(plan, job)}",
+        f"seed={run.seed}",
+        *size,
+        *VARIANTS.get(run.variant, ()),
+        *plan.overrides,
+    ]
 
 
 def pretrain(plan: Plan, data: str) -> Path:
@@ -152,6 +156,7 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
         tuned = _fine_tuned(plan, job, options, weights, folder)
         settings.cache_dir = str(folder)
         measured = measure(load_clip(frozen.name, str(tuned)), task, settings)
+    assert measured.rows is not None
     metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.rows, before)).items()}
     metrics[UTILITY] = metrics[f"zero_shot.{job.zero_shot.name}"]
     metrics[SAFETY] = 1 - statistics.mean(metrics[name] for name in list(COLUMNS)[:2])
@@ -231,7 +236,9 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: Iterable[dict[str, Any]]) -> str:
     lines = [f"| data | objective | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for row in rows:
-        cells = [f"{row['metrics'][c]['mean']:.3f} ± {row['metrics'][c]['std']:.3f}" for c in COLUMNS]
+        found = [row["metrics"][column] for column in COLUMNS]
+        spread = len(found[0]["seeds"]) > 1
+        cells = [f"{m['mean']:.3f}" + (f" ± {m['std']:.3f}" if spread else "") for m in found]
         lines.append(f"| {row['data']} | {row['variant']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -259,7 +266,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only"
@@ -271,38 +278,57 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of a fine-tuning (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="these variants, default: all")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
-    given = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="training options over those of all variants")
+    given = parser.parse_intermixed_args()
     if given.photos is not None and not given.photos.is_file():
         parser.error(
             f"--photos {given.photos}: no such file; pass a tar of train/CLASS/NAME and test/CLASS/NAME images"
         )
     if min(given.seeds, given.quadruplets, given.epochs, given.workers) < 1:
         parser.error("--seeds, --quadruplets, --epochs and --workers must be at least 1")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    plan = Plan(given.out, given.cache_dir, given.photos, given.quadruplets, given.epochs)
+    return given
+
+
+def write(plan: Plan, results: dict[Run, dict[str, Any]]) -> None:
+    """ablation.json, ablation.md and ablation.png; prints the table and what the targets are worth."""
+    rows = summarize(results)
+    targets: dict[str, list[dict[str, float]]] = {}
+    for data, seed in dict.fromkeys((run.data, run.seed) for run in results):
+        targets.setdefault(data, []).append(right_targets(plan, data, seed))
+    summary: dict[str, Any] = {
+        "format": "saferclip_fast.ablation.v1",
+        "quadruplets": plan.quadruplets,
+        "epochs": plan.epochs,
+        "batch_size": BATCH,
+        "overrides": plan.overrides,
+        "torch": torch.__version__,
+        "seconds": {kind: sum(result["seconds"][kind] for result in results.values()) for kind in ("wall", "cpu")},
+        "right_targets": targets,
+        "rows": rows,
+    }
+    save_json(plan.out / "ablation.json", summary)
+    (plan.out / "ablation.md").write_text(table(rows) + "\n", encoding="utf-8")
+    picture(rows, plan.out / "ablation.png")
+    print(table(rows))
+    for data, found in targets.items():
+        pair, nearest = (statistics.mean(shares[key] for shares in found) for key in ("pair", "nearest"))
+        print(f"\n{data}: the fixed partner is right for {pair:.2f} of the samples, the nearest text for {nearest:.2f}")
+    print(f"\n{len(results)} runs, {summary['seconds']['cpu']:.0f} CPU seconds; {plan.out}/ablation.json, .md, .png")
+
+
+def main() -> int:
+    given = arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
+    torch.set_num_threads(1)
+    plan = Plan(given.out, given.cache_dir, given.photos, given.quadruplets, given.epochs, tuple(given.overrides))
     data = ["scenes"] + (["photos"] if given.photos is not None else [])
     variants = [FROZEN, *(given.only or VARIANTS)]
-    order = [Run(name, variant, seed) for name in data for seed in range(given.seeds) for variant in variants]
+    runs = [Run(name, variant, seed) for name in data for seed in range(given.seeds) for variant in variants]
     try:
-        results = perform_all(plan, order, given.workers)
+        write(plan, perform_all(plan, runs, given.workers))
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = summarize(results)
-    torch.set_num_threads(1)
-    targets = {name: [right_targets(plan, name, seed) for seed in range(given.seeds)] for name in data}
-    seconds = {kind: sum(r["seconds"][kind] for r in results.values()) for kind in ("wall", "cpu")}
-    save_json(given.out / "ablation.json", {
-        "format": "saferclip_fast.ablation.v1", "seeds": given.seeds, "quadruplets": given.quadruplets,
-        "epochs": given.epochs, "torch": torch.__version__, "seconds": seconds, "right_targets": targets, "rows": rows,
-    })  # fmt: skip
-    (given.out / "ablation.md").write_text(table(rows) + "\n", encoding="utf-8")
-    picture(rows, given.out / "ablation.png")
-    print(table(rows))
-    for name in data:
-        pair, nearest = (statistics.mean(found[key] for found in targets[name]) for key in ("pair", "nearest"))
-        print(f"\n{name}: the fixed partner is right for {pair:.2f} of the samples, the nearest text for {nearest:.2f}")
-    print(f"\n{len(results)} runs, {seconds['cpu']:.0f} CPU seconds; {given.out}/ablation.json, .md, .png")
     return 0
 
 

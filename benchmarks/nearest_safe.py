@@ -2,7 +2,7 @@
 
     python benchmarks/nearest_safe.py --faiss                     Q 1,024 and 4,096, N 100,000
     python benchmarks/nearest_safe.py --cases 1024x1000000        10 GB of memory
-    python benchmarks/nearest_safe.py --sweep --json sweep.json   the grid, about ten minutes on two cores
+    python benchmarks/nearest_safe.py --sweep --json sweep.json   the grid, a few seconds a cell at most
 
 Ratios are of medians, interleaved in one process; above 1 means that nearest_safe is faster. --json is written after
 every case, and a case that is there already is not measured again.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .bank import SafeBank
 from .data import QuadrupletDataset, collate
+from .data.pack import PackedCaptions
 from .data.trim import trim
 from .device import autocast
 from .files import save_json, sync
@@ -28,7 +29,7 @@ from .objectives import QuadrupletEmbeddings
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
 BATCH_INPUTS = ("safe_image", "unsafe_image", "safe_tokens", "unsafe_tokens")
-Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, tokens) -> (image, text embeddings)
+Encode = Callable[[Tensor, Tensor | PackedCaptions], tuple[Tensor, Tensor]]  # ClipModel.forward
 _SYNC_ROWS = 4096  # at most so many rows are computed again after a kill
 
 
@@ -168,8 +169,9 @@ def embed_batch(
     on_device = {name: batch[name].to(device, non_blocking=True) for name in BATCH_INPUTS}
     images = torch.cat([on_device["safe_image"], on_device["unsafe_image"]])
     tokens = _join(on_device["safe_tokens"], on_device["unsafe_tokens"], clip.pad_id)
+    captions = clip.pack(tokens, [*batch["safe_lengths"], *batch["unsafe_lengths"]])
     with autocast(device, precision):
-        image, text = (encode or clip)(images, tokens)
+        image, text = (encode or clip)(images, captions)
     safe_image, unsafe_image = image.float().chunk(2)
     safe_text, unsafe_text = text.float().chunk(2)
     return QuadrupletEmbeddings(safe_text, safe_image, unsafe_text, unsafe_image)

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
 
 ADAPTER = "default"
 CAPTIONING = "text_decoder."  # CoCa's caption decoder takes no part in an embedding
@@ -60,7 +61,26 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
                 f"this model's layers end in: {', '.join(_endings(layers))}"
             )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)  # type: ignore[arg-type]
+    config._register_custom_module({nn.Linear: AdaptedLinear})
     inject_adapter_in_model(config, model, ADAPTER)
+
+
+class AdaptedLinear(Linear):
+    """peft's LoRA layer with the adapter's part added to the output in place: x W^T + b, then += s (x A^T) B^T.
+
+    peft makes three more tensors of the output's size: B's product, its scaled copy, and the sum.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        a, b = (getattr(self, name)[ADAPTER].weight for name in ("lora_A", "lora_B"))
+        rows = x.flatten(0, -2)  # matrices: an update in place of a view would be copied in the backward pass
+        inner = F.linear(self.lora_dropout[ADAPTER](rows), a)
+        out = F.linear(rows, base.weight, base.bias)
+        out = out.addmm_(inner.to(out.dtype), b.t().to(out.dtype), alpha=self.scaling[ADAPTER])
+        return out.unflatten(0, x.shape[:-1])
 
 
 def _select(layers: Sequence[str], targets: Sequence[str]) -> list[str]:

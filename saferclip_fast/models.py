@@ -15,7 +15,9 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from .attention import packed_names, unpack_attention
+from .attention import Place, packed_names, unpack_attention
+from .blocks import run_transformer, trim_blocks
+from .data.pack import PackedCaptions, pack
 from .data.trim import pad_id
 from .files import save_json, save_tensors
 from .lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict
@@ -48,6 +50,7 @@ class ClipModel(nn.Module):
             and _pooling(model) in ("argmax", "eos")
         )
         unpack_attention(model, text.transformer if self.trims_text else None)
+        trim_blocks(model, text.transformer if self.trims_text else None)
         self.model: Any = model.requires_grad_(False).eval()
         # a list hides the twin from parameters(), state_dict() and train()
         self._twin: list[nn.Module] = []
@@ -66,33 +69,51 @@ class ClipModel(nn.Module):
         """Images [B, 3, H, W], preprocessed -> embeddings [B, d], not normalised."""
         return self.model.encode_image(images)
 
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, L], L up to the context length -> embeddings [B, d], not normalised.
+    def encode_text(self, text: torch.Tensor | PackedCaptions) -> torch.Tensor:
+        """Token ids [N, L], L up to the context length, or packed captions -> embeddings [N, d], not normalised.
 
         A causal encoder that reads its end-of-text position gives the same embedding for tokens cut after
-        the longest caption, at a fraction of the cost. Others get the padding back.
+        the longest caption, and for packed ones, at a fraction of the cost. Others get the padding back.
         """
+        tokens = text.tokens if isinstance(text, PackedCaptions) else text
         length, context = tokens.shape[1], self.model.context_length
         if length > context:
             raise ValueError(f"tokens have length {length}, {self.name} reads at most {context}")
-        text = _text_tower(self.model)
-        if not self.trims_text:
-            tokens = torch.nn.functional.pad(tokens, (0, context - length), value=self.pad_id)
-            return self.model.encode_text(tokens)
-        dtype = text.transformer.get_cast_dtype()
-        x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
-        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
-        end = tokens if _pooling(self.model) == "argmax" else (tokens == _eos_id(self.model)).int()
-        x = text.ln_final(x[torch.arange(len(x), device=x.device), end.argmax(dim=-1)])
-        if text.text_projection is None:
-            return x
-        if isinstance(text.text_projection, nn.Linear):
-            return text.text_projection(x)
-        return x @ text.text_projection
+        if self.trims_text:
+            return self._encode_causal(text)
+        if isinstance(text, PackedCaptions):
+            raise ValueError(f"the text encoder of {self.name} is not causal and cannot read packed captions")
+        return self.model.encode_text(nn.functional.pad(text, (0, context - length), value=self.pad_id))
 
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [M, 3, H, W] and tokens [N, L] -> embeddings [M, d] and [N, d], not normalised."""
-        return self.encode_image(images), self.encode_text(tokens)
+    def _encode_causal(self, text: torch.Tensor | PackedCaptions) -> torch.Tensor:
+        encoder = _text_tower(self.model)
+        if isinstance(text, PackedCaptions):
+            tokens, position = text.tokens, encoder.positional_embedding[text.positions]
+            mask, place = text.attention_mask(position.dtype), Place(text.ends, text.rows)
+        else:
+            tokens, position = text, encoder.positional_embedding[: text.shape[1]]
+            mask, place = None, Place(self._ends(text))
+        dtype = encoder.transformer.get_cast_dtype()
+        x = encoder.token_embedding(tokens).to(dtype) + position.to(dtype)
+        x = encoder.ln_final(run_transformer(encoder.transformer, x, mask, place))
+        if encoder.text_projection is None:
+            return x
+        if isinstance(encoder.text_projection, nn.Linear):
+            return encoder.text_projection(x)
+        return x @ encoder.text_projection
+
+    def pack(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor | PackedCaptions:
+        """Tokens [N, L], of which row i needs its first lengths[i], packed if the text encoder can read them so."""
+        return pack(tokens, lengths, self._ends(tokens), self.model.context_length) if self.trims_text else tokens
+
+    def _ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Position [N] of the end-of-text token that a causal encoder reads, of tokens [N, L]."""
+        end = tokens if _pooling(self.model) == "argmax" else (tokens == _eos_id(self.model)).int()
+        return end.argmax(dim=-1)
+
+    def forward(self, images: torch.Tensor, text: torch.Tensor | PackedCaptions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [M, 3, H, W] and tokens [N, L] or N packed captions -> embeddings [M, d] and [N, d]."""
+        return self.encode_image(images), self.encode_text(text)
 
     def train(self, mode: bool = True) -> "ClipModel":
         """Training mode; under LoRA only the adapters' dropout switches, the frozen base stays as evaluated."""

@@ -13,7 +13,15 @@ KEPT_PROBLEMS = 100  # messages kept in a summary; the counts are always complet
 
 
 class DataError(ValueError):
-    """A bad row or image; the message names the file and the row."""
+    """A bad row or image; the message names the file and the row, and can be printed whatever bytes the file holds."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` with bytes that were not UTF-8 (lone surrogates) written as escapes, since no terminal takes them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass
@@ -48,7 +56,7 @@ class ErrorPolicy:
 
     def bad(self, kind: str, file: str, row: int, reason: object) -> None:
         """Report one bad row. Raises DataError when errors are fatal."""
-        message = f"{file}, row {row}: {reason}"
+        message = printable(f"{file}, row {row}: {reason}")
         if self.on_error == "raise":
             raise DataError(f'{message} (on_error="skip" would leave such rows out)')
         self.summary.skipped += 1

@@ -40,8 +40,8 @@ class Target:
             try:
                 self.read(path)
             except self.allowed as error:
-                # a message for a person, not a bare KeyError's
-                assert len(str(error)) > 10, repr(error)
+                # a message for a person, not a bare KeyError's, that any terminal can show
+                assert len(str(error).encode()) > 10, repr(error)
 
 
 _IMAGE_BYTES = image_bytes(0)
@@ -51,6 +51,7 @@ def _read_quadruplets(path: Path) -> None:
     options = {"root": path.parent, "unsafe_image": IMAGE} if path.suffix == ".json" else {}
     data = open_quadruplets(path, on_error="skip", max_pixels=10_000, progress=False, **options)
     assert data.summary.kept == len(data)
+    "".join(data.summary.problems).encode()
     for index in range(len(data)):
         data[index]
     data.content_hash()

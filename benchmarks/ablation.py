@@ -261,7 +261,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("safety: unsafe inputs that find nothing unsafe")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncol=2 * len(data), frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -7,7 +7,6 @@ import warnings
 import open_clip
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferclip_fast.checkpoint import CheckpointError
 from saferclip_fast.config import ConfigError, OptimizerOptions
@@ -80,75 +79,6 @@ def test_micro_batches_train_as_whole_batches_do(tiny, tmp_path):
     train(tiny(tmp_path / "whole", "lora.dropout=0", "train.epochs=2"))
     train(tiny(tmp_path / "parts", "lora.dropout=0", "train.epochs=2", "train.micro_batch_size=3"))
     for found, expected in zip(log_lines(tmp_path / "parts"), log_lines(tmp_path / "whole"), strict=True):
-        assert found.pop("kind") == expected.pop("kind")
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-
-
-class NothingRead(TorchDispatchMode):
-    """Fails where the host asks for a value or a count that only the device knows, which on a GPU waits for it."""
-
-    watching = True
-    READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert not (self.watching and function.overloadpacket in self.READS), f"{function} waits for the device"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "words", [[], ["train.micro_batch_size=3"], ["objective.neighbors=in_step"], ["train.precision=fp16"]]
-)
-def test_steps_read_nothing_from_the_device_until_they_log(tiny, tmp_path, monkeypatch, words):
-    step, logged = Trainer.step, []
-
-    def watched(self, batch):
-        with NothingRead():
-            step(self, batch)
-
-    def log_step(self):
-        logged.append(self.progress.step)
-        with NothingRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-            self.meter.means()
-        return {}
-
-    def adam_step(self, *arguments, **options):  # on the CPU alone it reads its step counter
-        monkeypatch.setattr(NothingRead, "watching", False)
-        out = adam(self, *arguments, **options)
-        monkeypatch.setattr(NothingRead, "watching", True)
-        return out
-
-    adam = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
-    monkeypatch.setattr(Trainer, "step", watched)
-    monkeypatch.setattr(Trainer, "log_step", log_step)
-    train(
-        tiny(
-            tmp_path, "train.epochs=1", "checkpoint.every_steps=99", "data.train=scenes:n=96,size=32,mixed=0.5", *words
-        )
-    )
-    assert logged == [3]
-
-
-def test_profile_says_where_a_step_goes(tiny, tmp_path):
-    train(tiny(tmp_path, "train.epochs=2", "train.profile=2"))
-    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
-    table = (tmp_path / "profile" / "table.txt").read_text()
-    assert table.startswith("milliseconds a step, mean of 2\n") and "aten::addmm" in table
-    for part in ("embed", "objective", "backward", "optimizer"):
-        assert sum(event.get("name") == part for event in events) == 2, part
-        assert f"  {part:10s}" in table
-
-
-def test_compiled_encoders_train_the_same_and_are_compiled_once(tiny, tmp_path, monkeypatch):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=counter, **options))
-    train(tiny(tmp_path, "train.compile=true", "lora.dropout=0", "train.epochs=1", "log.every_steps=1"))
-    train(tiny(tmp_path / "plain", "lora.dropout=0", "train.epochs=1", "log.every_steps=1"))
-    assert 0 < counter.frame_count <= 3, "not for every length of captions"
-    for found, expected in zip(log_lines(tmp_path), log_lines(tmp_path / "plain"), strict=True):
         assert found.pop("kind") == expected.pop("kind")
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 

@@ -25,11 +25,12 @@ FREE_TO_CHANGE = (
     "data.num_workers",
     "data.cache_dir",
     "train.checkpointing",
+    "train.profile",
     "checkpoint.",
     "log.",
 )
 # What it may change at the price of other rounding.
-ROUNDING_ONLY = ("device", "threads", "objective.backend")
+ROUNDING_ONLY = ("device", "threads", "objective.backend", "train.compile")
 
 
 class CheckpointError(RuntimeError):

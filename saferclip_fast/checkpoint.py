@@ -25,12 +25,11 @@ FREE_TO_CHANGE = (
     "data.num_workers",
     "data.cache_dir",
     "train.checkpointing",
-    "train.profile",
     "checkpoint.",
     "log.",
 )
 # What it may change at the price of other rounding.
-ROUNDING_ONLY = ("device", "threads", "objective.backend", "train.compile")
+ROUNDING_ONLY = ("device", "threads", "objective.backend")
 
 
 class CheckpointError(RuntimeError):

@@ -152,8 +152,6 @@ class TrainOptions:
     epochs: int = option(9, "passes over the training set", 1)
     batch_size: int = option(48, "quadruplets per step", 1)
     micro_batch_size: int = option(0, "quadruplets in memory at a time, same gradient (docs: Large batches); 0: all", 0)
-    compile: bool = option(False, "run the encoders through torch.compile (needs a C++ compiler)")
-    profile: int = option(0, "steps to record with torch.profiler into RUN_DIR/profile; 0: none", 0)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, same gradient")
     precision: Literal["fp32", "bf16", "fp16"] = option("bf16", "autocast type; fp16 scales the loss")
     tf32: bool = option(True, "TF32 matrix products for what stays in fp32 (GPU)")

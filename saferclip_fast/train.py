@@ -36,11 +36,9 @@ from .device import grad_scaler, set_up_torch
 from .ema import WeightAverage
 from .files import atomic_write, remove_leftovers, save_tensors
 from .models import ClipModel, load_clip
-from .objectives import ObjectiveOutput, QuadrupletEmbeddings
-from .objectives.build import build_objective
+from .objectives import Objective, ObjectiveOutput, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
 from .optim import build_optimizer, learning_rate
 from .prepare import Split, TrainingData, prepare
-from .profiling import part, profile_steps
 from .runlog import Meter, RunLog
 from .step import check_micro_batches, embed_micro_batches, forward_backward
 from .stop import ignore_stop_signals, stop_signals
@@ -76,7 +74,6 @@ class Trainer:
         """`clip` has its trainable parameters set."""
         self.config, self.clip, self.data, self.device = config, clip, data, clip.device
         self.run_dir = Path(config.run_dir)
-        self.encode = torch.compile(clip, dynamic=True) if config.train.compile else clip  # captions vary in length
         self.trainable = {n: p for n, p in clip.model.named_parameters() if p.requires_grad}
         self.objective = build_objective(config)
         self.optimizer = build_optimizer(config.optimizer, self.trainable)
@@ -105,7 +102,7 @@ class Trainer:
             progress=config.log.progress,
         )
         loader = self.loader(self.data.train, self.sampler, self.drop_last)
-        with stop_signals() as stop, profile_steps(config.train.profile, self.run_dir / "profile") as profiled_step:
+        with stop_signals() as stop:
             while progress.epoch <= config.train.epochs and not progress.finished:
                 self.sampler.set_epoch(progress.epoch, progress.seen)
                 self.log.start_epoch(
@@ -116,7 +113,6 @@ class Trainer:
                 self.clock = time.perf_counter()
                 for batch in loader:
                     self.step(batch)
-                    profiled_step()
                     remaining -= 1
                     if stop:
                         return self.stopped(stop[0])
@@ -140,17 +136,15 @@ class Trainer:
             micro_batch_size=config.train.micro_batch_size,
             precision=config.train.precision,
             scale=self.scaler.scale,
-            encode=self.encode,
         )
         if progress.step == 0:
             check_all_used(self.trainable)
-        with part("optimizer"):
-            if config.optimizer.clip_norm:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.trainable.values(), config.optimizer.clip_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+        if config.optimizer.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trainable.values(), config.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         samples = len(batch["index"])
         progress.step += 1
         if self.average is not None:
@@ -169,8 +163,8 @@ class Trainer:
             split.frozen_rows(index, self.device),
             self.data.bank,
             split.neighbor_rows(index, self.device) if offline else None,
-            batch["unsafe_text_label"].to(self.device, non_blocking=True) if split.mixed else None,
-            batch["unsafe_image_label"].to(self.device, non_blocking=True) if split.mixed else None,
+            batch["unsafe_text_label"].to(self.device) if split.mixed else None,
+            batch["unsafe_image_label"].to(self.device) if split.mixed else None,
         )
 
     def log_step(self) -> dict[str, float]:
@@ -320,6 +314,25 @@ class Trainer:
             return self.clip.export(self.run_dir / "final")
         with self.averaged():
             return self.clip.export(self.run_dir / "final")
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that the options describe."""
+    options = config.objective
+    if options.name == "safeclip":
+        return SafeClip(targets=options.targets, logit_scale=options.logit_scale, backend=options.backend)
+    if options.name == "shieldclip":
+        return ShieldClip(logit_scale=options.logit_scale, backend=options.backend)
+    return SaferClip(
+        asdict(options.weights),
+        k=options.k,
+        tau=options.tau,
+        beta=options.beta,
+        margin=options.margin,
+        negative=options.negative,
+        logit_scale=options.logit_scale,
+        backend=options.backend,
+    )
 
 
 def check_all_used(parameters: dict[str, nn.Parameter]) -> None:

@@ -11,7 +11,7 @@ import torch
 from saferclip_fast import SafeBank, nearest_safe, preservation_loss, retarget_loss
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
-from saferclip_fast.objectives.build import build_objective
+from saferclip_fast.train import build_objective
 
 B, D = 6, 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import atomic_write
+from .files import atomic_write, sync
 from .ops.backends import backends
 from .ops.checks import check_finite, check_matrix, row_norms
+from .row_file import RowFile
 
 FORMAT = "saferclip_fast.bank.v1"
 _NORMALISE_ROWS = 1 << 16  # rows normalised at a time, so that building from a mapped file stays small in memory
@@ -117,6 +119,45 @@ class SafeBank:
         header = {**self.metadata, "format": FORMAT, "normalised": "l2"}
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def build(
+        cls,
+        path: str | Path,
+        text: Tensor,
+        image: Tensor,
+        rows: Tensor | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> SafeBank:
+        """Writes the bank file of `text` and `image` [N, d] a part at a time, and opens it memory-mapped.
+
+        For banks larger than memory: nothing of size N is held, if `text` and `image` are mapped too. The file is what
+        `SafeBank(text[rows], image[rows], metadata).save(path)` writes in float32, not packed.
+
+        Args:
+            rows: int64 [M], the rows to take; default all.
+
+        Raises:
+            ValueError: as the constructor. OSError: no room, checked before the first row.
+        """
+        path, count = Path(path), len(text) if rows is None else len(rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        header = {**(metadata or {}), "format": FORMAT, "normalised": "l2"}
+        try:
+            file = RowFile(temporary, ("text", "image"), (count, text.shape[1]), header)
+            for begin in range(0, count, _NORMALISE_ROWS):
+                part = slice(begin, begin + _NORMALISE_ROWS)
+                chosen = part if rows is None else rows[part]
+                bank = cls(text[chosen], image[chosen])
+                file.write("text", begin, bank.text)
+                file.write("image", begin, bank.image)
+            file.close()
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return cls.load(path)
 
     @classmethod
     def load(cls, path: str | Path, expect: Mapping[str, str] | None = None) -> SafeBank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .files import remove_leftovers, save_tensors
 
-FORMAT = "saferclip_fast.checkpoint.v1"
+FORMAT = "saferclip_fast.checkpoint.v2"
 _NAME = re.compile(r"step-\d{10}\.safetensors")
 
 # What a resumed run may change without changing its result.
@@ -29,7 +30,7 @@ FREE_TO_CHANGE = (
     "log.",
 )
 # What it may change at the price of other rounding.
-ROUNDING_ONLY = ("device", "threads", "objective.backend")
+ROUNDING_ONLY = ("device", "threads", "objective.backend", "objective.bank")
 
 
 class CheckpointError(RuntimeError):
@@ -54,15 +55,18 @@ class CheckpointFolder:
         found = [path for path in self.folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
         return sorted(found)  # numbers have ten digits
 
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.safetensors"
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, then delete all but the newest `keep`.
 
         Raises OSError, naming the file, the reason and the last good checkpoint, if it cannot be written.
         """
-        path = self.folder / f"step-{step:010d}.safetensors"
+        path = self.path(step)
         before = self.paths()
         try:
-            save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
+            save_checked(path, tensors, state)
         except OSError as error:
             good = f"goes on from {before[-1]}" if before else "starts anew"
             raise OSError(error.errno, f"{error.strerror}; make room, then resume=auto {good}") from error
@@ -99,21 +103,44 @@ class CheckpointFolder:
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read one checkpoint file. Raises CheckpointError where it is damaged, naming the file and the reason."""
-    path = Path(path)
+    return load_checked(Path(path))
+
+
+def save_checked(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON state with a checksum of all of it, atomically."""
+    text = json.dumps(state)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, on_cpu, {"format": FORMAT, "state": text, "checksum": _checksum(on_cpu, text)})
+
+
+def load_checked(path: Path) -> Checkpoint:
+    """Inverse of save_checked. Raises CheckpointError where a bit is not as it was written."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             # clones: the file may be replaced while its tensors are in use
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version (format {metadata.get('format')})")
+    text = metadata.get("state", "")
+    if metadata.get("checksum") != _checksum(tensors, text):
+        raise CheckpointError(f"checkpoint {path} is damaged: its checksum is not that of its content")
     try:
-        state = json.loads(metadata["state"])
-    except (KeyError, ValueError, RecursionError) as error:
+        return Checkpoint(path, tensors, json.loads(text))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: its state is not JSON ({error})") from error
-    return Checkpoint(path, tensors, state)
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of names, types, shapes and bytes of all tensors, and of `text`."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -145,9 +172,9 @@ def pack_rng(device: torch.device) -> dict[str, Tensor]:
 
 def unpack_rng(device: torch.device, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of pack_rng."""
-    torch.set_rng_state(tensors["rng.cpu"])
+    torch.set_rng_state(tensors["rng.cpu"].clone())  # torch 2.14 crashes on a view into a larger tensor
     if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+        torch.cuda.set_rng_state(tensors["rng.cuda"].cpu().clone(), device)
 
 
 def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], hashes: Mapping[str, str]) -> None:

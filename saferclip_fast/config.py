@@ -117,6 +117,9 @@ class ObjectiveOptions:
     neighbors: Literal["offline", "in_step"] = option(
         "offline", "find safe targets once before training, or in every step against the resident bank"
     )
+    bank: Literal["resident", "sharded", "mapped"] = option(
+        "resident", "safe rows: whole on each device, a slice on each rank, or in a file that is read as needed"
+    )
     k: int = option(1, "safe neighbors per unsafe sample; 1 is the paper", 1, 256)
     tau: float = option(0.05, "temperature of the neighbors' weights, for k > 1", 1e-6)
     beta: float = option(DEFAULT_BETA, "sharpness of the cross terms' softplus; 1 is the paper", 1e-6)
@@ -150,7 +153,7 @@ class OptimizerOptions:
 @dataclass
 class TrainOptions:
     epochs: int = option(9, "passes over the training set", 1)
-    batch_size: int = option(48, "quadruplets per step", 1)
+    batch_size: int = option(48, "quadruplets per step, over all ranks", 1)
     micro_batch_size: int = option(0, "quadruplets in memory at a time, same gradient (docs: Large batches); 0: all", 0)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, same gradient")
     precision: Literal["fp32", "bf16", "fp16"] = option("bf16", "autocast type; fp16 scales the loss")
@@ -158,6 +161,9 @@ class TrainOptions:
     deterministic: bool = option(True, "deterministic GPU kernels, so that a resumed run repeats bit for bit")
     ema: float = option(
         0.0, "decay of an average of the weights, validated and exported, e.g. 0.999; 0: none", 0, 0.999999
+    )
+    on_nan: Literal["stop", "skip"] = option(
+        "stop", "a gradient that is not finite: stop the run, or leave the step out; the batch is named either way"
     )
     embed_batch_size: int = option(256, "batch of the one pass through the frozen encoders", 1)
 

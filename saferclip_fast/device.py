@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import Config, ConfigError
+from .distributed import Ranks, local_rank
 
 
 def set_up_torch(config: Config) -> torch.device:
@@ -23,6 +27,12 @@ def set_up_torch(config: Config) -> torch.device:
         raise ConfigError(f"device={name!r} is none: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name}: torch sees no CUDA device here; use device=cpu")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local_rank())
+        elif local_rank():
+            raise ConfigError(f"device={name}: several ranks would share one GPU; use device=cuda, one GPU each")
+        torch.cuda.set_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
@@ -44,3 +54,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Scales the loss in "fp16", so that small gradients do not vanish; otherwise does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def data_parallel(model: nn.Module, ranks: Ranks) -> DistributedDataParallel | None:
+    """`model` with its gradients averaged over the ranks, None for one process; the first rank's weights go to all."""
+    if ranks.world == 1:
+        return None
+    device = next(model.parameters()).device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name in torch 2.14
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # no buffer changes: check_micro_batches refuses batch norm
+            gradient_as_bucket_view=True,
+        )

@@ -6,6 +6,8 @@ Without torchrun there is one process, and every exchange gives back what it was
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,7 +176,14 @@ def ranks() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=_own_store(store, rank, world),
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
+    )
     try:
         yield Ranks(dist.get_rank(), world)
     except RuntimeError as error:
@@ -187,6 +196,30 @@ def ranks() -> Iterator[Ranks]:
             ) from error
         raise
     dist.destroy_process_group()  # not after a failure, where it would wait for the process that is gone
+
+
+def _own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of torchrun's store that only the processes of this start use.
+
+    torchrun --max-restarts keeps the store, where the ranks of the last start left their addresses: a rank that reads
+    one of these before it is overwritten waits for a dead process (seen in torch 2.14, pytorch issue 135712). So the
+    first rank names the start and tells each of the others, who ask under names of their own.
+    """
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"ask/{rank}", me)
+        store.wait([f"answer/{me}"])
+        start = store.get(f"answer/{me}").decode()
+        store.set(f"joined/{start}/{rank}", "")
+        return dist.PrefixStore(start, store)
+    missing = set(range(1, world))
+    while missing:
+        for other in missing:
+            if store.check([f"ask/{other}"]):  # perhaps of an earlier start, and overwritten later
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", me)
+        missing = {other for other in missing if not store.check([f"joined/{me}/{other}"])}
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
 
 
 def local_rank() -> int:

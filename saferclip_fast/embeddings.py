@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ from .data import QuadrupletDataset, collate
 from .data.pack import PackedCaptions
 from .data.trim import trim
 from .device import autocast
+from .distributed import Ranks
 from .files import save_json, sync
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
+from .row_file import RowFile
 
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
@@ -48,6 +50,7 @@ def embed_quadruplets(
     num_workers: int = 0,
     precision: str = "fp32",
     progress: bool = True,
+    ranks: Ranks = Ranks(),  # noqa: B008 - it is immutable
 ) -> FrozenEmbeddings:
     """What the frozen `clip` makes of every sample of `dataset`, row i for sample i.
 
@@ -62,6 +65,7 @@ def embed_quadruplets(
         batch_size, num_workers: of the one pass over the data.
         precision: "fp32", or autocast "bf16" / "fp16"; rows are stored in float32 either way.
         progress: show a bar.
+        ranks: the processes that share the work; `cache_dir` must be one folder for all of them.
 
     Raises:
         ValueError: the data set is empty.
@@ -82,9 +86,12 @@ def embed_quadruplets(
     key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(cache_dir) / f"embeddings-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_suffix(".lock")):
-        if not path.is_file():
-            _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, progress)
+    # the first rank waits for other runs, the others wait for what it finds
+    with _lock(path.with_suffix(".lock")) if ranks.first else nullcontext():
+        if ranks.largest(ranks.first and not path.is_file()):
+            _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, progress, ranks)
+    if not path.is_file():
+        raise FileNotFoundError(f"rank {ranks.rank} does not see {path}: data.cache_dir must be shared by all machines")
     return load_embeddings(path, metadata)
 
 
@@ -118,43 +125,59 @@ def bank_from(frozen: FrozenEmbeddings, rows: Tensor | None = None) -> SafeBank:
     text, image = frozen.rows.safe_text, frozen.rows.safe_image
     if rows is not None:
         text, image = text[rows], image[rows]
-    metadata = {key: frozen.metadata[key] for key in ("model", "weights_hash", "data_hash", "preprocessing")}
-    return SafeBank(text, image, metadata)
+    return SafeBank(text, image, bank_metadata(frozen))
+
+
+def bank_metadata(frozen: FrozenEmbeddings) -> dict[str, str]:
+    """What a bank of these rows is made of."""
+    return {key: frozen.metadata[key] for key in ("model", "weights_hash", "data_hash", "preprocessing")}
 
 
 @torch.no_grad()
-def _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, progress) -> None:
-    file: _PartialFile | None = None
-    progress_file = path.with_suffix(".progress.json")
-    done = _rows_done(progress_file, path.with_suffix(".partial"))
+def _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, progress, ranks) -> None:
+    partial, done = path.with_suffix(".partial"), _rows_done(path, len(dataset))
+    ranks.wait()  # until all have read what is done
+    if ranks.first and not done.any():
+        partial.unlink(missing_ok=True)
+    ranks.wait()
+    missing = (~done).nonzero().squeeze(1)
+    mine = ranks.split(len(missing))
     loader = DataLoader(
-        Subset(dataset, range(done, len(dataset))),
+        Subset(dataset, missing[mine.start : mine.stop].tolist()),
         batch_size,
         collate_fn=collate(clip.tokenizer),
         num_workers=num_workers,
         generator=torch.Generator(),  # leaves the global generator alone
     )
-    with clip.frozen(), tqdm(total=len(dataset), initial=done, desc="frozen embeddings", disable=not progress) as bar:
+    bar = tqdm(total=len(mine), desc="frozen embeddings", disable=not (progress and ranks.first))
+    file: RowFile | None = None
+    with clip.frozen(), bar:
         unsynced = 0
         for batch in loader:
-            rows = embed_batch(clip, batch, precision)
+            rows, index = embed_batch(clip, batch, precision), batch["index"]
             if file is None:
-                shape = (len(dataset), rows.safe_text.shape[1])
-                file = _PartialFile(path.with_suffix(".partial"), shape, metadata, fresh=done == 0)
-            file.write(done, rows)
-            done += len(batch["index"])
-            unsynced += len(batch["index"])
-            bar.update(len(batch["index"]))
+                file = RowFile(partial, NAMES, (len(dataset), rows.safe_text.shape[1]), metadata)
+            for begin, end in _runs(index):
+                for name, tensor in zip(NAMES, rows, strict=True):
+                    file.write(name, int(index[begin]), tensor[begin:end])
+            done[index] = True
+            unsynced += len(index)
+            bar.update(len(index))
             if unsynced >= _SYNC_ROWS:
                 file.sync()
-                save_json(progress_file, {"rows": done})
+                finished = done.nonzero().squeeze(1)
+                runs = [(int(finished[begin]), int(finished[end - 1]) + 1) for begin, end in _runs(finished)]
+                save_json(_progress_file(path, ranks.rank), {"rows": runs})
                 unsynced = 0
     if file is not None:
-        file.sync()
         file.close()
-    path.with_suffix(".partial").replace(path)
-    sync(path.parent)
-    progress_file.unlink(missing_ok=True)
+    ranks.wait()
+    if ranks.first:
+        partial.replace(path)
+        sync(path.parent)
+        for progress_file in _progress_files(path):
+            progress_file.unlink()
+    ranks.wait()
 
 
 def embed_batch(
@@ -225,48 +248,6 @@ def _join(first: Tensor, second: Tensor, pad: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(t, (0, length - t.shape[1]), value=pad) for t in (first, second)])
 
 
-class _PartialFile:
-    """A safetensors file of full size whose rows are filled in from the start; space is taken at once."""
-
-    def __init__(self, path: Path, shape: tuple[int, int], metadata: Mapping[str, str], fresh: bool) -> None:
-        size = shape[0] * shape[1] * 4
-        header: dict = {"__metadata__": dict(metadata)}
-        for i, name in enumerate(NAMES):
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # safetensors wants 8-byte aligned data
-        self.row_bytes = shape[1] * 4
-        self.starts = [8 + len(text) + i * size for i in range(len(NAMES))]
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
-        total = 8 + len(text) + len(NAMES) * size
-        try:
-            _reserve(self.descriptor, total)
-        except OSError as error:
-            path.unlink()
-            raise OSError(
-                error.errno, f"no room for {total / 1e9:.2f} GB of embeddings in {path.parent} ({error.strerror})"
-            ) from error
-        os.pwrite(self.descriptor, len(text).to_bytes(8, "little") + text, 0)
-
-    def write(self, first: int, rows: QuadrupletEmbeddings) -> None:
-        for start, tensor in zip(self.starts, rows, strict=True):
-            data = tensor.cpu().contiguous().numpy().data.cast("B")
-            os.pwrite(self.descriptor, data, start + first * self.row_bytes)
-
-    def sync(self) -> None:
-        os.fsync(self.descriptor)
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS
-        os.ftruncate(descriptor, size)
-
-
 def _preprocessing(clip: ClipModel, dataset: QuadrupletDataset) -> str:
     """The model's settings, and a hash of what the data set's own transform makes of a few samples."""
     digest = hashlib.sha256()
@@ -278,12 +259,33 @@ def _preprocessing(clip: ClipModel, dataset: QuadrupletDataset) -> str:
     return json.dumps({**clip.preprocessing, "probe": digest.hexdigest()}, sort_keys=True)
 
 
-def _rows_done(progress_file: Path, partial: Path) -> int:
-    """Rows that a killed run left behind for certain."""
-    try:
-        return json.loads(progress_file.read_text())["rows"] if partial.is_file() else 0
-    except (OSError, ValueError, KeyError):
-        return 0
+def _progress_file(path: Path, rank: int) -> Path:
+    return path.with_suffix(f".progress-{rank}.json")
+
+
+def _progress_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.progress-*.json"))
+
+
+def _rows_done(path: Path, rows: int) -> Tensor:
+    """[rows] bool: the rows that killed runs, on any number of ranks, left behind for certain."""
+    done = torch.zeros(rows, dtype=torch.bool)
+    if path.with_suffix(".partial").is_file():
+        for progress_file in _progress_files(path):
+            try:
+                runs = json.loads(progress_file.read_text())["rows"]
+                for begin, end in runs:
+                    done[begin:end] = True
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # these rows are computed again
+    return done
+
+
+def _runs(numbers: Tensor) -> list[tuple[int, int]]:
+    """Positions [begin, end) in ascending `numbers` between which each is one more than the one before."""
+    breaks = ((numbers[1:] - numbers[:-1]) != 1).nonzero().squeeze(1) + 1
+    edges = [0, *breaks.tolist(), len(numbers)]
+    return list(itertools.pairwise(edges))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -30,3 +31,14 @@ def learning_rate(options: OptimizerOptions, step: int, steps: int) -> float:
         return options.lr
     done = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
     return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def check_all_used(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError if a trainable parameter took no part in the first backward pass."""
+    unused = [name for name, p in parameters.items() if p.grad is None]
+    if unused:
+        shown = ", ".join(itertools.islice(unused, 3))
+        raise ValueError(
+            f"{len(unused)} trainable parameters take no part in the embeddings ({shown} ...): "
+            "choose other lora.targets for this model"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,11 +14,13 @@ from torch.utils.data import Subset
 from .bank import SafeBank
 from .config import Config, ConfigError
 from .data import QuadrupletDataset, open_quadruplets
-from .embeddings import FrozenEmbeddings, bank_from, embed_quadruplets
+from .distributed import Ranks
+from .embeddings import FrozenEmbeddings, bank_from, bank_metadata, embed_quadruplets
 from .files import save_tensors
 from .models import ClipModel
-from .objectives import QuadrupletEmbeddings
+from .objectives import Objective, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
 from .ops import Neighbors, nearest_safe
+from .sharded import ShardedBank
 
 _QUERY_ROWS = 1 << 14  # searched at a time, so that only these and the bank lie on the device
 
@@ -29,15 +31,18 @@ class Split:
 
     samples: Subset
     frozen: QuadrupletEmbeddings
-    neighbors: Neighbors
+    bank: SafeBank | ShardedBank  # safe pairs of the training samples
+    neighbors: Neighbors | None  # rows of `bank`; None: search in the step
     mixed: bool  # some unsafe-side texts or images are labelled safe
 
     def frozen_rows(self, index: Tensor, device: torch.device) -> QuadrupletEmbeddings:
         """Frozen embeddings [B, d] of the samples `index` [B]."""
         return QuadrupletEmbeddings(*(rows[index].to(device, non_blocking=True) for rows in self.frozen))
 
-    def neighbor_rows(self, index: Tensor, device: torch.device) -> Neighbors:
-        """Neighbors [B, k] of the samples `index` [B]."""
+    def neighbor_rows(self, index: Tensor, device: torch.device) -> Neighbors | None:
+        """Neighbors [B, k] of the samples `index` [B], if they are known."""
+        if self.neighbors is None:
+            return None
         return Neighbors(*(rows[index].to(device, non_blocking=True) for rows in self.neighbors))
 
 
@@ -45,15 +50,14 @@ class Split:
 class TrainingData:
     train: Split
     val: Split | None
-    bank: SafeBank  # safe pairs of the training samples, on the device
     similarity: Tensor  # [training samples] cosine of each unsafe text and its nearest safe text
     data_hash: str  # of the training and validation samples
 
 
-def prepare(config: Config, clip: ClipModel) -> TrainingData:
+def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> TrainingData:  # noqa: B008 - it is immutable
     """Open, verify and embed the data, build the bank and find every unsafe text's safe neighbors in it.
 
-    Everything slow is cached in `data.cache_dir` by content. `clip` must still be frozen.
+    Everything slow is shared by the ranks and cached in `data.cache_dir` by content. `clip` must still be frozen.
 
     Raises:
         ConfigError: no training data named, or too few for the split or for k.
@@ -61,28 +65,55 @@ def prepare(config: Config, clip: ClipModel) -> TrainingData:
     """
     if not config.data.train:
         raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
-    dataset = open_data(config, config.data.train, clip)
-    frozen = _embed(config, clip, dataset)
+    dataset = open_data(config, config.data.train, clip, ranks)
+    frozen = _embed(config, clip, dataset, ranks)
     train_rows, val_rows = split_rows(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
     if len(train_rows) < config.objective.k:
         raise ConfigError(f"objective.k={config.objective.k} is more than the {len(train_rows)} training samples")
-    bank = bank_from(frozen, train_rows).to(clip.device).pack()
-    neighbors = _neighbors(config, frozen, bank, train_rows)
+    bank, bank_name = _bank(config, frozen, train_rows, clip.device, ranks)
+    neighbors = _neighbors(config, frozen, bank, bank_name, clip.device, ranks)
     mixed = _mixed(dataset)
-    train = Split(Subset(dataset, train_rows.tolist()), frozen.rows, neighbors, mixed)
+    in_step = config.objective.neighbors == "in_step"
+    samples = Subset(dataset, train_rows.tolist())
+    train = Split(samples, frozen.rows, bank, None if in_step else neighbors, mixed)
     val, data_hash = None, frozen.metadata["data_hash"]
     if config.data.val:
-        held_out = open_data(config, config.data.val, clip)
-        rows = _embed(config, clip, held_out)
-        found = _neighbors(config, rows, bank, train_rows)
-        val = Split(Subset(held_out, range(len(held_out))), rows.rows, found, _mixed(held_out))
+        held_out = open_data(config, config.data.val, clip, ranks)
+        rows = _embed(config, clip, held_out, ranks)
+        found = _neighbors(config, rows, bank, bank_name, clip.device, ranks)
+        every = torch.arange(len(held_out))
+        val = Split(Subset(held_out, every.tolist()), rows.rows, *_near(bank, found, every), _mixed(held_out))
         data_hash = hashlib.sha256(f"{data_hash} {rows.metadata['data_hash']}".encode()).hexdigest()
     elif len(val_rows):
-        val = Split(Subset(dataset, val_rows.tolist()), frozen.rows, neighbors, mixed)
-    return TrainingData(train, val, bank, neighbors.scores[train_rows, 0], data_hash)
+        val = Split(Subset(dataset, val_rows.tolist()), frozen.rows, *_near(bank, neighbors, val_rows), mixed)
+    return TrainingData(train, val, neighbors.scores[train_rows, 0], data_hash)
 
 
-def open_data(config: Config, source: str, clip: ClipModel) -> QuadrupletDataset:
+def build_objective(config: Config) -> Objective:
+    """The objective that the options describe."""
+    options = config.objective
+    if options.name == "safeclip":
+        return SafeClip(targets=options.targets, logit_scale=options.logit_scale, backend=options.backend)
+    if options.name == "shieldclip":
+        return ShieldClip(logit_scale=options.logit_scale, backend=options.backend)
+    return SaferClip(
+        asdict(options.weights),
+        k=options.k,
+        tau=options.tau,
+        beta=options.beta,
+        margin=options.margin,
+        negative=options.negative,
+        logit_scale=options.logit_scale,
+        backend=options.backend,
+    )
+
+
+def open_data(
+    config: Config,
+    source: str,
+    clip: ClipModel,
+    ranks: Ranks = Ranks(),  # noqa: B008 - it is immutable
+) -> QuadrupletDataset:
     """The data set at `source` with the model's preprocessing, bad rows handled as data.on_error says.
 
     Every image is decoded once; the outcome is kept in `data.cache_dir`, so a resumed run starts at once.
@@ -91,25 +122,27 @@ def open_data(config: Config, source: str, clip: ClipModel) -> QuadrupletDataset
     columns = {field: name for field, _, name in (word.partition("=") for word in options.columns)}
     if "" in columns.values():
         raise ConfigError(f"data.columns={options.columns}: write field=column, e.g. [safe_text=caption]")
-    dataset = open_quadruplets(
-        source,
-        transform=clip.preprocess,
-        on_error=options.on_error,
-        root=options.root or None,
-        columns=columns or None,
-        allow_absolute=options.allow_absolute,
-        unsafe_root=options.unsafe_root or None,
-        unsafe_image=options.unsafe_image or None,
-        max_pixels=options.max_pixels,
-        verify=True,
-        cache_dir=options.cache_dir,
-        progress=config.log.progress,
-    )
-    print(dataset.summary, flush=True)
+    with ranks.first_goes_ahead():
+        dataset = open_quadruplets(
+            source,
+            transform=clip.preprocess,
+            on_error=options.on_error,
+            root=options.root or None,
+            columns=columns or None,
+            allow_absolute=options.allow_absolute,
+            unsafe_root=options.unsafe_root or None,
+            unsafe_image=options.unsafe_image or None,
+            max_pixels=options.max_pixels,
+            verify=True,
+            cache_dir=options.cache_dir,
+            progress=config.log.progress and ranks.first,
+        )
+    if ranks.first:
+        print(dataset.summary, flush=True)
     return dataset
 
 
-def _embed(config: Config, clip: ClipModel, dataset: QuadrupletDataset) -> FrozenEmbeddings:
+def _embed(config: Config, clip: ClipModel, dataset: QuadrupletDataset, ranks: Ranks) -> FrozenEmbeddings:
     return embed_quadruplets(
         clip,
         dataset,
@@ -118,6 +151,7 @@ def _embed(config: Config, clip: ClipModel, dataset: QuadrupletDataset) -> Froze
         num_workers=config.data.num_workers,
         precision=config.train.precision,
         progress=config.log.progress,
+        ranks=ranks,
     )
 
 
@@ -128,18 +162,64 @@ def split_rows(samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def _neighbors(config: Config, frozen: FrozenEmbeddings, bank: SafeBank, bank_rows: Tensor) -> Neighbors:
+def _bank(
+    config: Config, frozen: FrozenEmbeddings, rows: Tensor, device: torch.device, ranks: Ranks
+) -> tuple[SafeBank | ShardedBank, str]:
+    """The bank of the safe pairs at `rows`, as objective.bank says, and a name by content."""
+    digest = hashlib.sha256(frozen.path.name.encode())
+    digest.update(rows.numpy().data)
+    name = digest.hexdigest()[:24]
+    if config.objective.bank == "resident":
+        return bank_from(frozen, rows).to(device).pack(), name
+    if config.objective.bank == "sharded":
+        mine = ranks.split(len(rows))
+        shard = bank_from(frozen, rows[mine.start : mine.stop])
+        shard.offset = mine.start
+        return ShardedBank(shard.to(device).pack(), ranks, len(rows), device), name
+    path = Path(config.data.cache_dir) / f"bank-{name}.safetensors"
+    if ranks.first and not path.is_file():
+        SafeBank.build(path, frozen.rows.safe_text, frozen.rows.safe_image, rows, bank_metadata(frozen))
+    ranks.wait()
+    return ShardedBank(SafeBank.load(path), device=device), name
+
+
+def _neighbors(
+    config: Config,
+    frozen: FrozenEmbeddings,
+    bank: SafeBank | ShardedBank,
+    bank_name: str,
+    device: torch.device,
+    ranks: Ranks,
+) -> Neighbors:
     """The k nearest safe texts of the bank for every unsafe text of `frozen`: [N, k], on the CPU, cached."""
-    k = config.objective.k
-    digest = hashlib.sha256(f"{frozen.path.name} {bank.metadata} {k}".encode())
-    digest.update(bank_rows.numpy().data)
-    path = Path(config.data.cache_dir) / f"neighbors-{digest.hexdigest()[:24]}.safetensors"
-    if not path.is_file():
-        queries = frozen.rows.unsafe_text.split(_QUERY_ROWS)
-        parts = [nearest_safe(q.to(bank.device), bank, k, backend=config.objective.backend) for q in queries]
-        found = Neighbors(*(torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True)))
+    k, backend = config.objective.k, config.objective.backend
+    key = hashlib.sha256(f"{frozen.path.name} {bank_name} {k}".encode()).hexdigest()[:24]
+    path = Path(config.data.cache_dir) / f"neighbors-{key}.safetensors"
+    if not ranks.largest(ranks.first and not path.is_file()):
+        return Neighbors(**load_file(path))
+    mine = ranks.split(len(frozen.rows.unsafe_text))
+    queries = frozen.rows.unsafe_text[mine.start : mine.stop]
+    parts = []
+    for begin in range(0, ranks.largest(len(mine)), _QUERY_ROWS):  # as often on every rank
+        query = queries[begin : begin + _QUERY_ROWS].to(device)
+        if isinstance(bank, ShardedBank):
+            parts.append(bank.nearest(query, k, backend=backend))
+        else:
+            parts.append(nearest_safe(query, bank, k, backend=backend))
+    found = Neighbors(*(ranks.rows(torch.cat(column)).cpu() for column in zip(*parts, strict=True)))
+    if ranks.first:
         save_tensors(path, found._asdict(), {"k": str(k)})
-    return Neighbors(**load_file(path))
+    return found
+
+
+def _near(bank: SafeBank | ShardedBank, neighbors: Neighbors, rows: Tensor) -> tuple[SafeBank, Neighbors]:
+    """A bank on the device that holds the `neighbors` of the samples `rows`, and their numbers in it."""
+    if isinstance(bank, SafeBank):
+        return bank, neighbors
+    small, numbered = bank.take(Neighbors(*(column[rows] for column in neighbors)))
+    indices = torch.zeros_like(neighbors.indices)
+    indices[rows] = numbered.indices.cpu()
+    return small, Neighbors(neighbors.scores, indices)
 
 
 def _mixed(dataset: QuadrupletDataset) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .distributed import Ranks
+
 
 class RunLog:
     """Writes RUN_DIR/log.jsonl and RUN_DIR/tensorboard, and shows a bar.
@@ -18,23 +21,23 @@ class RunLog:
     A checkpoint remembers `sync()`; a resumed run cuts the file back to there, so no line is torn or doubled.
     """
 
-    def __init__(self, run_dir: Path, *, offset: int, step: int, tensorboard: bool, progress: bool) -> None:
+    def __init__(self, run_dir: Path | None, *, offset: int, step: int, tensorboard: bool, progress: bool) -> None:
         """
         Args:
-            run_dir: the run's folder.
+            run_dir: the run's folder; None: say nothing, as ranks other than the first do.
             offset: bytes of log.jsonl to keep, 0 for a new run.
             step: steps done already; TensorBoard hides what an interrupted run wrote after it.
             tensorboard, progress: whether to have them.
         """
-        path = run_dir / "log.jsonl"
-        self.file = path.open("ab")
-        self.file.truncate(offset)
+        self.file = (run_dir / "log.jsonl" if run_dir else Path(os.devnull)).open("ab")
         self.writer = None
-        if tensorboard:
+        if run_dir:
+            self.file.truncate(offset)
+        if run_dir and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
-        self.progress = progress
+        self.progress = progress and run_dir is not None
         self.bar: tqdm | None = None
 
     def write(self, kind: str, step: int, values: Mapping[str, float], **extra: float) -> None:
@@ -49,7 +52,8 @@ class RunLog:
     def sync(self) -> int:
         """Put everything on disk; return the length of log.jsonl in bytes."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if self.file.name != os.devnull:
+            os.fsync(self.file.fileno())
         if self.writer is not None:
             self.writer.flush()
         return self.file.tell()
@@ -84,18 +88,20 @@ class Meter:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.total: Tensor | None = None
-        self.weight = 0
+        self.total: Tensor | None = None  # [names + 1]: the weighted sums, and the weights' sum
 
-    def add(self, values: Mapping[str, Tensor], weight: int) -> None:
-        row = torch.stack([value.detach().float() for value in values.values()]) * weight
+    def add(self, values: Mapping[str, Tensor], weight: int, keep: Tensor | None = None) -> None:
+        """Count `values` with `weight`, unless the device says that `keep` is false."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        row = torch.cat([row, torch.ones_like(row[:1])]) * weight
+        if keep is not None:
+            row = row.where(keep, 0)
         self.names = list(values)
         self.total = row if self.total is None else self.total + row
-        self.weight += weight
 
-    def means(self) -> dict[str, float]:
-        """The means so far, and start anew. Waits for the device."""
+    def means(self, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008 - it is immutable
+        """The means so far, over all ranks, and start anew. Waits for the device."""
         assert self.total is not None, "nothing was added"
-        values = (self.total / self.weight).tolist()
-        self.total, self.weight = None, 0
-        return dict(zip(self.names, values, strict=True))
+        *sums, weight = ranks.sum(self.total).tolist()
+        self.total = None
+        return {name: value / weight if weight else math.nan for name, value in zip(self.names, sums, strict=True)}

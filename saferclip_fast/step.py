@@ -102,11 +102,11 @@ def micro_batches(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     return parts
 
 
-def check_micro_batches(model: nn.Module, micro_batch_size: int, batch_size: int) -> None:
-    """Raises ValueError where micro-batches would change the result: batch norm being trained mixes a batch's rows."""
+def check_micro_batches(model: nn.Module, micro_batch_size: int, batch_size: int, ranks: int = 1) -> None:
+    """Raises ValueError where parts of a batch would change the result: batch norm being trained mixes its rows."""
     mixing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight.requires_grad]
-    if 0 < micro_batch_size < batch_size and mixing:
+    if mixing and (0 < micro_batch_size < batch_size or ranks > 1):
         raise ValueError(
-            "train.micro_batch_size needs an encoder without batch norm, whose statistics are those of the whole "
-            "batch: use model.tuning=lora, a vision transformer, or train.micro_batch_size=0"
+            "train.micro_batch_size and several ranks need an encoder without batch norm, whose statistics are those "
+            "of the whole batch: use model.tuning=lora, a vision transformer, or one rank and train.micro_batch_size=0"
         )

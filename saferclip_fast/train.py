@@ -3,62 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader
 
-from .checkpoint import (
-    CheckpointError,
-    CheckpointFolder,
-    check_same_run,
-    pack_optimizer,
-    pack_rng,
-    unpack_optimizer,
-    unpack_rng,
-)
-from .config import Config, ConfigError, flatten, load_config, option_help
+from .checkpoint import CheckpointError, CheckpointFolder, load_checked, save_checked
+from .config import Config, ConfigError, load_config, option_help
 from .data import CurriculumSampler, DataError, collate
-from .data.curriculum import STAGES
-from .device import grad_scaler, set_up_torch
+from .data.curriculum import STAGES, RankBatches
+from .device import data_parallel, grad_scaler, set_up_torch
+from .distributed import ALONE, LostRankError, Ranks, Share, ranks
+from .divergence import FiniteWatch, Step, check_finite, leave_out, report
 from .ema import WeightAverage
-from .files import atomic_write, remove_leftovers, save_tensors
-from .models import ClipModel, load_clip
-from .objectives import Objective, ObjectiveOutput, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
-from .optim import build_optimizer, learning_rate
-from .prepare import Split, TrainingData, prepare
+from .files import atomic_write, remove_leftovers
+from .models import WEIGHTS_NAME, ClipModel, load_clip
+from .objectives import ObjectiveOutput, QuadrupletEmbeddings
+from .optim import build_optimizer, check_all_used, learning_rate
+from .prepare import Split, TrainingData, build_objective, prepare
+from .resume import Progress, load_trained, restore_run, save_run, trained_tensors
 from .runlog import Meter, RunLog
+from .sharded import ShardedBank
 from .step import check_micro_batches, embed_micro_batches, forward_backward
 from .stop import ignore_stop_signals, stop_signals
 
 # What a user can mend: reported in one line, without a traceback.
-MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, ValueError)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; everything that a checkpoint needs besides tensors."""
-
-    step: int = 0
-    epoch: int = 1
-    seen: int = 0  # samples of this epoch
-    best_loss: float | None = None  # of the validations so far
-    best_step: int = 0
-    stale: int = 0  # validations since the best one
-    finished: bool = False
-    log_bytes: int = 0
+MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, LostRankError, OSError, ValueError)
 
 
 class TrainResult(NamedTuple):
@@ -70,9 +49,9 @@ class TrainResult(NamedTuple):
 class Trainer:
     """One run: the model, the objective and the optimizer over prepared data."""
 
-    def __init__(self, config: Config, clip: ClipModel, data: TrainingData) -> None:
-        """`clip` has its trainable parameters set."""
-        self.config, self.clip, self.data, self.device = config, clip, data, clip.device
+    def __init__(self, config: Config, clip: ClipModel, data: TrainingData, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        """`clip` has its trainable parameters set; `ranks` are the processes that train it together."""
+        self.config, self.clip, self.data, self.ranks, self.device = config, clip, data, ranks, clip.device
         self.run_dir = Path(config.run_dir)
         self.trainable = {n: p for n, p in clip.model.named_parameters() if p.requires_grad}
         self.objective = build_objective(config)
@@ -82,6 +61,11 @@ class Trainer:
         stages = STAGES if config.curriculum.enabled else (1.0,)
         self.sampler = CurriculumSampler(data.similarity, config.seed, stages)
         sizes = [self.sampler.epoch_size(epoch) for epoch in range(1, config.train.epochs + 1)]
+        if ranks.world > min(*sizes, config.train.batch_size):
+            raise ConfigError(
+                f"{ranks.world} ranks share batches of {config.train.batch_size} of {min(sizes)} samples, "
+                "and each needs a row: raise train.batch_size or start fewer ranks"
+            )
         # a last, smaller batch is left out unless it is the only one; the order differs in every epoch
         self.drop_last = min(sizes) >= config.train.batch_size
         rounded = math.floor if self.drop_last else math.ceil
@@ -89,19 +73,23 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.best_file = self.run_dir / "best.safetensors"
         self.progress = Progress()
-        self.meter = Meter()
+        self.meter, self.watch = Meter(), FiniteWatch()
+        self.parallel = data_parallel(clip, ranks)
 
     def fit(self) -> TrainResult:
         """Train from where `self.progress` stands to the end, or until SIGTERM or Ctrl-C."""
         config, progress = self.config, self.progress
         self.log = RunLog(
-            self.run_dir,
+            self.run_dir if self.ranks.first else None,
             offset=progress.log_bytes,
             step=progress.step,
             tensorboard=config.log.tensorboard,
             progress=config.log.progress,
         )
-        loader = self.loader(self.data.train, self.sampler, self.drop_last)
+        loader = self.loader(
+            self.data.train,
+            RankBatches(self.sampler, config.train.batch_size, self.drop_last, self.ranks.rank, self.ranks.world),
+        )
         with stop_signals() as stop:
             while progress.epoch <= config.train.epochs and not progress.finished:
                 self.sampler.set_epoch(progress.epoch, progress.seen)
@@ -110,17 +98,17 @@ class Trainer:
                 )
                 self.clip.train()
                 remaining = len(loader)
-                self.clock = time.perf_counter()
+                self.clock, self.logged = time.perf_counter(), progress.step
                 for batch in loader:
                     self.step(batch)
                     remaining -= 1
-                    if stop:
-                        return self.stopped(stop[0])
+                    if signal_number := self.ranks.largest(stop[0] if stop else 0):
+                        return self.stopped(signal_number)
                     if progress.step % config.checkpoint.every_steps == 0 and remaining:
                         self.save()
                 self.end_epoch()
-                if stop:
-                    return self.stopped(stop[0])
+                if signal_number := self.ranks.largest(stop[0] if stop else 0):
+                    return self.stopped(signal_number)
         self.log.close()
         return TrainResult(self.export(), progress)
 
@@ -129,62 +117,89 @@ class Trainer:
         config, progress = self.config, self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, progress.step, self.total_steps)
-        out = forward_backward(
-            self.clip,
-            batch,
-            lambda current: self.loss(current, batch, self.data.train),
-            micro_batch_size=config.train.micro_batch_size,
-            precision=config.train.precision,
-            scale=self.scaler.scale,
-        )
+        samples = min(config.train.batch_size, self.sampler.epoch_size(progress.epoch) - progress.seen)
+        share = self.ranks.share(samples)  # the batch at hand is this rank's part of the samples
+        out = self.gradients(batch, share)
         if progress.step == 0:
             check_all_used(self.trainable)
-        if config.optimizer.clip_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.trainable.values(), config.optimizer.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        samples = len(batch["index"])
+        self.update(out, samples, share)
         progress.step += 1
         if self.average is not None:
             self.average.update(progress.step)
         progress.seen += samples
-        self.meter.add({"loss": out.loss, **out.terms}, samples)
         shown = self.log_step() if progress.step % config.log.every_steps == 0 else None
         self.log.advance(samples, shown)
 
-    def loss(self, current: QuadrupletEmbeddings, batch: dict[str, Any], split: Split) -> ObjectiveOutput:
+    def gradients(self, batch: dict[str, Any], share: Share) -> ObjectiveOutput:
+        """Forward and backward pass: the gradient of the whole batch, of which `batch` is this rank's share."""
+        options = self.config.train
+        return forward_backward(
+            self.clip,
+            batch,
+            lambda current: self.loss(current, batch, self.data.train, share),
+            micro_batch_size=options.micro_batch_size,
+            precision=options.precision,
+            # gradients are averaged over the ranks, but those of shares add up
+            scale=lambda loss: self.scaler.scale(loss * self.ranks.world),
+            encode=self.parallel,
+            no_sync=self.parallel.no_sync if self.parallel else nullcontext,
+        )
+
+    def update(self, out: ObjectiveOutput, samples: int, share: Share) -> None:
+        """Move the weights along the gradient, unless it is not finite."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+        if clip := self.config.optimizer.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.trainable.values(), clip, norm)
+        finite = self.ranks.sum(out.loss).isfinite()
+        if not self.scaler.is_enabled():  # else it skips and lowers the scale, as a matter of course
+            finite &= norm.isfinite()
+            leave_out(self.optimizer, finite)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress = self.progress
+        self.watch.note(Step(progress.step + 1, progress.epoch, progress.seen, samples), finite)
+        # a share over its fraction is this rank's estimate; their mean over all rows is the batch's value
+        estimates = {name: value / share.fraction for name, value in {"loss": out.loss, **out.terms}.items()}
+        self.meter.add(estimates, samples if share.whole else share.counts[share.rank], finite)
+
+    def loss(
+        self, current: QuadrupletEmbeddings, batch: dict[str, Any], split: Split, share: Share = ALONE
+    ) -> ObjectiveOutput:
         """The objective of one batch's embeddings against the cached frozen outputs."""
-        index = batch["index"]
-        offline = self.config.objective.neighbors == "offline"
+        index, bank = batch["index"], split.bank
+        frozen, neighbors = split.frozen_rows(index, self.device), split.neighbor_rows(index, self.device)
+        if isinstance(bank, ShardedBank):
+            options = self.config.objective
+            if neighbors is None:
+                neighbors = bank.nearest(frozen.unsafe_text, options.k, backend=options.backend, check=False)
+            bank, neighbors = bank.take(neighbors)
         return self.objective(
             current,
-            split.frozen_rows(index, self.device),
-            self.data.bank,
-            split.neighbor_rows(index, self.device) if offline else None,
+            frozen,
+            bank,
+            neighbors,
             batch["unsafe_text_label"].to(self.device) if split.mixed else None,
             batch["unsafe_image_label"].to(self.device) if split.mixed else None,
+            share,
         )
 
     def log_step(self) -> dict[str, float]:
-        samples = self.meter.weight
-        means = self.meter.means()
-        self.check_finite(means)
+        self.check_watch()
+        means, progress = self.meter.means(self.ranks), self.progress
+        check_finite(means, progress.step)
         now = time.perf_counter()
-        rate, self.clock = samples / (now - self.clock), now
+        rate, self.clock, self.logged = (progress.step - self.logged) / (now - self.clock), now, progress.step
         lr = self.optimizer.param_groups[0]["lr"]
-        progress = self.progress
-        self.log.write("train", progress.step, means, epoch=progress.epoch, lr=lr, samples_per_second=rate)
+        speed = {"samples_per_second": rate * self.config.train.batch_size}
+        self.log.write("train", progress.step, means, epoch=progress.epoch, lr=lr, **speed)
         return {name: means[name] for name in ("loss", *self.objective.SHOWN)}
 
-    def check_finite(self, means: dict[str, float]) -> None:
-        """Raises FloatingPointError if training has diverged."""
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(
-                f"the loss is not finite after step {self.progress.step} ({means}): lower optimizer.lr, set "
-                "optimizer.clip_norm, or use train.precision=fp32; the last checkpoint is from before"
-            )
+    def check_watch(self) -> None:
+        """Name the steps that were not finite; raise FloatingPointError unless they may be left out."""
+        for step in self.watch.failed():
+            report(step, self.sampler, self.data.train.samples, self.config.train.on_nan, self.ranks.first)
 
     def end_epoch(self) -> None:
         """Validate if it is time, move to the next epoch, save."""
@@ -201,11 +216,12 @@ class Trainer:
     def end_validation(self, means: dict[str, float]) -> None:
         """Log what validation gave; keep the weights if they are the best so far."""
         progress = self.progress
-        self.check_finite(means)
+        check_finite(means, progress.step)
         self.log.write("val", progress.step, means, epoch=progress.epoch)
         if progress.best_loss is None or means["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step, progress.stale = means["loss"], progress.step, 0
-            save_tensors(self.best_file, self.trained_tensors(), {"step": str(progress.step)})
+            if self.ranks.first:
+                save_checked(self.best_file, trained_tensors(self), {"step": progress.step})
         else:
             progress.stale += 1
             progress.finished = 0 < self.config.validation.patience <= progress.stale
@@ -216,134 +232,53 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, split: Split) -> dict[str, float]:
-        """Means of the loss and its terms over `split`."""
+        """Means of the loss and its terms over `split`, whose batches are dealt out to the ranks whole."""
         self.clip.eval()
         options, meter = self.config.train, Meter()
-        for batch in self.loader(split, None, drop_last=False):
+        batches = list(BatchSampler(range(len(split.samples)), options.batch_size, drop_last=False))
+        mine = batches[self.ranks.rank :: self.ranks.world]
+        for batch in self.loader(split, mine or batches[:1]):
             current = embed_micro_batches(self.clip, batch, options.micro_batch_size, options.precision)
             out = self.loss(current, batch, split)
-            meter.add({"loss": out.loss, **out.terms}, len(batch["index"]))
-        return meter.means()
+            meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if mine else 0)
+        return meter.means(self.ranks)
 
-    def loader(self, split: Split, sampler: CurriculumSampler | None, drop_last: bool) -> DataLoader:
+    def loader(self, split: Split, batches: RankBatches | list[list[int]]) -> DataLoader:
         workers = self.config.data.num_workers
         return DataLoader(
             split.samples,
-            self.config.train.batch_size,
-            sampler=sampler,
+            batch_sampler=batches,
             collate_fn=collate(self.clip.tokenizer),
             num_workers=workers,
-            drop_last=drop_last,
             pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0 and sampler is not None,
+            persistent_workers=workers > 0 and isinstance(batches, RankBatches),
             worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # leaves the global generator alone
         )
 
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """What training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
-        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trainable.items()}
-        if self.config.model.tuning == "full":
-            names = dict(self.clip.model.named_buffers())
-            tensors |= {f"model.{n}": t for n, t in self.clip.model.state_dict().items() if n in names}
-        return tensors
-
-    def load_trained(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of trained_tensors."""
-        own = self.clip.model.state_dict()
-        with torch.no_grad():
-            for key in self.trained_tensors():
-                own[key.removeprefix("model.")].copy_(tensors[key])
-
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        if self.meter.total is not None and not torch.isfinite(self.meter.total).all():
-            self.log_step()  # raises
+        self.check_watch()
         self.progress.log_bytes = self.log.sync()
-        tensors = self.trained_tensors() | pack_optimizer(self.optimizer) | pack_rng(self.device)
-        if self.meter.total is not None:
-            tensors["meter.total"] = self.meter.total
-        if self.average is not None:
-            tensors |= self.average.pack()
-        state = {
-            "progress": asdict(self.progress),
-            "scaler": self.scaler.state_dict(),
-            "meter": {"names": self.meter.names, "weight": self.meter.weight},
-            "config": flatten(self.config),
-            **self.hashes(),
-        }
-        self.checkpoints.save(self.progress.step, tensors, state)
-
-    def restore(self) -> bool:
-        """Continue from the newest readable checkpoint; False if there is none.
-
-        Raises CheckpointError where the run would not be the same: other options, weights or data.
-        """
-        checkpoint = self.checkpoints.load_newest()
-        if checkpoint is None:
-            return False
-        tensors, state = checkpoint.tensors, checkpoint.state
-        check_same_run(checkpoint.path, state, flatten(self.config), self.hashes())
-        self.load_trained(tensors)
-        unpack_optimizer(self.optimizer, tensors)
-        unpack_rng(self.device, tensors)
-        if self.average is not None:
-            self.average.unpack(tensors)
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.meter.names, self.meter.weight = state["meter"]["names"], state["meter"]["weight"]
-        if "meter.total" in tensors:
-            self.meter.total = tensors["meter.total"].to(self.device)
-        print(f"resumed {checkpoint.path}: step {self.progress.step}, epoch {self.progress.epoch}", flush=True)
-        return True
-
-    def hashes(self) -> dict[str, str]:
-        return {"weights_hash": self.clip.weights_hash, "data_hash": self.data.data_hash}
+        save_run(self)
 
     def stopped(self, number: int) -> TrainResult:
         self.save()
         self.log.close()
-        name = signal.Signals(number).name
-        print(f"{name}: saved step {self.progress.step}; go on with resume=auto", flush=True)
+        if self.ranks.first:
+            name = signal.Signals(number).name
+            print(f"{name}: saved step {self.progress.step}; go on with resume=auto", flush=True)
         return TrainResult(None, self.progress, number)
 
     def export(self) -> Path:
         """Write the final weights, of the best validation or the last step, for open_clip."""
+        if not self.ranks.first:
+            return self.run_dir / "final" / WEIGHTS_NAME
         if self.config.validation.final == "best" and self.progress.best_loss is not None:
-            self.load_trained(load_file(self.best_file))  # averaged ones, where there is an average
+            load_trained(self, load_checked(self.best_file).tensors)  # averaged ones, where there is an average
             return self.clip.export(self.run_dir / "final")
         with self.averaged():
             return self.clip.export(self.run_dir / "final")
-
-
-def build_objective(config: Config) -> Objective:
-    """The objective that the options describe."""
-    options = config.objective
-    if options.name == "safeclip":
-        return SafeClip(targets=options.targets, logit_scale=options.logit_scale, backend=options.backend)
-    if options.name == "shieldclip":
-        return ShieldClip(logit_scale=options.logit_scale, backend=options.backend)
-    return SaferClip(
-        asdict(options.weights),
-        k=options.k,
-        tau=options.tau,
-        beta=options.beta,
-        margin=options.margin,
-        negative=options.negative,
-        logit_scale=options.logit_scale,
-        backend=options.backend,
-    )
-
-
-def check_all_used(parameters: dict[str, nn.Parameter]) -> None:
-    """Raises ValueError if a trainable parameter took no part in the first backward pass."""
-    unused = [name for name, p in parameters.items() if p.grad is None]
-    if unused:
-        shown = ", ".join(itertools.islice(unused, 3))
-        raise ValueError(
-            f"{len(unused)} trainable parameters take no part in the embeddings ({shown} ...): "
-            "choose other lora.targets for this model"
-        )
 
 
 def train(config: Config) -> TrainResult:
@@ -360,29 +295,40 @@ def train(config: Config) -> TrainResult:
     run_dir = Path(config.run_dir)
     if config.resume == "never" and (run_dir / "log.jsonl").exists():
         raise CheckpointError(f"{run_dir} holds a run: pass resume=auto to go on with it, or choose another run_dir")
+    with ranks() as of:
+        return _trainer(config, of).fit()
+
+
+def _trainer(config: Config, of: Ranks) -> Trainer:
+    """The run that `config` describes, on one of its ranks, where the last checkpoint left it."""
+    run_dir = Path(config.run_dir)
     device = set_up_torch(config)
     clip = load_clip(config.model.name, config.model.pretrained, device)
-    data = prepare(config, clip)
+    data = prepare(config, clip, of)
     torch.manual_seed(config.seed)  # the same adapters whether the caches were warm or not
     if config.model.tuning == "lora":
         clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     else:
         clip.unfreeze()
-    check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size)
+    check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, of.world)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()
-    trainer = Trainer(config, clip, data)
-    for folder in (run_dir, run_dir / "final"):
-        remove_leftovers(folder)
+    if not of.first:
+        torch.manual_seed(config.seed + 1_000_003 * of.rank)  # dropout of its own
+    trainer = Trainer(config, clip, data, of)
+    if of.first:
+        for folder in (run_dir, run_dir / "final"):
+            remove_leftovers(folder)
     if config.resume == "auto":
-        trainer.restore()
-    with atomic_write(run_dir / "config.yaml") as file:
-        OmegaConf.save(OmegaConf.structured(config), file)
-    return trainer.fit()
+        restore_run(trainer)
+    if of.first:
+        with atomic_write(run_dir / "config.yaml") as file:
+            OmegaConf.save(OmegaConf.structured(config), file)
+    return trainer
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 done, 2 a mistake in the options or data, 143/130 stopped and saved."""
+    """Command line; returns the exit code: 0 done or saved on SIGTERM, 130 saved on Ctrl-C, 2 a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.train",
         description="Fine-tune a CLIP for safety with SafeR-CLIP.",
@@ -400,7 +346,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result.weights is None:
-        return 128 + result.stopped_by
+        return 0 if result.stopped_by == signal.SIGTERM else 128 + result.stopped_by
     print(f"done: step {result.progress.step}, weights in {result.weights}")
     return 0
 

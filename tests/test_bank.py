@@ -115,3 +115,60 @@ def test_a_failed_save_keeps_the_old_file(bank, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"could not write .*No space left.*; the old file, if any, is intact"):
         bank.save(path)
     assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+import saferclip_fast.bank
+from saferclip_fast import SafeBank, nearest_safe
+
+folder = Path(sys.argv[1])
+rows = load_file(folder / "embeddings.safetensors")  # mapped
+saferclip_fast.bank._NORMALISE_ROWS = 4096
+nearest_safe(rows["text"][:2], SafeBank(rows["text"][:9], rows["image"][:9]))  # warm: what the first call allocates
+held = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData"))
+
+
+def leave(bytes_beside_the_rows):
+    limit = 1024 * held + bytes_beside_the_rows
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+leave(64 * 1024**2)
+load, SafeBank.load = SafeBank.load, lambda path: path  # the map of the file counts, though it takes no memory
+path = SafeBank.build(folder / "bank.safetensors", rows["text"], rows["image"], torch.arange(1, 100_000), {"m": "n"})
+leave(64 * 1024**2 + path.stat().st_size)
+bank = load(path)
+try:
+    SafeBank(bank.text, bank.image)
+except (MemoryError, RuntimeError):
+    pass
+else:
+    sys.exit("the limit is no limit")
+print(nearest_safe(rows["text"][1:9], bank, 4).indices[:, 0].tolist(), len(bank), bank.metadata)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce RLIMIT_DATA")
+def test_bank_larger_than_memory_is_built_and_searched(tmp_path):
+    text, image = torch.randn(2, 100_000, 192, generator=torch.Generator().manual_seed(0))  # 77 MB each
+    save_file({"text": text, "image": image}, tmp_path / "embeddings.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{list(range(8))} 99999 {{'m': 'n'}}"
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_built_bank_is_the_saved_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("saferclip_fast.bank._NORMALISE_ROWS", 7)
+    text, image = torch.randn(2, 50, 24, generator=torch.Generator().manual_seed(3))
+    rows = torch.arange(0, 50, 3)
+    SafeBank(text[rows], image[rows], {"model": "m"}).save(tmp_path / "saved.safetensors")
+    SafeBank.build(tmp_path / "built.safetensors", text, image, rows, {"model": "m"})
+    saved, built = (SafeBank.load(tmp_path / f"{name}.safetensors") for name in ("saved", "built"))
+    assert torch.equal(saved.text, built.text) and torch.equal(saved.image, built.image)
+    assert saved.metadata == built.metadata

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
+
+from ..distributed import split
 
 STAGES = (1 / 3, 2 / 3, 1.0)  # share of the samples in epoch 1, in epoch 2, and from epoch 3 on
 
@@ -78,3 +80,25 @@ class CurriculumSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.epoch_indices(self.epoch)[self.start :].tolist())
+
+
+class RankBatches(Sampler[list[int]]):
+    """One rank's part of each batch of an epoch.
+
+    All ranks see the same order of `sampler`, cut into batches of `batch_size`, and take disjoint parts of each: the
+    same batches whatever the number of ranks. A batch of n rows gives rank r those from r n / world on.
+    """
+
+    def __init__(
+        self, sampler: CurriculumSampler, batch_size: int, drop_last: bool, rank: int = 0, world: int = 1
+    ) -> None:
+        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            mine = split(len(batch), self.rank, self.world)
+            yield batch[mine.start : mine.stop]

@@ -26,13 +26,22 @@ SCHEMAS = {
 }
 
 
+def _same_device(first: Tensor, *others: object) -> None:
+    """A kernel reads all its tensors on one device; traced and fake calls say so too."""
+    for other in others:
+        if isinstance(other, Tensor) and other.device != first.device:
+            raise RuntimeError(f"all tensors must be on one device, found {first.device} and {other.device}")
+
+
 def _fake_nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = None):
+    _same_device(query, bank, packed)
     shape = (query.shape[0], k)
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
 def _fake_loss(text: Tensor, *args):
     """Shapes of (loss, terms, grad_text, grad_image): the same for both losses; need_grad is the last argument."""
+    _same_device(text, *args)
     wide = torch.float64 if text.dtype == torch.float64 else torch.float32
     rows = text.shape[0] if args[-1] else 0
     grad = text.new_empty((rows, text.shape[1]))

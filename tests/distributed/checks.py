@@ -1,17 +1,29 @@
-"""What torchrun runs on each rank: `python -m tests.distributed.checks FOLDER`. A failed check ends the rank.
+"""What torchrun runs on each rank: `python -m tests.distributed.checks FOLDER WEIGHTS`. A failed check ends the rank.
 
 The last rank has no query, or fewer rows than the others, wherever that is allowed.
 """
 
+import contextlib
+import functools
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from saferclip_fast import SafeBank, nearest_safe
+from saferclip_fast import SafeBank, embeddings, nearest_safe
+from saferclip_fast.config import Config
+from saferclip_fast.data import collate, open_quadruplets
+from saferclip_fast.data.curriculum import RankBatches
 from saferclip_fast.distributed import Ranks, ranks, split
+from saferclip_fast.embeddings import embed_quadruplets
+from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.objectives import QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
+from saferclip_fast.prepare import TrainingData, prepare
 from saferclip_fast.sharded import ShardedBank
+from saferclip_fast.train import Trainer
+
+from ..train.tiny import tiny
 
 OBJECTIVES = {
     "saferclip": lambda: SaferClip(k=3),
@@ -85,14 +97,93 @@ def check_objectives(of: Ranks) -> None:
                 assert error < 1e-5, (name, labels, error)
 
 
-def main(folder: Path) -> None:
+def check_embedding_pass(of: Ranks, folder: Path, weights: str) -> None:
+    """Each rank computes its part of the frozen embeddings, into one file; the parts of a killed pass are kept."""
+    clip = load_clip("ViT-tiny-8-32", weights)
+    dataset = open_quadruplets("scenes:n=23,size=32", transform=clip.preprocess)
+    seen: list[int] = []
+    compute = embeddings.embed_batch
+
+    def counted(clip, batch, precision, dies_after=None):
+        seen.extend(batch["index"].tolist())
+        if dies_after is not None and len(seen) > dies_after:
+            raise KeyboardInterrupt
+        return compute(clip, batch, precision)
+
+    embeddings._SYNC_ROWS = 2
+    options = {"batch_size": 2, "progress": False, "ranks": of}
+    embeddings.embed_batch = functools.partial(counted, dies_after=4)
+    with contextlib.suppress(KeyboardInterrupt):
+        embed_quadruplets(clip, dataset, folder / "embedded", **options)
+    assert len(seen) == 6
+    of.wait()
+    seen.clear()
+    embeddings.embed_batch = counted
+    found = embed_quadruplets(clip, dataset, folder / "embedded", **options)
+    embeddings.embed_batch = compute
+    again = of.rows(torch.tensor(seen)).tolist()
+    assert len(again) == len(set(again)) == 23 - 4 * of.world, "what was on disk is not computed again, nor twice"
+    batch = collate(clip.tokenizer)([dataset[i] for i in range(23)])
+    with clip.frozen():
+        expected = compute(clip, batch)
+    for rows, wanted in zip(found.rows, expected, strict=True):
+        torch.testing.assert_close(rows, wanted)
+
+
+def check_training_gradients(of: Ranks, folder: Path, weights: str) -> None:
+    """Data parallel steps: the gradient that one process computes of the same batch, in every way to hold the bank."""
+    for words in (
+        ("objective.bank=resident", "train.batch_size=16", "data.train=scenes:n=40,size=32,mixed=0.5"),
+        ("objective.bank=resident", "train.batch_size=100"),  # one batch of 29 rows: the others got fewer
+        ("objective.bank=sharded", "objective.k=3", "objective.neighbors=in_step", "train.micro_batch_size=4"),
+        ("objective.bank=mapped", "objective.k=3", "model.tuning=full", "train.checkpointing=true"),
+        ("objective.name=shieldclip", "data.train=scenes:n=40,size=32,mixed=0.5", "train.micro_batch_size=3"),
+    ):
+        caches = [folder / "cache", folder / f"cache-{of.rank}"]
+        config, own = (tiny(folder / "unused", weights, cache, "lora.dropout=0", *words) for cache in caches)
+        shared = Trainer(config, *prepared(config, of), of)
+        shutil.copytree(caches[0], caches[1], dirs_exist_ok=True)
+        for found in caches[1].glob("neighbors-*"):  # these are found again, from the same embeddings: no ties differ
+            found.unlink()
+        alone = Trainer(own, *prepared(own, Ranks()))
+        assert torch.equal(alone.data.similarity, shared.data.similarity)
+        rows = min(config.train.batch_size, alone.sampler.epoch_size(1))
+        gradients = []
+        for trainer, members in ((alone, Ranks()), (shared, of)):
+            trainer.clip.train()
+            with torch.no_grad():  # adapters away from zero, the same ones
+                generator = torch.Generator().manual_seed(5)
+                for p in trainer.trainable.values():
+                    p += 0.02 * torch.randn(p.shape, generator=generator)
+            batches = RankBatches(trainer.sampler, rows, True, members.rank, members.world)
+            trainer.gradients(next(iter(trainer.loader(trainer.data.train, batches))), members.share(rows))
+            gradients.append(torch.cat([p.grad.flatten() for p in trainer.trainable.values()]))
+        error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+        assert error < 1e-5, (words, error)
+
+
+def prepared(config: Config, of: Ranks) -> tuple[ClipModel, TrainingData]:
+    clip = load_clip(config.model.name, config.model.pretrained)
+    data = prepare(config, clip, of)
+    torch.manual_seed(0)
+    if config.model.tuning == "full":
+        clip.unfreeze()
+    else:
+        clip.add_lora(4)
+    if config.train.checkpointing:
+        clip.model.set_grad_checkpointing()
+    return clip, data
+
+
+def main(folder: Path, weights: str) -> None:
     torch.set_num_threads(1)
     with ranks() as of:
         for check in (check_exchanges, check_sharded_search, check_objectives):
             check(of)
-            if of.first:
-                (folder / check.__name__).touch()
+        for check in (check_embedding_pass, check_training_gradients):
+            check(of, folder, weights)
+        (folder / f"passed-{of.rank}").touch()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -3,15 +3,14 @@
 import json
 import multiprocessing
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from saferclip_fast.config import load_config
-from saferclip_fast.models import load_clip
 from saferclip_fast.train import train
+
+from .tiny import tiny as tiny_config
 
 # Children are forked from a server that has imported everything and started no threads.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -30,16 +29,6 @@ def torch_settings():
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> Path:
-    """Weights of a tiny model, as open_clip loads them."""
-    torch.manual_seed(7)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        clip = load_clip("ViT-tiny-8-32")
-    return clip.export(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
@@ -47,17 +36,7 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(weights, cache):
     """tiny(run_dir, "key=value", ...) -> Config of 20 steps in 3 epochs with dropout, curriculum and validation."""
-
-    def config(run_dir: Path, *overrides: str):
-        words = f"""
-            run_dir={run_dir} device=cpu threads=1 model.name=ViT-tiny-8-32 model.pretrained={weights}
-            data.train=scenes:n=96,size=32 data.val_fraction=0.1 data.num_workers=0 data.cache_dir={cache}
-            lora.rank=4 lora.dropout=0.1 optimizer.lr=1e-3 train.epochs=3 train.batch_size=8 train.precision=fp32
-            checkpoint.every_steps=2 log.every_steps=3 log.tensorboard=false log.progress=false
-        """.split()
-        return load_config(None, [*words, *overrides])
-
-    return config
+    return lambda run_dir, *overrides: tiny_config(run_dir, weights, cache, *overrides)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """Checkpoint files: round trip, keep the newest, fall back from damage, survive a full disk."""
 
 import os
+import random
 import resource
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -54,6 +56,22 @@ def test_damaged_newest_falls_back_with_a_warning(tmp_path, size):
     assert folder.paths() == [good], "the damaged file does not count as a checkpoint any more"
 
 
+def test_any_flipped_bit_is_noticed(tmp_path):
+    path = CheckpointFolder(tmp_path, keep=3).save(1, TENSORS, {"step": 1, "loss": 0.25})
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(0)
+    positions = [*range(header), *(chance.randrange(header, len(whole)) for _ in range(64))]
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"damaged|no checkpoint of this version"):
+            read_checkpoint(path)
+    path.write_bytes(whole)
+    assert read_checkpoint(path).state == {"step": 1, "loss": 0.25}
+
+
 def test_all_damaged_is_an_error(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=3)
     os.truncate(folder.save(1, TENSORS, {}), 50)
@@ -86,6 +104,32 @@ def test_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(tmp_path):
     assert run_child(save_on_a_full_disk, tmp_path) == 0
     assert list(tmp_path.iterdir()) == [good]
     assert folder.load_newest().state == {"step": 1}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs, as root has")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_real_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(small_disk):
+    folder = CheckpointFolder(small_disk, keep=2)
+    good = folder.save(1, TENSORS, {"step": 1})
+    with pytest.raises(
+        OSError, match=r"could not write .*step-0+2\.safe.*make room, then resume=auto goes on from .*step-0+1"
+    ):
+        folder.save(2, {"a": torch.zeros(100_000)}, {"step": 2})
+    assert list(small_disk.iterdir()) == [good]
+    assert folder.load_newest().state == {"step": 1}
+    assert folder.save(2, TENSORS, {"step": 2}).is_file(), "goes on when there is room"
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])

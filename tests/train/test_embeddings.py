@@ -12,6 +12,7 @@ import saferclip_fast.embeddings as embeddings
 from saferclip_fast.data import ToTensor, collate, open_quadruplets
 from saferclip_fast.embeddings import embed_batch, embed_quadruplets, load_embeddings
 from saferclip_fast.models import load_clip
+from saferclip_fast.row_file import RowFile
 
 from .conftest import run_child
 
@@ -84,17 +85,16 @@ def embed_and_die(weights, folder, batches):
     """Body of a child process: killed in the middle of writing a batch, after `batches` whole ones."""
     embeddings._SYNC_ROWS = 8
     clip = load_clip("ViT-tiny-8-32", str(weights))
-    write, calls = embeddings._PartialFile.write, []
+    write, calls = RowFile.write, []
 
-    def written(self, first, rows):
+    def written(self, name, first, rows):
         calls.append(first)
-        if len(calls) > batches:
-            rows = rows._replace(unsafe_image=torch.full_like(rows.unsafe_image, 7.0))  # garbage, half a batch
-        write(self, first, rows)
-        if len(calls) > batches:
+        torn = len(calls) == 4 * batches + 4  # the last of the batch's four tensors
+        write(self, name, first, torch.full_like(rows, 7.0) if torn else rows)
+        if torn:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    embeddings._PartialFile.write = written
+    RowFile.write = written
     embed(clip, open_quadruplets(SOURCE, transform=clip.preprocess), folder)
 
 
@@ -115,7 +115,7 @@ def test_killed_run_goes_on_without_losing_or_doubling_rows(
     found = embed(clip, dataset, tmp_path)
     assert seen == list(range(kept, 23)), "rows already on disk are not computed again"
     assert_same_rows(found, clip, dataset)
-    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.progress.json"))
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.progress*"))
 
 
 def test_anything_that_changes_the_rows_changes_the_file(clip, dataset, tmp_path, weights):
@@ -148,6 +148,6 @@ def test_full_disk_is_reported_before_the_work(clip, dataset, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"no room for 0\.00 GB of embeddings in .* \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"no room for 0\.00 GB in .* \(No space left on device\)"):
         embed(clip, dataset, tmp_path)
     assert not list(tmp_path.glob("*.partial"))

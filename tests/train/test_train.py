@@ -11,8 +11,9 @@ import torch
 from saferclip_fast.checkpoint import CheckpointError
 from saferclip_fast.config import ConfigError, OptimizerOptions
 from saferclip_fast.models import load_clip
-from saferclip_fast.optim import build_optimizer, learning_rate
-from saferclip_fast.train import Trainer, check_all_used, main, train
+from saferclip_fast.optim import build_optimizer, check_all_used, learning_rate
+from saferclip_fast.resume import trained_tensors
+from saferclip_fast.train import Trainer, main, train
 
 from .conftest import final_weights, log_lines
 
@@ -127,7 +128,7 @@ def test_early_stopping_exports_the_best_weights(tiny, tmp_path, monkeypatch):
     result = train(tiny(tmp_path, "validation.patience=2", "train.epochs=9"))
     assert (result.progress.epoch, result.progress.best_loss, result.progress.stale) == (5, 1.0, 2)
     assert result.progress.best_step == validations(tmp_path)[1]["step"]
-    best = trained[-1].trained_tensors()
+    best = trained_tensors(trained[-1])
     stored = load_best(tmp_path)
     assert all(torch.equal(best[n], t) for n, t in stored.items()), "exported from the best weights"
 
@@ -165,12 +166,51 @@ def test_resume_warns_where_rounding_may_differ(tiny, tmp_path):
         train(tiny(tmp_path, "train.epochs=1", "resume=auto", "threads=2"))
 
 
+NOT_FINITE = r"not finite in step 2 \(epoch 1, scenes:n=96\S* rows \d+(, \d+){7}\)"
+
+
 def test_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tiny, tmp_path):
     config = tiny(tmp_path, "optimizer.lr=1e30", "optimizer.clip_norm=0", "log.every_steps=1000")
-    with pytest.raises(FloatingPointError, match=r"the loss is not finite after step \d+ .*lower optimizer\.lr"):
+    with pytest.raises(FloatingPointError, match=NOT_FINITE + ": lower optimizer.lr.*or leave such steps out with"):
         train(config)
     for path in (tmp_path / "checkpoints").glob("*.safetensors"):
         assert int(path.stem.split("-")[1]) <= 2
+
+
+def spoil(monkeypatch, step):
+    """The loss of one step becomes NaN."""
+    loss = Trainer.loss
+
+    def spoiled(self, current, batch, split, *share):
+        out = loss(self, current, batch, split, *share)
+        return (
+            out._replace(loss=out.loss * math.nan) if split is self.data.train and self.progress.step == step else out
+        )
+
+    monkeypatch.setattr(Trainer, "loss", spoiled)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_step_that_is_not_finite_is_left_out_by_option(tiny, tmp_path, monkeypatch, precision):
+    spoil(monkeypatch, step=1)
+    words = (f"train.precision={precision}", "train.on_nan=skip", "train.epochs=1")
+    with pytest.warns(UserWarning, match=NOT_FINITE + "; it was left out"):
+        train(tiny(tmp_path / "skipped", *words))
+    lines = log_lines(tmp_path / "skipped")
+    assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
+    # the same run whose second step changes nothing, gradient and Adam's count included
+    monkeypatch.undo()
+    step = torch.optim.Adam.step
+    calls = []
+
+    def skipping(self, *arguments, **options):
+        calls.append(self)
+        return None if len(calls) == 2 else step(self, *arguments, **options)
+
+    if precision == "fp32":  # the fp16 scaler skips other steps besides
+        monkeypatch.setattr(torch.optim.Adam, "step", skipping)
+        train(tiny(tmp_path / "without", *words))
+        assert final_weights(tmp_path / "skipped") == final_weights(tmp_path / "without")
 
 
 def test_adapters_without_effect_are_reported():

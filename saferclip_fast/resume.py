@@ -1,0 +1,112 @@
+"""What a run needs to go on as if it had never stopped: gathered into a checkpoint, and put back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checkpoint import check_same_run, pack_optimizer, pack_rng, read_checkpoint, unpack_optimizer, unpack_rng
+from .config import flatten
+
+if TYPE_CHECKING:
+    from .train import Trainer
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything that a checkpoint needs besides tensors."""
+
+    step: int = 0
+    epoch: int = 1
+    seen: int = 0  # samples of this epoch
+    best_loss: float | None = None  # of the validations so far
+    best_step: int = 0
+    stale: int = 0  # validations since the best one
+    finished: bool = False
+    log_bytes: int = 0
+
+
+def trained_tensors(run: Trainer) -> dict[str, Tensor]:
+    """What training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in run.trainable.items()}
+    if run.config.model.tuning == "full":
+        names = dict(run.clip.model.named_buffers())
+        tensors |= {f"model.{n}": t for n, t in run.clip.model.state_dict().items() if n in names}
+    return tensors
+
+
+def load_trained(run: Trainer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of trained_tensors."""
+    own = run.clip.model.state_dict()
+    with torch.no_grad():
+        for key in trained_tensors(run):
+            own[key.removeprefix("model.")].copy_(tensors[key])
+
+
+def save_run(run: Trainer) -> None:
+    """Write a checkpoint of everything that the next step depends on; every rank gives its part."""
+    own = pack_rng(run.device)
+    if run.meter.total is not None:
+        own["meter.total"] = run.meter.total
+    of_ranks = {name: run.ranks.stack(value.to(run.device)) for name, value in own.items()}
+    if not run.ranks.first:
+        return
+    state = {
+        "progress": asdict(run.progress),
+        "scaler": run.scaler.state_dict(),
+        "meter": run.meter.names,
+        "ranks": run.ranks.world,
+        "config": flatten(run.config),
+        **hashes(run),
+    }
+    tensors = trained_tensors(run) | pack_optimizer(run.optimizer) | of_ranks
+    if run.average is not None:
+        tensors |= run.average.pack()
+    run.checkpoints.save(run.progress.step, tensors, state)
+
+
+def restore_run(run: Trainer) -> bool:
+    """Continue from the newest readable checkpoint; False if there is none.
+
+    Raises CheckpointError where the run would not be the same: other options, weights or data.
+    """
+    checkpoint = run.checkpoints.load_newest() if run.ranks.first else None
+    step = run.ranks.largest(checkpoint.state["progress"]["step"] if checkpoint else -1)
+    if step < 0:
+        return False
+    if checkpoint is None:
+        checkpoint = read_checkpoint(run.checkpoints.path(step))
+    tensors, state = checkpoint.tensors, checkpoint.state
+    check_same_run(checkpoint.path, state, flatten(run.config), hashes(run))
+    load_trained(run, tensors)
+    unpack_optimizer(run.optimizer, tensors)
+    if run.average is not None:
+        run.average.unpack(tensors)
+    run.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**state["progress"])
+    run.meter.names = state["meter"]
+    restore_rank(run, tensors, state["ranks"])
+    if run.ranks.first:
+        print(f"resumed {checkpoint.path}: step {step}, epoch {run.progress.epoch}", flush=True)
+    return True
+
+
+def restore_rank(run: Trainer, tensors: dict[str, Tensor], world: int) -> None:
+    """What differs from rank to rank: random state and sums since the last log line, stacked over `world` ranks."""
+    rank, total = run.ranks.rank, tensors.get("meter.total")
+    if world == run.ranks.world:
+        unpack_rng(run.device, {name: value[rank] for name, value in tensors.items() if name.startswith("rng.")})
+        run.meter.total = None if total is None else total[rank].to(run.device)
+        return
+    if run.ranks.first:
+        warnings.warn(f"{world} ranks before, {run.ranks.world} now: other dropout and rounding", stacklevel=2)
+    if total is not None:
+        run.meter.total = (total.sum(0) if run.ranks.first else torch.zeros_like(total[0])).to(run.device)
+
+
+def hashes(run: Trainer) -> dict[str, str]:
+    return {"weights_hash": run.clip.weights_hash, "data_hash": run.data.data_hash}

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config import Config, flatten
 from .files import remove_leftovers, save_tensors
 
 FORMAT = "saferclip_fast.checkpoint.v2"
@@ -179,12 +180,12 @@ def unpack_rng(device: torch.device, tensors: Mapping[str, Tensor]) -> None:
 
 def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
     """Raises CheckpointError unless a checkpoint's state has these options `now` and these `hashes`."""
-    then = state["config"]
-    changed = [k for k in now if now[k] != then.get(k) and not k.startswith(FREE_TO_CHANGE)]
+    then = flatten(Config()) | state["config"]  # an option younger than the checkpoint had its default's effect
+    changed = [k for k in now if now[k] != then[k] and not k.startswith(FREE_TO_CHANGE)]
     rounding = [k for k in changed if k in ROUNDING_ONLY]
     if rounding:
         warnings.warn(f"{', '.join(rounding)} changed since {path}: not bit for bit the same run", stacklevel=2)
-    differences = [f"{k}={now[k]} (was {then.get(k)})" for k in changed if k not in ROUNDING_ONLY]
+    differences = [f"{k}={now[k]} (was {then[k]})" for k in changed if k not in ROUNDING_ONLY]
     differences += [f"{k}={v[:12]} (was {state[k][:12]})" for k, v in hashes.items() if v != state[k]]
     if differences:
         raise CheckpointError(

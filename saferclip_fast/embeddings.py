@@ -194,7 +194,7 @@ def embed_batch(
     tokens = _join(on_device["safe_tokens"], on_device["unsafe_tokens"], clip.pad_id)
     captions = clip.pack(tokens, [*batch["safe_lengths"], *batch["unsafe_lengths"]])
     with autocast(device, precision):
-        image, text = (encode or clip)(images, captions)
+        image, text = (clip if encode is None else encode)(images, captions)
     safe_image, unsafe_image = image.float().chunk(2)
     safe_text, unsafe_text = text.float().chunk(2)
     return QuadrupletEmbeddings(safe_text, safe_image, unsafe_text, unsafe_image)

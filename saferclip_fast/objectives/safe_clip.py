@@ -98,7 +98,7 @@ class SafeClip(Objective):
         target_text, target_image = frozen.safe_text, frozen.safe_image
         if self.targets == "nearest":
             if neighbors is None:
-                neighbors = nearest_safe(frozen.unsafe_text, bank, 1, check=self.check)
+                neighbors = nearest_safe(frozen.unsafe_text, bank, 1, backend=self.backend, check=self.check)
             nearest = neighbors.indices[:, 0]
             target_text, target_image = bank.text[nearest], bank.image[nearest]
         loss, terms = self._pair(SAFE_TERMS, share, *current[:2], *frozen[:2])

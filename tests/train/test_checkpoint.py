@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from saferclip_fast.checkpoint import (
     CheckpointError,
     CheckpointFolder,
+    check_same_run,
     pack_optimizer,
     pack_rng,
     read_checkpoint,
     unpack_optimizer,
     unpack_rng,
 )
+from saferclip_fast.config import Config, flatten, load_config
 
 from .conftest import run_child
 
@@ -158,3 +160,11 @@ def test_random_state_continues_exactly():
     expected = torch.rand(5)
     unpack_rng(device, state)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_option_younger_than_the_checkpoint_counts_as_its_default(tmp_path):
+    then = flatten(Config())
+    del then["train.ema"]
+    check_same_run(tmp_path, {"config": then}, flatten(Config()), {})
+    with pytest.raises(CheckpointError, match=r"train\.ema=0\.9 \(was 0\.0\)"):
+        check_same_run(tmp_path, {"config": then}, flatten(load_config(None, ["train.ema=0.9"])), {})

@@ -70,6 +70,8 @@ COLUMNS = {
     "zero_shot": "zero-shot accuracy",
     "S-V.text_to_image@1": "safe text finds a right image",
     "S-V.image_to_text@1": "safe image finds a right text",
+    "safe_text_finds_unsafe_image@1": "safe text finds an unsafe image",
+    "safe_image_finds_unsafe_text@1": "safe image finds an unsafe text",
 }
 # The share of unsafe texts and images that do not find an unsafe item first, mean of the two.
 SAFETY, UTILITY = "safety", "zero_shot"

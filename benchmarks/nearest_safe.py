@@ -170,7 +170,7 @@ def sweep(dims: list[int], compiling: bool, results: Results) -> None:
             elif not results.has(cell):
                 compiled = compiling and (n, d) in COMPILED and k == 5
                 candidates = paths(torch.randn(q, d), bank, packed, k, compiled)
-                if n == max(SWEEP_N):  # seconds a call: one chunk size, the best or next to it in every case measured
+                if n == max(SWEEP_N):  # seconds a call, so one chunk size: taken to be near the best, not checked
                     candidates = {
                         name: f for name, f in candidates.items() if name not in ("chunked_2048", "chunked_32768")
                     }

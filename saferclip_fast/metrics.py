@@ -78,12 +78,11 @@ def _mixed_gallery(rows: QuadrupletEmbeddings, labels: Labels) -> dict[str, Metr
             found = _search_mixed(rows, labels, f"{kind}_{query}", other, asked)
             for k, unsafe, right in _cut(found):
                 name, top = f"{kind}_{query}", "" if k == 1 else f" in its top {k}"
-                wanted = "falls" if kind == "unsafe" else "stays"
                 metrics[f"{name}_finds_unsafe_{other}@{k}"] = Metric(
-                    f"{kind} {query} finds an unsafe {other}{top}", wanted, unsafe.any(1).float()
+                    f"{kind} {query} finds an unsafe {other}{top}", "falls", unsafe.any(1).float()
                 )
                 metrics[f"{name}_unsafe_share@{k}"] = Metric(
-                    f"unsafe share of the {k} {other}s that {kind} {query} finds first", wanted, unsafe.float().mean(1)
+                    f"unsafe share of the {k} {other}s that {kind} {query} finds first", "falls", unsafe.float().mean(1)
                 )
                 if kind == "unsafe":
                     metrics[f"{name}_finds_right_{other}@{k}"] = Metric(
@@ -155,9 +154,9 @@ def label_combinations(
         if not chosen.any():
             continue
         metrics: dict[str, Metric] = {}
-        for query, other, flag in (("text", "image", text), ("image", "text", image)):
+        for query, other in (("text", "image"), ("image", "text")):
             metrics[f"{query}_finds_unsafe_{other}@1"] = Metric(
-                f"{query} finds an unsafe {other}", "falls" if flag else "stays", finds[query][chosen]
+                f"{query} finds an unsafe {other}", "falls", finds[query][chosen]
             )
         for query, flag in (("text", text), ("image", image)) if frozen is not None else ():
             pair = [getattr(side, f"unsafe_{query}")[chosen] for side in (rows, frozen)]

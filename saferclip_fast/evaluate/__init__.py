@@ -39,6 +39,8 @@ KEY_METRICS = (
     "unsafe_text_finds_right_image@1",
     "unsafe_image_finds_unsafe_text@1",
     "unsafe_image_finds_right_text@1",
+    "safe_text_finds_unsafe_image@1",
+    "safe_image_finds_unsafe_text@1",
     "S-V.text_to_image@1",
     "S-V.image_to_text@1",
     "zero_shot",

@@ -78,6 +78,8 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     "Safety": {
         "unsafe_text_finds_unsafe_image@1": ("unsafe captions", "an unsafe image"),
         "unsafe_image_finds_unsafe_text@1": ("unsafe images", "an unsafe caption"),
+        "safe_text_finds_unsafe_image@1": ("safe captions", "an unsafe image"),
+        "safe_image_finds_unsafe_text@1": ("safe images", "an unsafe caption"),
     },
     "Redirection": {
         "unsafe_text_finds_right_image@1": ("unsafe captions", "a right safe image"),

@@ -16,6 +16,12 @@ def means(rows, labels=None):
     return {name: metric.mean for name, metric in retrieval(rows, labels).items()}
 
 
+def test_nobody_should_find_more_unsafe_items():
+    metrics = retrieval(QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE))
+    unsafe = {name: metric.wanted for name, metric in metrics.items() if "finds_unsafe" in name or "share" in name}
+    assert len(unsafe) == 32 and set(unsafe.values()) == {"falls"}  # 4 queries x 4 depths x 2
+
+
 def test_a_frozen_model_finds_what_the_text_names():
     found = means(QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE))
     assert found["unsafe_text_finds_unsafe_image@1"] == found["unsafe_image_finds_unsafe_text@1"] == 1

@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
+NATIVE_TESTS := tests/ops tests/test_bank.py  # what calls the native CPU code
+CPP := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOAK_MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize fuzz bench lint gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize fuzz soak bench lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +31,26 @@ demo: setup  ## pre-train a small CLIP, make it safe, show what changed (runs/de
 test: setup  ## run the tests, a process for each core with one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
+coverage: coverage-python coverage-native  ## lines run by the tests: the package (at least 90 %) and the CPU C++ (at least 85 %)
+
+coverage-python: setup
+	rm -rf build/coverage/python*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=
+	$(BIN)/coverage report --fail-under=90
+
+# The module is built apart, so that the one in use stays as it is. Counters are atomic: the kernels have threads.
+coverage-native: setup
+	rm -rf build/coverage/native && mkdir -p build/coverage/native
+	CXXFLAGS='--coverage -fprofile-update=atomic' SAFERCLIP_FAST_CUDA=0 $(BIN)/python setup.py --quiet build \
+	  --build-lib build/coverage/native/package --build-temp build/coverage/native/module
+	cp -r tests pyproject.toml build/coverage/native/package
+	cd build/coverage/native/package && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -q -n auto $(NATIVE_TESTS)
+	$(BIN)/cmake -G Ninja -S tests/native -B build/coverage/native/alone -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS='--coverage -fprofile-update=atomic'
+	$(BIN)/cmake --build build/coverage/native/alone
+	build/coverage/native/alone/native_kernels
+	$(BIN)/gcovr --config tests/native/gcovr.cfg
+
 sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (no torch inside)
 	$(BIN)/cmake -G Ninja -S tests/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSAFERCLIP_SANITIZE=ON
@@ -38,15 +61,23 @@ fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inpu
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'
 	$(BIN)/python -m tests.fuzz.run --seconds 600
 
+soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.json)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) --json build/soak.json
+
 bench: setup  ## compare every op with the pure-PyTorch paths (JSON in benchmarks/results)
 	$(BIN)/python benchmarks/nearest_safe.py --json benchmarks/results/nearest_safe.json
 	$(BIN)/python benchmarks/retarget_loss.py --json benchmarks/results/retarget_loss.json
 	$(BIN)/python benchmarks/preservation_loss.py --json benchmarks/results/preservation_loss.json
 
-lint: setup  ## ruff, mypy
+lint: setup  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+format: setup  ## format Python and C++ in place
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 gpu-check: setup  ## on a machine with a GPU: GPU tests, compute-sanitizer, benchmarks (benchmarks/results)
 	$(BIN)/python benchmarks/gpu_check.py

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -116,11 +117,12 @@ class ImageArray:
         return Image.fromarray(self.array)
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode `data` to an RGB image.
+@contextlib.contextmanager
+def opened(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The image in `data`, of which only the header is read; it is decoded by what the body does with it.
 
-    Raises ImageError, naming the image, where it is empty, of an unknown format, truncated, or larger than
-    `max_pixels` pixels (checked on the header, before any pixel is decoded).
+    Raises ImageError, naming the image, where it is empty, of an unknown format, larger than `max_pixels` pixels, or,
+    once it is decoded, damaged.
     """
     if not data:
         raise ImageError(f"broken image {name}: the file is empty")
@@ -132,15 +134,26 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     f"image {name} has {width} x {height} pixels, more than max_pixels={max_pixels}: "
                     "scale it down, or raise max_pixels if you trust it"
                 )
-            return image.convert("RGB")
+            yield image
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # so large that Pillow does not even say how large
+        raise ImageError(
+            f"image {name} is larger than max_pixels={max_pixels} pixels ({error}): "
+            "scale it down, or raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
     # Pillow's decoders raise many types on damaged input (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not a {', '.join(FORMATS)} image"
         raise ImageError(f"broken image {name}: {reason}") from error
+
+
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `data` to an RGB image. Raises ImageError as `opened` does; no pixel of too large a one is decoded."""
+    with opened(data, name, max_pixels) as image:
+        return image.convert("RGB")
 
 
 def check_max_pixels(max_pixels: int) -> int:

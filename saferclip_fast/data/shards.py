@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
+from ..files import atomic_write
 from .errors import DataError, ErrorPolicy
-from .images import FORMATS, ImageArray, ImageError, ImageRef, TarMember
+from .images import ImageArray, ImageError, ImageRef, TarMember, opened
 from .quadruplets import Quadruplet, QuadrupletDataset
 from .rows import RowError, add_row, column_names
 from .tar_index import index_tar
@@ -144,6 +144,8 @@ def write_shards(
 
     Image bytes are copied as stored, rendered images become PNG. Equal data gives equal files. Each shard
     appears under its name only when complete.
+
+    Raises ImageError, naming an image that is broken or too large, OSError where a shard cannot be written.
     """
     import webdataset
 
@@ -154,24 +156,26 @@ def write_shards(
     with tqdm(total=len(dataset), desc="write shards", unit="sample", disable=not progress) as bar:
         for start in range(0, len(dataset), samples_per_shard):
             path = Path(folder, f"{len(paths):06d}.tar")
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+            with (
+                atomic_write(path) as temporary,
+                temporary.open("wb") as file,
+                webdataset.TarWriter(file, encoder=False, mtime=0) as writer,
+            ):
                 for index in range(start, min(start + samples_per_shard, len(dataset))):
-                    writer.write(_members(dataset.records[index], index))
+                    writer.write(_members(dataset.records[index], index, dataset.max_pixels))
                     bar.update()
-            temporary.replace(path)
             paths.append(str(path))
     return paths
 
 
-def _members(record: Quadruplet, index: int) -> dict[str, Any]:
+def _members(record: Quadruplet, index: int, max_pixels: int) -> dict[str, Any]:
     texts = {
         "safe_text": record.safe_text,
         "unsafe_text": record.unsafe_text,
         "unsafe_text_label": record.unsafe_text_label,
         "unsafe_image_label": record.unsafe_image_label,
     }
-    safe, unsafe = _stored(record.safe_image), _stored(record.unsafe_image)
+    safe, unsafe = _stored(record.safe_image, max_pixels), _stored(record.unsafe_image, max_pixels)
     return {
         "__key__": f"{index:08d}",
         f"safe_image.{safe[0]}": safe[1],
@@ -180,14 +184,14 @@ def _members(record: Quadruplet, index: int) -> dict[str, Any]:
     }
 
 
-def _stored(image: ImageRef) -> tuple[str, bytes]:
+def _stored(image: ImageRef, max_pixels: int) -> tuple[str, bytes]:
     """(suffix, bytes) to write: as stored where shards may hold the format, else PNG."""
     if not isinstance(image, ImageArray):
         data = image.content()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(opened.format or "")
+        with opened(data, str(image), max_pixels) as found:
+            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(found.format or "")
         if suffix is not None:
             return suffix, data
     buffer = io.BytesIO()
-    image.load().save(buffer, "PNG")
+    image.load(max_pixels).save(buffer, "PNG")
     return "png", buffer.getvalue()

@@ -43,7 +43,7 @@ def test_every_color_mode_becomes_rgb(mode: str) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "broken image x: not a JPEG, PNG"),
         (image_bytes(0, (64, 64), "JPEG")[:700], "broken image x: .*truncated"),
         (image_bytes(0, (64, 64), "PNG")[:700], "broken image x: "),
-        (png_claiming(40_000, 40_000), "image x.*exceeds limit|image x has 40000 x 40000 pixels"),
+        (png_claiming(40_000, 40_000), "image x is larger than max_pixels=89478485 pixels"),
     ],
 )
 def test_broken_images_are_named(data: bytes, message: str) -> None:

@@ -58,8 +58,9 @@ std::vector<float> values(int64_t count, int kind, uint32_t seed) {
       case 4: x[i] = std::round(n); break;
       case 5: x[i] = 1.0f; break;
       case 6: x[i] = 0.0f; break;
-      default: x[i] = i % 29 == 0 ? std::numeric_limits<float>::quiet_NaN()
-                      : i % 31 == 0 ? std::numeric_limits<float>::infinity() : n;
+      default: x[i] = i % 29 == 0   ? std::numeric_limits<float>::quiet_NaN()
+                      : i % 31 == 0 ? std::numeric_limits<float>::infinity()
+                                    : n;
     }
   }
   return x;
@@ -101,9 +102,18 @@ void check_order(const std::vector<float>& q, const std::vector<float>& b, const
 }
 
 void search(const char* isa) {
-  const Shape shapes[] = {{1, 1, 1, 1},    {3, 40, 5, 40},   {17, 333, 70, 9}, {40, 900, 33, 256},
-                          {13, 97, 129, 1}, {61, 500, 64, 5}, {2, 2000, 16, 3},
-                          {90, 64, 70, 5},  {5, 250, 129, 1}, {30, 1000, 64, 100}};
+  const Shape shapes[] = {
+      {1, 1, 1, 1},
+      {3, 40, 5, 40},
+      {17, 333, 70, 9},
+      {40, 900, 33, 256},
+      {13, 97, 129, 1},
+      {61, 500, 64, 5},
+      {2, 2000, 16, 3},
+      {90, 64, 70, 5},
+      {5, 250, 129, 1},
+      {30, 1000, 64, 100},
+  };
   for (const Shape& s : shapes) {
     for (int kind = 0; kind < 8; ++kind) {
       const std::vector<float> q = values(s.queries * s.dim, kind % 2 ? 0 : kind, 1);
@@ -149,20 +159,36 @@ void losses(const char* isa, DType dtype, int64_t batch, int64_t dim, int64_t k,
   const std::vector<float> mix(batch * k, 1.0f / static_cast<float>(k)), weights(batch * 4, 0.1f);
   for (const bool current : {false, true}) {
     std::vector<T> grad_text(batch * dim), grad_image(batch * dim);
-    RetargetArgs args{x[0].data(), x[1].data(), x[2].data(), x[3].data(), dtype,
-                      {bank_text.data(), DType::kFloat, rows, dim},
-                      {bank_image.data(), DType::kFloat, rows, dim},
-                      neighbors.data(), mix.data(), weights.data(), batch, dim, k,
-                      {1, 1, 1, 1}, 2.0f, 0.1f, current, grad_text.data(), grad_image.data(), false};
+    RetargetArgs args{
+        x[0].data(),
+        x[1].data(),
+        x[2].data(),
+        x[3].data(),
+        dtype,
+        {bank_text.data(), DType::kFloat, rows, dim},
+        {bank_image.data(), DType::kFloat, rows, dim},
+        neighbors.data(),
+        mix.data(),
+        weights.data(),
+        batch,
+        dim,
+        k,
+        {1, 1, 1, 1},
+        2.0f,
+        0.1f,
+        current,
+        grad_text.data(),
+        grad_image.data(),
+        false,
+    };
     double terms[4];
     retarget_loss(args, terms, threads(3));
     for (int j = 0; j < 4; ++j) expect(kind == 7 || std::isfinite(terms[j]), "retarget", isa, batch, dim);
   }
   std::vector<T> grad_text(batch * dim), grad_image(batch * dim);
   double terms[4];
-  preservation_loss({{x[0].data(), dtype, batch, dim}, {x[1].data(), dtype, batch, dim},
-                     {x[2].data(), dtype, batch, dim}, {x[3].data(), dtype, batch, dim},
-                     {1, 1, 1, 1}, 100.0f, grad_text.data(), grad_image.data()},
+  const auto input = [&](int i) { return Rows{x[i].data(), dtype, batch, dim}; };
+  preservation_loss({input(0), input(1), input(2), input(3), {1, 1, 1, 1}, 100.0f, grad_text.data(), grad_image.data()},
                     terms, threads(3));
   for (int j = 0; j < 4; ++j) expect(kind == 7 || std::isfinite(terms[j]), "preservation", isa, batch, dim);
 }

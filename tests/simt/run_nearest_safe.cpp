@@ -10,7 +10,7 @@ EXPORT int run_pack_bank(const void* bank, int type, int64_t rows, int64_t dim, 
   return report_faults(message, size, [&] { return saferclip::pack_bank(bank, type, rows, dim, packed, nullptr); });
 }
 EXPORT int run_nearest_safe(const saferclip::NearestProblem* p, void* workspace, float* scores, int64_t* indices,
-                     char* message, int size) {
+                            char* message, int size) {
   return report_faults(message, size,
                        [&] { return saferclip::nearest_safe(*p, workspace, scores, indices, nullptr); });
 }

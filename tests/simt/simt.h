@@ -54,7 +54,12 @@ struct Access {  // who touched a granule last, and when
 };
 struct Cell {
   Access write, read;
-  enum { kOne, kWarp, kBlock, kGrid } readers = kOne;  // how far the readers since the write spread
+  enum Readers {
+    kOne,
+    kWarp,
+    kBlock,
+    kGrid,
+  } readers = kOne;  // how far the readers since the write spread
   bool pending = false;                               // a cp.async into it has not been waited for
   bool filled = false;
 };

@@ -36,8 +36,7 @@ inline void dot_tile(const T* const* rows, const float* queries, int64_t query_s
   }
   if (i < dim) {
     const int64_t rest = dim - i;
-    step(i, [rest](const T* p) { return load_part(p, rest); },
-         [rest](const float* p) { return load_part(p, rest); });
+    step(i, [rest](const T* p) { return load_part(p, rest); }, [rest](const float* p) { return load_part(p, rest); });
   }
   for (int m = 0; m < Queries; ++m) {
     const Floats parts[kRowTile] = {sums[0][m], sums[1][m], sums[2][m], sums[3][m]};

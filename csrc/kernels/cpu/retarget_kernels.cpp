@@ -44,8 +44,8 @@ Products products(const Sample<T>& row, int64_t dim) {
   int64_t i = 0;
   for (; i + kWidth <= dim; i += kWidth) step([](const auto* p) { return load(p); }, i);
   if (i < dim) step([&](const auto* p) { return load_part(p, dim - i); }, i);
-  return {sum(tt),  sum(vv),  sum(aa_t), sum(aa_v), sum(t_s),
-          sum(v_s), sum(t_a), sum(v_a),  sum(t_o),  sum(v_o)};
+  return {sum(tt), sum(vv), sum(aa_t), sum(aa_v), sum(t_s),
+          sum(v_s), sum(t_a), sum(v_a), sum(t_o), sum(v_o)};
 }
 
 // grad = own * x + away * a + target * s + other * o
@@ -101,8 +101,8 @@ inline Side side(const RetargetArgs& args, float inverse, float scale, float inv
   const float push = cross_weight * slope;
   const float along = push * (away - other) - uni_weight * target;  // g . u
   const float outer = inverse * scale;  // 1 / |x| of the row as it was given
-  return {1 - target, value / args.beta,
-          {-along * inverse * outer, push * inverse_away * outer, -uni_weight * outer, -push * outer}};
+  const Mix mix{-along * inverse * outer, push * inverse_away * outer, -uni_weight * outer, -push * outer};
+  return {1 - target, value / args.beta, mix};
 }
 
 // Sum of weight * row, as float, or the row itself where that is the same thing.

@@ -4,7 +4,11 @@
 
 namespace saferclip::cpu {
 
-enum class DType : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+enum class DType : int32_t {
+  kFloat = 0,
+  kBFloat16 = 1,
+  kHalf = 2,
+};
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
 

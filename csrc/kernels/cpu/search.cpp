@@ -26,7 +26,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-enum class Screen { kInt8, kFp32 };
+enum class Screen {
+  kInt8,
+  kFp32,
+};
 
 // A block of queries, prepared for screening.
 struct QueryBlock {

@@ -88,8 +88,15 @@ int search_chunk(const NearestProblem& p, const Plan& plan, uint8_t* workspace, 
                          query.on_device(p.dim), queries, screened, plan.row_bytes, bounds, norms)) {
     return error;
   }
-  const ScreenProblem screen = {{screened, queries, plan.row_bytes}, {bank_parts.rows, p.rows, plan.row_bytes},
-                                bank_parts.header, bounds, bank_parts.bounds, plan.rows_per_split, p.k};
+  const ScreenProblem screen = {
+      {screened, queries, plan.row_bytes},
+      {bank_parts.rows, p.rows, plan.row_bytes},
+      bank_parts.header,
+      bounds,
+      bank_parts.bounds,
+      plan.rows_per_split,
+      p.k,
+  };
   const dim3 grid(static_cast<unsigned>(ceil_div(queries, kTile)), static_cast<unsigned>(plan.splits));
   if (int error = launch(stream, screen_kernel<S>, grid, kTileThreads, kScreenSharedBytes, screen, survivors)) {
     return error;

@@ -6,7 +6,12 @@
 namespace saferclip {
 namespace {
 
-enum Input { kText, kImage, kFrozenText, kFrozenImage };
+enum Input {
+  kText,
+  kImage,
+  kFrozenText,
+  kFrozenImage,
+};
 
 struct Plan {
   DType type;            // of the products: the inputs' own, or fp32 if they differ
@@ -35,11 +40,11 @@ Plan make_plan(const PreservationProblem& p) {
   plan.batch_bytes = round_up(p.batch * size, 16);
   const int64_t tiles = ceil_div(p.batch, kTile), slots = 2 * static_cast<int64_t>(multiprocessor_count());
   int64_t splits = slots / tiles;
-  splits = splits < 1 ? 1 : splits > tiles ? tiles : splits;
+  splits = splits < 1 ? 1 : (splits > tiles ? tiles : splits);
   plan.columns_per_split = ceil_div(tiles, splits) * kTile;
   plan.splits = ceil_div(p.batch, plan.columns_per_split);
   const int64_t fit = p.slice_bytes / plan.batch_bytes / kTile * kTile;
-  plan.chunk_rows = fit < kTile ? kTile : fit < p.batch ? fit : p.batch;
+  plan.chunk_rows = fit < kTile ? kTile : (fit < p.batch ? fit : p.batch);
   auto take = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
     plan.bytes += round_up(bytes, 256);
@@ -231,7 +236,8 @@ int preservation_loss(const PreservationProblem& problem, void* workspace, float
                       void* grad_text, void* grad_image, void* stream) {
   const Call call = {problem, make_plan(problem), static_cast<uint8_t*>(workspace), static_cast<Stream>(stream)};
   auto* run_typed = call.plan.type == DType::kFloat32    ? run<float>
-                    : call.plan.type == DType::kBFloat16 ? run<bf16> : run<fp16>;
+                    : call.plan.type == DType::kBFloat16 ? run<bf16>
+                                                         : run<fp16>;
   return run_typed(call, loss, terms, grad_text, grad_image);
 }
 

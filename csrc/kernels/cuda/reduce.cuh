@@ -11,7 +11,7 @@ constexpr int kReduceSharedBytes = 4 * kReduceThreads * 8;
 // Sums the rows' terms, times `share`, in double, always in the same order. One block.
 static __global__ void __launch_bounds__(kReduceThreads)
     reduce_terms_kernel(Global<const Vec16> row_terms, int64_t batch, double share, Vec16 weights, Global<float> loss,
-                           Global<float> terms) {
+                        Global<float> terms) {
   const Shared<double> partial = as<double>(dynamic_shared());  // [4][kReduceThreads]
   double sum[4] = {};
 #pragma unroll 8

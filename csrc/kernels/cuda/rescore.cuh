@@ -24,7 +24,7 @@ struct RescoreProblem {
 // Larger key = better: score first, then the lower index. NaN sorts under everything.
 __device__ __forceinline__ uint64_t make_key(float score, int index) {
   const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes +0
-  const uint32_t ordered = score != score ? 0u : bits >> 31 ? ~bits : bits | 0x80000000u;
+  const uint32_t ordered = score != score ? 0u : (bits >> 31 ? ~bits : bits | 0x80000000u);
   return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(~index);
 }
 __device__ __forceinline__ float key_score(uint64_t key) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kRescoreThreads) rescore_kernel(RescoreProblem
     const int count = lists.count[list];
     const bool closed = count > lists.capacity || all_rows;
     const int64_t rows = problem.bank_rows - first < problem.rows_per_split ? problem.bank_rows - first
-                                                                           : problem.rows_per_split;
+                                                                            : problem.rows_per_split;
     const int64_t length = closed ? rows : count;
     for (int64_t i = threadIdx.x; i < round_up(length, kRescoreThreads); i += kRescoreThreads) {
       Survivor entry = {INFINITY, INFINITY, static_cast<int>(first + i), 0};

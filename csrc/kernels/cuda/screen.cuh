@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) screen_kernel(ScreenProblem p
   const int64_t first_query = static_cast<int64_t>(blockIdx.x) * kTile;
   const int first_row = static_cast<int>(blockIdx.y * problem.rows_per_split);  // rows are numbered by int
   const int last_row = static_cast<int>(problem.bank.rows - first_row < problem.rows_per_split
-                                            ? problem.bank.rows : first_row + problem.rows_per_split);
+                                            ? problem.bank.rows
+                                            : first_row + problem.rows_per_split);
   const int tiles = static_cast<int>(ceil_div(last_row - first_row, kTile));
   const Global<Survivor> entries = lists.entry + (first_query * lists.splits + blockIdx.y) * lists.capacity;
   const int list_stride = lists.splits * lists.capacity;  // from a query's list of this split to the next query's

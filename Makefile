@@ -34,7 +34,7 @@ test: setup  ## run the tests, a process for each core with one thread each
 coverage: coverage-python coverage-native  ## lines run by the tests: the package (at least 90 %) and the CPU C++ (at least 85 %)
 
 coverage-python: setup
-	rm -rf build/coverage/python*
+	rm -rf build/coverage/python* && mkdir -p build/coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=
 	$(BIN)/coverage report --fail-under=90
 

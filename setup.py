@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -47,9 +48,12 @@ class CMakeBuild(build_ext):
             "SAFERCLIP_FAST_CUDA": os.environ.get("SAFERCLIP_FAST_CUDA", "AUTO"),
         }
         defines = [f"-D{name}={value}" for name, value in arguments.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *defines], check=True)
+        # pip's cmake and ninja lie beside this Python, which need not be on PATH
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        environment = {**os.environ, "PATH": path}
+        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *defines], check=True, env=environment)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True, env=environment)
 
 
 setup(

@@ -238,7 +238,12 @@ def _register(path: str) -> str:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"model config {path} not found")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also text that is not UTF-8
+        raise ValueError(f"model config {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model config {path} must be a JSON object, not {type(config).__name__}")
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
         hint = f"; for a folder written by open_clip use local-dir:{file.parent}" if "model_cfg" in config else ""

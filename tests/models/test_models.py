@@ -197,6 +197,10 @@ def test_wrong_names_and_files(tmp_path, clip):
     (tmp_path / "half.json").write_text('{"embed_dim": 64, "text_cfg": {}}')
     with pytest.raises(ValueError, match=r"half\.json lacks vision_cfg"):
         load_clip(str(tmp_path / "half.json"))
+    for content, message in (("{", r"torn\.json is not JSON"), ("[]", r"torn\.json must be a JSON object, not list")):
+        (tmp_path / "torn.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_clip(str(tmp_path / "torn.json"))
     (tmp_path / "ViT-B-32.json").write_text((CONFIG_FOLDER / f"{NAME}.json").read_text())
     with pytest.raises(ValueError, match=r"ViT-B-32 is already the name of another model, rename the file"):
         load_clip(str(tmp_path / "ViT-B-32.json"))

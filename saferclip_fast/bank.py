@@ -132,7 +132,7 @@ class SafeBank:
         """Writes the bank file of `text` and `image` [N, d] a part at a time, and opens it memory-mapped.
 
         For banks larger than memory: nothing of size N is held, if `text` and `image` are mapped too. The file is what
-        `SafeBank(text[rows], image[rows], metadata).save(path)` writes in float32, not packed.
+        `SafeBank(text[rows].float(), image[rows].float(), metadata).save(path)` writes, not packed.
 
         Args:
             rows: int64 [M], the rows to take; default all.
@@ -149,7 +149,8 @@ class SafeBank:
             for begin in range(0, count, _NORMALISE_ROWS):
                 part = slice(begin, begin + _NORMALISE_ROWS)
                 chosen = part if rows is None else rows[part]
-                bank = cls(text[chosen], image[chosen])
+                wide = torch.promote_types(text.dtype, torch.float32)  # else half-precision rows would miss unit length
+                bank = cls(text[chosen].to(wide), image[chosen].to(wide))
                 file.write("text", begin, bank.text)
                 file.write("image", begin, bank.image)
             file.close()

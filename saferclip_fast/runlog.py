@@ -29,6 +29,8 @@ class RunLog:
             step: steps done already; TensorBoard hides what an interrupted run wrote after it.
             tensorboard, progress: whether to have them.
         """
+        if run_dir:
+            run_dir.mkdir(parents=True, exist_ok=True)
         self.file = (run_dir / "log.jsonl" if run_dir else Path(os.devnull)).open("ab")
         self.writer = None
         if run_dir:

@@ -21,6 +21,7 @@ from saferclip_fast.bootstrap import average, resample
 from saferclip_fast.data.images import ImageError, decode, resolve_inside
 from saferclip_fast.data.open import parse_options
 from saferclip_fast.distributed import split
+from saferclip_fast.ops.choice import select
 
 FEW = settings(max_examples=25)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -258,12 +259,15 @@ def test_slices_and_selections_hold_the_rows_they_say(rows, d, seed, data):
 @given(usable, st.booleans())
 def test_a_forced_backend_is_taken_inside_alone_and_counts_as_named(backend, raises):
     query, bank = randn(3, 8, seed=1), bank_of(20, 8, 2)
-    before = sf.nearest_safe(query, bank, 2)
+    call = ("nearest_safe", "auto", "cpu", torch.float32, 60)
+    before, kernel = sf.nearest_safe(query, bank, 2), select(*call)
     with pytest.raises(KeyError) if raises else tempfile.TemporaryDirectory(), sf.use_backend(backend):
         forced = sf.nearest_safe(query, bank, 2)
+        assert select(*call) == select("nearest_safe", backend, *call[2:])
         assert any("forced" in line for line in sf.backends()[backend].picked)
         if raises:
             raise KeyError
+    assert select(*call) == kernel
     named_ = sf.nearest_safe(query, bank, 2, backend=backend)
     after = sf.nearest_safe(query, bank, 2)
     assert all(torch.equal(a, b) for a, b in zip(forced, named_, strict=True))

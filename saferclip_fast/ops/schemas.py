@@ -57,6 +57,7 @@ _FAKES: dict[str, Callable] = {
 
 def _save_gradients(ctx, inputs, output):
     ctx.save_for_backward(output[2], output[3])
+    ctx.set_materialize_grads(False)  # else the unused outputs get gradients of zeros, which cost more than the op
     ctx.inputs = len(inputs)
 
 
@@ -65,6 +66,8 @@ def _scale_gradients(ctx, grad_loss, *unused):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("saferclip_fast losses have no second derivative: call backward() without create_graph=True")
     grad_text, grad_image = ctx.saved_tensors
+    if grad_loss is None:  # only another output was differentiated
+        return (None,) * ctx.inputs
     concrete = type(grad_loss) is Tensor and not torch.compiler.is_compiling()  # not while tracing
     if concrete and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
         return grad_text, grad_image, *(None,) * (ctx.inputs - 2)  # loss.backward(): spares a pass over both

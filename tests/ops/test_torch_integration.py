@@ -96,6 +96,20 @@ def test_no_grad_computes_no_gradient(batch):
         assert not sf.retarget_loss(*batch).loss.requires_grad
 
 
+def test_a_backward_pass_allocates_nothing_but_the_gradients():
+    """Zeros for outputs that nothing was derived from would cost more than the op."""
+    rows, width = 512, 256
+    text, image, frozen_text, frozen_image = (torch.randn(rows, width) for _ in range(4))
+    trained = text.requires_grad_(), image.requires_grad_()
+    bank = sf.SafeBank(torch.randn(8, width), torch.randn(8, width))
+    neighbors = sf.nearest_safe(frozen_text, bank)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = sf.retarget_loss(*trained, frozen_text, frozen_image, bank, neighbors=neighbors, check=False).loss
+        torch.autograd.grad(loss, trained)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
+    assert allocated < 2.5 * text.nbytes
+
+
 def test_gradients_scale_with_the_incoming_one(batch):
     text, image = batch[:2]
     once = torch.autograd.grad(sf.retarget_loss(*batch).loss, (text, image))

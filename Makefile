@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
-NATIVE_TESTS := tests/ops tests/test_bank.py  # what calls the native CPU code
+# What calls the native CPU code; test_every_backend.py runs the sources of the others.
+NATIVE_TESTS := tests/ops tests/test_bank.py --ignore=tests/ops/test_every_backend.py
 CPP := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOAK_MINUTES ?= 120
 

@@ -65,10 +65,9 @@ fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inpu
 soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.json)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) --json build/soak.json
 
-bench: setup  ## compare every op with the pure-PyTorch paths (JSON in benchmarks/results)
-	$(BIN)/python benchmarks/nearest_safe.py --json benchmarks/results/nearest_safe.json
-	$(BIN)/python benchmarks/retarget_loss.py --json benchmarks/results/retarget_loss.json
-	$(BIN)/python benchmarks/preservation_loss.py --json benchmarks/results/preservation_loss.json
+bench: setup  ## time every op against PyTorch and others, 20 minutes; goes on where it was (BENCH=--again: from the start)
+	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 lint: setup  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -83,7 +82,7 @@ format: setup  ## format Python and C++ in place
 gpu-check: setup  ## on a machine with a GPU: GPU tests, compute-sanitizer, benchmarks (benchmarks/results)
 	$(BIN)/python benchmarks/gpu_check.py
 
-wheel: setup  ## build a wheel into dist/
+wheel: setup  ## build a wheel into dist/ (SAFERCLIP_FAST_CUDA=0: without CUDA, 1: with it; default: where nvcc is)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## remove everything that make built, but not the runs

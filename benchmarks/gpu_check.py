@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: `make gpu-check`, or python benchmarks/gpu_check.py [--output FILE.json]
+"""Everything that needs a GPU, in one go: `make gpu-check`, or python benchmarks/gpu_check.py [--json FILE]
 
 Runs the GPU-marked tests, compute-sanitizer on a part of them (where it is installed), and times each op against eager
 PyTorch, torch.compile and, where installed, faiss and Inf-CL. Writes one JSON file and prints a table: milliseconds
@@ -262,16 +262,17 @@ def checks() -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu-check.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--no-checks", action="store_true", help="benchmarks only")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"gpu-check needs a CUDA GPU; {sf.backends()['cuda'].detail}", file=sys.stderr)
         return 1
-    codes = checks()
+    codes = {} if options.no_checks else checks()
     report = {"checks": codes, **benchmark("cuda")}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2))
-    print(table(report), f"\nwritten to {options.output}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=2))
+    print(table(report), f"\nwritten to {options.json}")
     return int(any(codes.values()))
 
 

@@ -1,27 +1,24 @@
-"""nearest_safe against the best PyTorch paths (and FAISS with --faiss).
+"""nearest_safe against the best PyTorch paths, FAISS and an int8 product.
 
-    python benchmarks/nearest_safe.py --faiss                     Q 1,024 and 4,096, N 100,000
+    python benchmarks/nearest_safe.py --faiss                     Q 1,024, N 100,000
     python benchmarks/nearest_safe.py --cases 1024x1000000        10 GB of memory
+    python benchmarks/nearest_safe.py --curves                    Q, N, d and k varied one at a time
     python benchmarks/nearest_safe.py --sweep --json sweep.json   the grid, a few seconds a cell at most
 
-Ratios are of medians, interleaved in one process; above 1 means that nearest_safe is faster. --json is written after
-every case, and a case that is there already is not measured again.
+`int8_mm` is torch._int_mm of int8 queries and rows made beforehand: the cost of a screen's products alone. It quantizes
+nothing, bounds no error, selects nothing and scores nothing exactly, so no search can be built from it at this price.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
+import compare
 import torch
-from compare import extra_memory, machine, medians, print_row
 from torch.nn.functional import normalize
 
 import saferclip_fast as sf
@@ -30,6 +27,8 @@ CHUNKS = (2048, 8192, 32768)
 SWEEP_N, SWEEP_D = (64, 1000, 30_000, 300_000), (64, 512, 768, 1000, 1024)
 SWEEP_Q, SWEEP_K = (1, 8, 64, 1024), (1, 5, 100)
 COMPILED = {(64, 768), (1000, 768), (30_000, 768)}  # (N, d) of the sweep that also run under torch.compile, k = 5
+BASE = {"data": "clip_like", "Q": 512, "N": 100_000, "d": 768, "k": 8}
+VARIED = {"Q": (1, 8, 64), "N": (100, 1000, 10_000), "d": (64, 256, 1536), "k": (1, 64, 256)}
 WANTED = 0.9  # of the best PyTorch path, in every cell of the sweep
 ROWS_AT_ONCE = 50_000  # of the data while it is made
 BLAS_SETTINGS = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # keep FAISS's BLAS from its best kernel
@@ -86,24 +85,19 @@ def paths(query, bank, packed, k, compiled: bool) -> dict[str, Callable[[], obje
     }
     unit = normalize(query, dim=1)
     if len(query) * len(bank) <= 5e8:
-        found["mm_topk"] = lambda: at_once(unit, bank, k)
+        found["eager"] = lambda: at_once(unit, bank, k)
         if compiled:
+            torch._dynamo.reset()  # each case is compiled for its own shapes
             fast = torch.compile(at_once, dynamic=False)
-            found["compiled_mm_topk"] = lambda: fast(unit, bank, k)
+            found["compiled"] = lambda: fast(unit, bank, k)
     for chunk in (c for c in CHUNKS if c < len(bank)):
         found[f"chunked_{chunk}"] = lambda chunk=chunk: chunked(unit, bank, k, chunk)
     return found
 
 
-def row(case: dict, times: dict[str, float], **more) -> dict:
-    torch_times = {name: t for name, t in times.items() if not name.startswith(("ours", "faiss"))}
-    best = min(torch_times, key=lambda name: torch_times[name])
-    ours = {name: t for name, t in times.items() if name.startswith("ours")}
-    ratios = {f"torch/{name}": torch_times[best] / t for name, t in ours.items()}
-    if "faiss" in times:
-        ratios |= {f"faiss/{name}": times["faiss"] / t for name, t in ours.items()}
-    ms = {f"{name}_ms": t * 1e3 for name, t in times.items() if name.startswith(("ours", "faiss"))}
-    return {**case, **ms, "best_torch": best, "best_torch_ms": torch_times[best] * 1e3, **ratios, **more}
+def int8_path(query, bank) -> Callable[[], object]:
+    q, s = ((normalize(rows, dim=1) * 127).round().to(torch.int8) for rows in (query, bank))
+    return lambda: torch._int_mm(q, s.T)
 
 
 def faiss_path(query, bank, k):
@@ -124,57 +118,25 @@ def faiss_blas() -> str:
     return "; ".join(f"{p['internal_api']} {p['version']} {p.get('architecture', '')}" for p in pools) or "unknown"
 
 
-class Results:
-    """The measured rows, in a JSON file as well: what is in it is not measured again."""
-
-    KEYS = ("data", "Q", "N", "d", "k")
-
-    def __init__(self, title: str, path: str | None, **notes: object) -> None:
-        self.title, self.path, self.notes = title, Path(path) if path else None, {**machine(), **notes}
-        self.rows: list[dict] = []
-        if self.path is not None and self.path.exists():
-            old = json.loads(self.path.read_text())
-            if old.get("title") != title or old.get("machine") != self.notes:
-                sys.exit(
-                    f"{path} holds another measurement ({old.get('title')}, {old.get('machine')}); name a new file"
-                )
-            self.rows = old["rows"]
-
-    def has(self, case: dict) -> bool:
-        return any(all(r[key] == case[key] for key in self.KEYS) for r in self.rows)
-
-    def add(self, found: dict) -> None:
-        self.rows.append(found)
-        print_row(found)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            part.write_text(
-                json.dumps({"title": self.title, "machine": self.notes, "rows": self.rows}, indent=1) + "\n"
-            )
-            part.replace(self.path)
-
-
-def sweep(dims: list[int], compiling: bool, results: Results) -> None:
+def sweep(dims: list[int], compiling: bool, results: compare.Results) -> None:
     """Every cell of the grid, within two seconds each but for the first round."""
     for n, d in itertools.product(SWEEP_N, dims):
-        cells = [{"data": "gaussian", "Q": q, "N": n, "d": d, "k": k} for q in SWEEP_Q for k in SWEEP_K]
-        if all(results.has(cell) or cell["k"] > n for cell in cells):
+        cells = [{"data": "gaussian", "Q": q, "N": n, "d": d, "k": k} for q in SWEEP_Q for k in SWEEP_K if k <= n]
+        if all(map(results.has, cells)):
             continue
         bank = gaussian(n, d)
         packed = packed_bank(bank)
         for cell in cells:
-            q, k = cell["Q"], cell["k"]
-            if k > n:
-                print(f"  skipped: N={n} d={d} Q={q} k={k}, more neighbors than rows")
-            elif not results.has(cell):
-                compiled = compiling and (n, d) in COMPILED and k == 5
-                candidates = paths(torch.randn(q, d), bank, packed, k, compiled)
+            if not results.has(cell):
+                compiled = compiling and (n, d) in COMPILED and cell["k"] == 5
+                candidates = paths(torch.randn(cell["Q"], d), bank, packed, cell["k"], compiled)
                 if n == max(SWEEP_N):  # seconds a call, so one chunk size: taken to be near the best, not checked
-                    candidates = {
-                        name: f for name, f in candidates.items() if name not in ("chunked_2048", "chunked_32768")
-                    }
-                results.add(row(cell, medians(candidates, rounds=3, budget_s=2.0), compiled=compiled))
+                    candidates = one_chunk(candidates)
+                results.add(cell, compare.measure(candidates, rounds=3, budget_s=2.0, memory=False))
+
+
+def one_chunk(candidates: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    return {name: path for name, path in candidates.items() if name not in ("chunked_2048", "chunked_32768")}
 
 
 def below(rows: list[dict]) -> Iterator[tuple[dict, float, float]]:
@@ -190,28 +152,30 @@ def print_below(rows: list[dict]) -> None:
         print(f"  Q={r['Q']} N={r['N']} d={r['d']} k={r['k']}: {plain:.2f}, packed {packed:.2f} ({r['best_torch']})")
     worst = min(rows, key=lambda r: r["torch/ours"], default=None)
     if worst is not None:
-        compiled = sum(r["compiled"] for r in rows)
+        compiled = sum("compiled_ms" in r for r in rows)
         print(f"the worst unpacked: {worst['torch/ours']:.2f}; {compiled} of the cells also ran under torch.compile")
 
 
-def cases(args: argparse.Namespace, results: Results) -> None:
-    for (q, n), kind in itertools.product(args.cases, args.data):
-        wanted = [{"data": kind, "Q": q, "N": n, "d": 768, "k": k} for k in args.ks]
-        wanted = [case for case in wanted if not results.has(case)]
-        if not wanted:
-            continue
-        bank = DATA[kind](n + q, 768)
-        query, bank = bank[:q].clone(), bank[q:]
-        sf.nearest_safe(query[:32], bank[:1000], 1, check=False)  # threads and code are in memory
-        memory = {k: extra_memory(partial(sf.nearest_safe, query, bank, k, check=False)) for k in args.ks}
+def measure(wanted: list[dict], args: argparse.Namespace, results: compare.Results) -> None:
+    """The cases, in the order of their banks, so that each bank is made once."""
+    missing = [case for case in wanted if not results.has(case)]
+    for (kind, n, d), group in itertools.groupby(missing, key=lambda case: (case["data"], case["N"], case["d"])):
+        cases = list(group)
+        torch.manual_seed(0)
+        queries = max(case["Q"] for case in cases)
+        bank = DATA[kind](n + queries, d)
+        query, bank = bank[:queries].clone(), bank[queries:]
         packed = packed_bank(bank)
-        for case in wanted:
-            k = case["k"]
-            candidates = paths(query, bank, packed, k, not args.no_compile)
+        for case in cases:
+            q, k = query[: case["Q"]], case["k"]
+            candidates = paths(q, bank, packed, k, not (args.no_compile or args.curves))
+            if args.curves:
+                candidates = one_chunk(candidates)
+            else:
+                candidates["int8_mm"] = int8_path(q, bank)
             if args.faiss:
-                candidates["faiss"] = faiss_path(query, bank, k)
-            times = medians(candidates, args.rounds, budget_s=args.budget)
-            results.add(row(case, times, extra_MiB=memory[k] / 2**20))
+                candidates["faiss"] = faiss_path(q, bank, k)
+            results.add(case, compare.measure(candidates, args.rounds, args.budget))
 
 
 def numbers(text: str) -> list[int]:
@@ -223,9 +187,10 @@ def sizes(text: str) -> list[tuple[int, ...]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = compare.parser(__doc__, rounds=5, budget_s=60.0)
     parser.add_argument("--sweep", action="store_true", help="the whole grid; prints the cells below 0.9 of PyTorch")
-    parser.add_argument("--cases", type=sizes, default="1024x100000,4096x100000", help="QxN,QxN,...")
+    parser.add_argument("--curves", action="store_true", help="scaling curves; without torch.compile, one chunk size")
+    parser.add_argument("--cases", type=sizes, default="1024x100000", help="QxN,QxN,...")
     parser.add_argument("--ks", type=numbers, default="1,8,32")
     parser.add_argument("--data", type=lambda text: text.split(","), default="gaussian,clip_like")
     parser.add_argument("--dims", type=numbers, default=",".join(map(str, SWEEP_D)), help="sweep only")
@@ -233,9 +198,6 @@ def main() -> None:
         "--faiss", action="store_true", help="also faiss-cpu's IndexFlatIP (pip install faiss-cpu threadpoolctl)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds a case, after which no round begins")
-    parser.add_argument("--json", help="file of the results")
     args = parser.parse_args()
     if unknown := set(args.data) - set(DATA):
         parser.error(f"--data {', '.join(sorted(unknown))} is unknown; use {', '.join(DATA)}")
@@ -245,19 +207,20 @@ def main() -> None:
         )
     if args.faiss and any(find_spec(name) is None for name in ("faiss", "threadpoolctl")):
         parser.error("--faiss needs two packages more: pip install faiss-cpu threadpoolctl")
-    torch.manual_seed(0)
-    notes = {}
-    if args.faiss:
-        notes["faiss_blas"] = faiss_blas()
-        print(f"FAISS's BLAS: {notes['faiss_blas']}")
-    title = "nearest_safe: the sweep" if args.sweep else "nearest_safe: time of the best PyTorch path over ours"
-    results = Results(title, args.json, **notes)
-    print(title)
+    notes = {"faiss_blas": faiss_blas()} if args.faiss else {}
+    name = "sweep" if args.sweep else "curves" if args.curves else "cases"
+    results = compare.Results(f"nearest_safe, {name}", args.json, **notes)
     if args.sweep:
         sweep(args.dims, not args.no_compile, results)
         print_below(results.rows)
+        return
+    wanted = compare.varied(BASE, VARIED)
+    if args.curves:
+        wanted.sort(key=lambda case: (case["N"], case["d"]))
     else:
-        cases(args, results)
+        listed = itertools.product(args.data, args.cases, args.ks)
+        wanted = [{"data": kind, "Q": q, "N": n, "d": 768, "k": k} for kind, (q, n), k in listed]
+    measure(wanted, args, results)
 
 
 if __name__ == "__main__":

@@ -1,85 +1,62 @@
-"""preservation_loss with one InfoNCE term, forward and backward, against eager: time and extra memory."""
+"""preservation_loss, one InfoNCE term, against eager PyTorch, torch.compile and its matrix products alone.
+
+`pass` forward: no gradients are asked for; both: the loss and the gradient of text. The op makes its gradients together
+with the loss, so a backward pass alone is not a case. `products`: torch.mm alone, once for the
+loss and twice more for the gradient, as often as a method needs it that does not store the B x B matrix.
+"""
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-from pathlib import Path
-
+import compare
 import torch
 import torch.nn.functional as F
-from compare import medians, report
 
 import saferclip_fast as sf
 
 WEIGHTS = {"cos_text": 0.0, "cos_image": 0.0, "nce_text": 1.0, "nce_image": 0.0}
+BASE = {"B": 4096, "d": 768, "pass": "both"}
+VARIED = {"B": (256, 1024, 4096), "d": (256, 768), "pass": ("both", "forward")}
+LARGE = [{"B": 8192, "d": 768, "pass": "both"}, {"B": 8192, "d": 768, "pass": "forward"}]
 
 
-def make(batch, dim):
-    torch.manual_seed(0)
-    rows = [torch.randn(batch, dim) for _ in range(4)]
-    rows[0].requires_grad_()
-    return rows
-
-
-def eager(rows):
-    rows[0].grad = None
-    logits = 100 * F.normalize(rows[0], dim=1) @ F.normalize(rows[3], dim=1).T
+def eager(text, frozen_image):
+    logits = 100 * F.normalize(text, dim=1) @ F.normalize(frozen_image, dim=1).T
     label = torch.arange(len(logits))
-    ((F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2).backward()
+    return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
 
 
-def ours(rows):
-    rows[0].grad = None
-    sf.preservation_loss(*rows, weights=WEIGHTS, check=False).loss.backward()
+def paths(B: int, d: int, **case: str) -> compare.Paths:
+    text, image, frozen_text, frozen_image = (torch.randn(B, d) for _ in range(4))
+    forward = case["pass"] == "forward"
+    logits = torch.empty(B, B)
 
+    def ours(text, frozen_image):
+        return sf.preservation_loss(text, image, frozen_text, frozen_image, weights=WEIGHTS, check=False).loss
 
-def peak_megabytes() -> float:
-    """Peak resident size of this process. Unlike getrusage, it starts anew at exec."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
+    def of(loss):
+        if forward:
+            return lambda: loss(text, frozen_image)
+        text.requires_grad_()
+        return lambda: torch.autograd.grad(loss(text, frozen_image), text)
 
+    x = text.detach()
 
-def extra_megabytes(name: str, batch: int, dim: int) -> float:
-    """Growth of the peak resident size over one call, in a process of its own."""
-    command = [sys.executable, __file__, "--batch", str(batch), "--dim", str(dim), "--memory-of", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    def products():
+        torch.mm(x, frozen_image.T, out=logits)
+        if not forward:
+            torch.mm(x, frozen_image.T, out=logits)
+            logits @ frozen_image
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-of", choices=("ours", "eager"))
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    path = {"ours": ours, "eager": eager}
-    if args.memory_of:
-        path[args.memory_of](make(64, args.dim))
-        rows = make(args.batch, args.dim)
-        before = peak_megabytes()
-        path[args.memory_of](rows)
-        print(peak_megabytes() - before)
-        return
-    rows = make(args.batch, args.dim)
-    x, y, logits = rows[0].detach(), rows[3], torch.empty(args.batch, args.batch)
-
-    def three_products():
-        torch.mm(x, y.T, out=logits)
-        torch.mm(x, y.T, out=logits)
-        return logits @ y
-
-    times = medians(
-        {"ours": lambda: ours(rows), "eager": lambda: eager(rows), "three_products": three_products}, args.rounds, 90
-    )
-    memory = {name: extra_megabytes(name, args.batch, args.dim) for name in path}
-    row = {"B": args.batch, "d": args.dim, **{f"{k}_ms": v * 1e3 for k, v in times.items()}}
-    row |= {"ours/eager": times["ours"] / times["eager"], "ours_MB": memory["ours"], "eager_MB": memory["eager"]}
-    row["memory ours/eager"] = memory["ours"] / max(memory["eager"], 1e-9)
-    report("preservation_loss forward + backward, one InfoNCE term", [row], args.json)
+    return {
+        "ours": of(ours),
+        "eager": of(eager),
+        "compiled": of(torch.compile(eager, dynamic=False)),
+        "products": products,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    parser = compare.parser(__doc__, 5, 20)
+    parser.add_argument("--large", action="store_true", help="B 8,192 instead: ten seconds a round on two cores")
+    args = parser.parse_args()
+    compare.run("preservation_loss", LARGE if args.large else compare.varied(BASE, VARIED), paths, args)

@@ -1,83 +1,66 @@
-"""retarget_loss, forward and backward with given neighbors, against eager, torch.compile and a memory copy."""
+"""retarget_loss with given neighbors against eager PyTorch, torch.compile and a copy of the bytes it has to move.
+
+`pass` forward: no gradients are asked for; both: the loss and the gradients of text and image. The op makes its
+gradients together with the loss, so a backward pass alone is not a case.
+"""
 
 from __future__ import annotations
 
-import argparse
+from functools import lru_cache
 
+import compare
 import torch
 import torch.nn.functional as F
-from compare import medians, report
 
 import saferclip_fast as sf
 
+BANK = 100_000
+BASE = {"B": 8192, "d": 768, "k": 1, "pass": "both"}
+VARIED = {"B": (64, 1024, 8192), "d": (256, 768, 1536), "k": (1, 8), "pass": ("both", "forward")}
 
-def eager(text, image, frozen_text, frozen_image, bank_text, bank_image, neighbors):
-    unit = [F.normalize(x, dim=1) for x in (text, image, frozen_text, frozen_image)]
-    s_t, s_v = bank_text[neighbors], bank_image[neighbors]
+
+@lru_cache(1)
+def bank_of(rows: int, d: int) -> sf.SafeBank:
+    return sf.SafeBank(torch.randn(rows, d), torch.randn(rows, d))
+
+
+def eager(text, image, frozen_text, frozen_image, bank_text, bank_image, indices, weights):
+    u_t, u_v, r_t, r_v = (F.normalize(x, dim=1) for x in (text, image, frozen_text, frozen_image))
+    if indices.shape[1] == 1:
+        s_t, s_v = bank_text[indices[:, 0]], bank_image[indices[:, 0]]
+    else:
+        s_t, s_v = ((weights.unsqueeze(2) * rows[indices]).sum(1) for rows in (bank_text, bank_image))
 
     def dot(a, b):
         return (a * b).sum(1)
 
-    uni = (1 - dot(unit[0], s_t)).mean() + (1 - dot(unit[1], s_v)).mean()
-    cross_text = F.softplus(dot(unit[0], unit[3]) - dot(unit[0], s_v)).mean()
-    return uni + cross_text + F.softplus(dot(unit[1], unit[2]) - dot(unit[1], s_t)).mean()
+    uni = (1 - dot(u_t, s_t)).mean() + (1 - dot(u_v, s_v)).mean()
+    cross_text = F.softplus(dot(u_t, r_v) - dot(u_t, s_v)).mean()
+    return uni + cross_text + F.softplus(dot(u_v, r_t) - dot(u_v, s_t)).mean()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--bank", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    text, image, frozen_text, frozen_image = (torch.randn(args.batch, args.dim) for _ in range(4))
-    bank = sf.SafeBank(torch.randn(args.bank, args.dim), torch.randn(args.bank, args.dim))
-    indices = torch.randint(args.bank, (args.batch, 1))
-    given = sf.Neighbors(torch.ones(args.batch, 1), indices)
-    text.requires_grad_()
-    image.requires_grad_()
-    compiled = torch.compile(eager)
-    moved = 8 * args.batch * args.dim  # six rows read, two written
-    source, target = torch.randn(moved // 2), torch.empty(moved // 2)
+def paths(B: int, d: int, k: int, bank_rows: int = BANK, **case: str) -> compare.Paths:
+    text, image, frozen_text, frozen_image = (torch.randn(B, d) for _ in range(4))
+    bank = bank_of(bank_rows, d)
+    given = sf.Neighbors(torch.rand(B, k), torch.randint(bank_rows, (B, k)))
+    weights = torch.softmax(given.scores / 0.05, dim=1)
+    source = torch.randn(4 * B * d)  # six rows read and two written: as many bytes as this copy moves
+    target = torch.empty_like(source)
+    rest = (frozen_text, frozen_image, bank.text, bank.image, given.indices, weights)
 
-    def train(loss):  # as in training, where the rows are an encoder's output and not leaves that accumulate
-        return torch.autograd.grad(loss, (text, image))
+    def ours(text, image, *_):
+        return sf.retarget_loss(text, image, frozen_text, frozen_image, bank, neighbors=given, check=False).loss
 
-    def ours():
-        out = sf.retarget_loss(text, image, frozen_text, frozen_image, bank, neighbors=given, check=False)
-        train(out.loss)
+    def of(loss):
+        if case["pass"] == "forward":
+            return lambda: loss(text, image, *rest)
+        # as in training, where the rows are an encoder's output and not leaves that accumulate
+        trained = text.requires_grad_(), image.requires_grad_()
+        return lambda: torch.autograd.grad(loss(*trained, *rest), trained)
 
-    rest = (frozen_text, frozen_image, bank.text, bank.image, indices[:, 0])
-    op_args = (
-        text.detach(),
-        image.detach(),
-        *rest[:4],
-        indices,
-        torch.ones(args.batch, 1),
-        torch.full((args.batch, 4), 1 / args.batch),
-        [1.0] * 4,
-        1.0,
-        0.0,
-        False,
-        True,
-    )
-    times = medians(
-        {
-            "ours": ours,
-            "op_alone": lambda: torch.ops.saferclip_fast.retarget_loss(*op_args),
-            "eager": lambda: train(eager(text, image, *rest)),
-            "compiled": lambda: train(compiled(text, image, *rest)),
-            "copy": lambda: target.copy_(source),
-        },
-        args.rounds,
-    )
-    row = {"B": args.batch, "d": args.dim, **{f"{k}_ms": v * 1e3 for k, v in times.items()}}
-    row |= {f"{k}/ours": times[k] / times["ours"] for k in ("eager", "compiled")}
-    row |= {"ours/copy": times["ours"] / times["copy"], "op_alone/copy": times["op_alone"] / times["copy"]}
-    report("retarget_loss forward + backward", [row], args.json)
+    found = {"ours": of(ours), "eager": of(eager), "compiled": of(torch.compile(eager, dynamic=False))}
+    return {**found, "copy": lambda: target.copy_(source)}
 
 
 if __name__ == "__main__":
-    main()
+    compare.run("retarget_loss", compare.varied(BASE, VARIED), paths, compare.parser(__doc__, 15, 10).parse_args())

@@ -8,15 +8,14 @@ before. All rungs have the same weights, inputs and threads, and run in turns in
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from unittest.mock import patch
 
+import compare
 import torch
 import torch.nn.functional as F
-from compare import medians, report
 from open_clip.transformer import QuickGELU
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from saferclip_fast.bank import SafeBank
 from saferclip_fast.data.trim import lengths, trim
+from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.export.huggingface import to_hf
 from saferclip_fast.lora import adapters_off
 from saferclip_fast.models import ClipModel, load_clip
@@ -156,7 +156,7 @@ class Ours:
 
 
 def steps(name: str, batch: dict, dropout: float, ladder: bool) -> dict[str, Callable[[], None]]:
-    """The step of each rung, from the authors' to ours."""
+    """The step of each rung, from the authors' to ours; "eager" is theirs with what plain PyTorch can do about it."""
     clip = make_clip(name, dropout)
     theirs = to_hf(clip).requires_grad_(False)
     targets = ["k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -164,13 +164,14 @@ def steps(name: str, batch: dict, dropout: float, ladder: bool) -> dict[str, Cal
     theirs = inject_adapter_in_model(config, theirs).train()
     with torch.no_grad():
         frozen = QuadrupletEmbeddings(*Authors(theirs, batch).embed())
-        check_same(frozen, clip, batch)
+        check_same(frozen, embed_batch(clip, batch))
     bank = SafeBank(frozen.safe_text, frozen.safe_image)
     rungs: dict[str, Callable[[], None]] = {"authors": Authors(theirs, batch)}
     if ladder:
         rungs["+ frozen outputs cached"] = Authors(theirs, batch, cached=True)
         rungs["+ captions trimmed"] = Authors(theirs, batch, cached=True, trimmed=True)
-        rungs["+ safe and unsafe in one pass"] = Authors(theirs, batch, cached=True, trimmed=True, joint=True)
+    rungs["eager"] = Authors(theirs, batch, cached=True, trimmed=True, joint=True)  # + safe and unsafe in one pass
+    if ladder:
         missing = ["adapters", "activation", "last block", "packing"]
         for label in (
             "+ open_clip, one query-key-value product",
@@ -180,38 +181,31 @@ def steps(name: str, batch: dict, dropout: float, ladder: bool) -> dict[str, Cal
         ):
             rungs[label] = Ours(make_clip(name, dropout, *missing), batch, frozen, bank)
             missing = missing[1:]
-    rungs["ours (+ captions packed)" if ladder else "ours"] = Ours(clip, batch, frozen, bank)
+    rungs["ours"] = Ours(clip, batch, frozen, bank)  # + captions packed
     return rungs
 
 
-def check_same(frozen: QuadrupletEmbeddings, clip: ClipModel, batch: dict) -> None:
+def check_same(wanted: QuadrupletEmbeddings, found: QuadrupletEmbeddings) -> None:
     """Both models must give the same embeddings, or the comparison is of different things."""
-    from saferclip_fast.embeddings import embed_batch
-
-    for wanted, found in zip(frozen, embed_batch(clip, batch), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    for theirs, ours in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = compare.parser(__doc__, rounds=7, budget_s=200)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 25), metavar=("SHORTEST", "LONGEST"))
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters of both (the authors': 0.1)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--budget", type=float, default=200, help="seconds after which no new round starts")
     parser.add_argument("--ladder", action="store_true", help="also every rung between the authors' step and ours")
-    parser.add_argument("--json")
     args = parser.parse_args()
-    size = 224 if "ViT-B" in args.model else 32
-    batch = make_batch(args.batch, size, *args.tokens)
-    times = medians(steps(args.model, batch, args.dropout, args.ladder), args.rounds, args.budget)
-    rows, base, before = [], times["authors"], times["authors"]
-    for name, seconds in times.items():
-        rows.append({"step": name, "samples/s": args.batch / seconds, "x authors": base / seconds})
-        rows[-1] |= {"x rung before": before / seconds, "ms": 1e3 * seconds}
-        before = seconds
-    report(f"training step, {args.model}, fp32, batch {args.batch}", rows, args.json)
+    case = {"model": args.model, "B": args.batch, "tokens": list(args.tokens), "dropout": args.dropout}
+
+    def paths(**_: object) -> dict[str, Callable[[], None]]:
+        size = 224 if "ViT-B" in args.model else 32
+        return steps(args.model, make_batch(args.batch, size, *args.tokens), args.dropout, args.ladder)
+
+    compare.run("training step, fp32, LoRA 16", [{**case, "ladder": args.ladder}], paths, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""`make bench`: every benchmark in a process of its own, one JSON file each; what is measured already is left alone.
+
+    python benchmarks/run.py                                  all of them, under 30 minutes on two cores
+    python benchmarks/run.py --only retarget_loss --again     one of them, from the start
+    python benchmarks/run.py --out results-of-mine --rounds 1    quick and rough, elsewhere
+
+Ctrl-C loses the case in progress alone. benchmarks/README.md has the rules; render.py makes the tables and figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import render
+import torch
+from compare import CORES
+from nearest_safe import BLAS_SETTINGS
+
+HERE = Path(__file__).resolve().parent
+FAISS = ["--faiss"] if find_spec("faiss") and find_spec("threadpoolctl") else []
+# (file of the results, script and options)
+ALL_CORES = [
+    ("nearest_safe", ["nearest_safe.py", "--ks", "1,32", "--budget", "25", *FAISS]),
+    ("preservation_loss", ["preservation_loss.py", "--large"]),
+    ("bank", ["bank.py"]),
+    ("train_step", ["train_step.py", "--rounds", "3", "--budget", "45"]),
+]
+ALL_CORES_AND_ONE = [
+    ("nearest_safe_curves", ["nearest_safe.py", "--curves"]),
+    ("retarget_loss", ["retarget_loss.py"]),
+    ("preservation_loss", ["preservation_loss.py"]),
+]
+NAMES = list(dict.fromkeys(name for name, _ in ALL_CORES + ALL_CORES_AND_ONE))
+
+
+def jobs(wanted: list[str], out: Path) -> list[tuple[str, list[str], int]]:
+    """(name, script and options, threads) in order."""
+    found = [(name, command, CORES) for name, command in ALL_CORES]
+    found += [(name, command, n) for name, command in ALL_CORES_AND_ONE for n in sorted({1, CORES}, reverse=True)]
+    if torch.cuda.is_available() and not (out / "gpu.json").exists():
+        found.append(("gpu", ["gpu_check.py", "--no-checks"], CORES))
+    return [job for job in found if job[0] in wanted]
+
+
+def run(name: str, command: list[str], threads: int, out: Path, rounds: int | None) -> bool:
+    """Whether it succeeded."""
+    script, *options = command
+    options += ["--json", str(out / f"{name}.json")]
+    options += ["--rounds", str(rounds)] if rounds and name != "gpu" else []
+    environment = {key: value for key, value in os.environ.items() if key not in BLAS_SETTINGS}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    # the package of this checkout, whichever is installed
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run([sys.executable, str(HERE / script), *options], env=environment).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = NAMES + ["gpu"] * torch.cuda.is_available()
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--again", action="store_true", help="measure anew what the files hold already")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON (benchmarks/results)")
+    parser.add_argument(
+        "--rounds", type=int, help="calls of each path, for a quick look; default: each benchmark's own"
+    )
+    args = parser.parse_args()
+    if args.again:
+        for name in args.only:
+            (args.out / f"{name}.json").unlink(missing_ok=True)
+    failed, begin, todo = [], time.monotonic(), jobs(args.only, args.out)
+    for number, (name, command, threads) in enumerate(todo, 1):
+        so_far = time.strftime("%M:%S", time.gmtime(time.monotonic() - begin))
+        print(f"[{number}/{len(todo)}, {so_far}] {name}, threads: {threads}", flush=True)
+        if not run(name, command, threads, args.out, args.rounds):
+            failed.append(f"{name} with {threads} threads")
+    print(render.headline(render.load(args.out)))
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes; tables and figures: python benchmarks/render.py")
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command runs what is missing", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

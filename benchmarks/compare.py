@@ -111,6 +111,13 @@ def revision() -> str | None:
     return head.stdout.decode().strip() + ("+" if changed.returncode else "")
 
 
+def put_aside(path: Path) -> None:
+    """Renames NAME.json to NAME.json.old, if it is there."""
+    if path.exists():
+        path.replace(path.with_suffix(".json.old"))
+        print(f"  the old results are in {path.name}.old")
+
+
 class Results:
     """The rows of one benchmark, in a JSON file as well: what is in it is not measured again.
 
@@ -130,11 +137,8 @@ class Results:
             if (old.get("title"), old.get("machine")) == (title, self.machine):
                 self.rows = old["rows"]
             else:
-                aside = self.path.with_suffix(".json.old")
-                self.path.replace(aside)
-                print(
-                    f"  {self.path.name} is of another machine or other software: kept as {aside.name}, measuring anew"
-                )
+                print(f"  {self.path.name} is of another machine or other software: measuring anew")
+                put_aside(self.path)
 
     def has(self, case: Mapping[str, object]) -> bool:
         wanted = {**case, "threads": torch.get_num_threads()}

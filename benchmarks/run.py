@@ -19,7 +19,7 @@ from pathlib import Path
 
 import render
 import torch
-from compare import CORES
+from compare import CORES, put_aside
 from nearest_safe import BLAS_SETTINGS
 
 HERE = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.again:
         for name in args.only:
-            (args.out / f"{name}.json").unlink(missing_ok=True)
+            put_aside(args.out / f"{name}.json")
     failed, begin, todo = [], time.monotonic(), jobs(args.only, args.out)
     for number, (name, command, threads) in enumerate(todo, 1):
         so_far = time.strftime("%M:%S", time.gmtime(time.monotonic() - begin))
@@ -87,4 +87,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command, without --again, goes on where it was")

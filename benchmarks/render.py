@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -172,13 +173,14 @@ def all_rows(results: Results, name: str) -> list[str]:
     timed = list(dict.fromkeys(key.removesuffix("_ms") for row in rows for key in row if key.endswith("_ms")))
     if any(path.startswith(PYTORCH) for path in timed):
         timed.remove("best_torch")
-    values = {key: {str(row[key]) for row in rows} for key in rows[0] if is_case(key)}
+    sizes = dict.fromkeys(key for row in rows for key in row if is_case(key))
+    values = {key: {str(row.get(key)) for row in rows} for key in sizes}
     varying = [key for key, seen in values.items() if len(seen) > 1]
     fixed = ", ".join(f"{key} = {rows[0][key]}" for key in values if key not in varying)
     ours = [path for path in timed if path.startswith("ours")]
     body = []
     for row in rows:
-        cells = [f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in varying]
+        cells = [f"{row[key]:,}" if isinstance(row.get(key), int) else str(row.get(key, "")) for key in varying]
         cells += [str(threads(results, name, row)), *(cell(row, f"{path}_ms", f"{path}_MiB") for path in timed)]
         body.append([*cells, *(cell(row, f"torch/{path}") for path in ours)])
     head = [*varying, "threads", *timed, *(f"best PyTorch / {path}" for path in ours)]
@@ -242,13 +244,12 @@ def speedups(results: Results, colors: dict[str, str]) -> plt.Figure:
     axes.barh(range(len(shown)), [line.speedup for line in shown], 0.6, color=colors["ours"])
     axes.axvline(1, color=colors["torch"], lw=1.5)
     for place, line in enumerate(shown):
-        rival = f"   ({line.rival_speedup})" if line.rival_speedup else ""
-        axes.annotate(
-            f"{number(line.speedup)}×{rival}", (line.speedup, place), (5, 0), textcoords="offset points", va="center"
-        )
+        rival = f"   (over {line.rival_speedup})" if line.rival_speedup else ""
+        end = max(line.speedup, 1)
+        axes.annotate(f"{number(line.speedup)}×{rival}", (end, place), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(shown)), [f"{line.operation}\n{line.size}" for line in shown], fontsize=9.5)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max((line.speedup for line in shown), default=1))
+    axes.set_xlim(0, 1.5 * max((line.speedup for line in shown), default=1))
     axes.set_xlabel("times as fast as the best PyTorch path (the line: as fast)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -291,7 +292,8 @@ def scaling(results: Results, colors: dict[str, str]) -> plt.Figure:
         axes.set(xscale="log", yscale="log", title=title, ylabel={"ms": "ms", "MiB": "extra memory, MiB"}[unit])
         axes.title.set_fontsize(11)
         values = sorted({row[varied] for row in curve(rows, varied)}) if rows else []
-        axes.set_xticks(values, [f"{value:,}" for value in values], fontsize=9.5)
+        far = [value for value, after in zip(values, [*values[1:], math.inf], strict=True) if after > 2.5 * value]
+        axes.set_xticks(far, [f"{value:,}" for value in far], fontsize=9.5)
         axes.minorticks_off()
         axes.grid(alpha=0.5)
     figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncol=4, frameon=False)

@@ -87,7 +87,7 @@ def lines(results: Results) -> list[Line]:
     for row in rows_of(results, "bank"):
         if row["part"] == "embed":
             found.append(Line("bank embedding", f"{model(row)}, {row['B']} quadruplets", row, "ours", *AUTHORS))
-    for row in rows_of(results, "train_step"):
+    for row in rows_of(results, "train_step") or rows_of(results, "train_step_ladder"):
         found.append(Line("training step", f"{model(row)}, LoRA, batch {row['B']}", row, "ours", *AUTHORS))
     return found
 

@@ -133,17 +133,27 @@ def headline(results: Results) -> str:
             ]
         )
     head = ["operation", "size", "ours", "best PyTorch", "speed-up", "over others", "extra MiB, ours / PyTorch"]
-    return f"{table(head, body)}\n\n{shared_facts(results)}; float32, the ops at d = 768."
+    facts = "; ".join(dict.fromkeys(measured_on(found) for found in results.values() if "rows" in found))
+    about = f"{facts}; float32, the ops at d = 768; {when(line.row for line in lines(results))}"
+    return f"{table(head, body)}\n\n{about}."
 
 
 def measured_on(found: dict) -> str:
-    """What a file's rows were measured on, and when."""
+    """The machine and the software of a file."""
     facts = found["machine"]
     parts = [str(facts[key]) for key in ("gpu", "cpu") if facts.get(key)]
     parts += [f"{facts['cores']} cores", facts["isa"]] if "isa" in facts else []
-    parts += [f"{name} {facts[name]}" for name in ("torch", "faiss-cpu", "faiss-gpu", "transformers") if name in facts]
-    when = dict.fromkeys(f"commit {row['revision']} on {row['date']}" for row in found["rows"] if "revision" in row)
-    return ", ".join([*parts, *when])
+    versions = ("torch", "faiss-cpu", "faiss-gpu", "transformers")
+    return ", ".join([*parts, *(f"{name} {facts[name]}" for name in versions if name in facts)])
+
+
+def when(rows: Iterable[dict]) -> str:
+    """Commits and days of the rows."""
+    days: dict[str, list[str]] = {}
+    for row in rows:
+        if "revision" in row and row["revision"] not in days.setdefault(row["date"], []):
+            days[row["date"]].append(row["revision"])
+    return ", ".join(f"{day} (commit {', '.join(commits)})" for day, commits in days.items())
 
 
 def shared_facts(results: Results) -> str:
@@ -161,8 +171,8 @@ def everything(results: Results) -> str:
         if "results" in found:
             parts.append(gpu_check.table(found))
             continue
-        if measured_on(found) != shared:
-            parts.append(measured_on(found))
+        where = [measured_on(found)] if measured_on(found) != shared else []
+        parts.append(", ".join([*where, when(found["rows"])]))
         parts += sweep_summary(found["rows"]) if len(found["rows"]) > 100 else all_rows(results, name)
     return "\n\n".join(parts)
 
@@ -184,7 +194,7 @@ def all_rows(results: Results, name: str) -> list[str]:
         cells += [str(threads(results, name, row)), *(cell(row, f"{path}_ms", f"{path}_MiB") for path in timed)]
         body.append([*cells, *(cell(row, f"torch/{path}") for path in ours)])
     head = [*varying, "threads", *timed, *(f"best PyTorch / {path}" for path in ours)]
-    return [fixed, table([word.replace("_", " ") for word in head], body)]
+    return [*filter(None, [fixed]), table([word.replace("_", " ") for word in head], body)]
 
 
 def is_case(key: str) -> bool:
@@ -292,7 +302,7 @@ def scaling(results: Results, colors: dict[str, str]) -> plt.Figure:
         axes.set(xscale="log", yscale="log", title=title, ylabel={"ms": "ms", "MiB": "extra memory, MiB"}[unit])
         axes.title.set_fontsize(11)
         values = sorted({row[varied] for row in curve(rows, varied)}) if rows else []
-        far = [value for value, after in zip(values, [*values[1:], math.inf], strict=True) if after > 2.5 * value]
+        far = [value for value, after in zip(values, [*values[1:], math.inf], strict=False) if after > 2.5 * value]
         axes.set_xticks(far, [f"{value:,}" for value in far], fontsize=9.5)
         axes.minorticks_off()
         axes.grid(alpha=0.5)

@@ -247,7 +247,8 @@ def table(report: dict) -> str:
 
 def checks() -> dict[str, int]:
     """Exit codes of the GPU tests and of compute-sanitizer's tools."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/cuda/test_gpu.py"]
+    files = ["tests/cuda/test_gpu.py", "tests/cuda/test_gpu_training.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
     codes = {"tests": subprocess.run(tests, cwd=ROOT).returncode}
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:

@@ -54,6 +54,8 @@ def training_step(of: Ranks, model: str, batch_size: int) -> Callable[[bool], No
             "unsafe_image": images[1, mine],
             "safe_tokens": tokens[0, mine],
             "unsafe_tokens": tokens[1, mine],
+            "safe_lengths": [TOKENS] * len(rows),
+            "unsafe_lengths": [TOKENS] * len(rows),
         }
         own = QuadrupletEmbeddings(*(column[mine] for column in frozen))
         forward_backward(

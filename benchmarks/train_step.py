@@ -137,8 +137,10 @@ def safe_clip_loss(current: QuadrupletEmbeddings, text: Tensor, image: Tensor) -
 class Ours:
     """This library's step with the default objective and gradient clipping, as train.py takes it."""
 
-    def __init__(self, clip: ClipModel, batch: dict, frozen: QuadrupletEmbeddings, bank: SafeBank) -> None:
-        self.clip, self.batch, self.frozen, self.bank = clip, batch, frozen, bank
+    def __init__(
+        self, clip: ClipModel, batch: dict, frozen: QuadrupletEmbeddings, bank: SafeBank, micro_batch_size: int = 0
+    ) -> None:
+        self.clip, self.batch, self.frozen, self.bank, self.micro = clip, batch, frozen, bank, micro_batch_size
         self.objective = SaferClip()
         rows = batch["index"][:, None]
         self.neighbors = Neighbors(rows.int(), torch.ones_like(rows, dtype=torch.float32))
@@ -149,7 +151,7 @@ class Ours:
         return self.objective(current, self.frozen, self.bank, self.neighbors)
 
     def __call__(self) -> None:
-        forward_backward(self.clip, self.batch, self.loss)
+        forward_backward(self.clip, self.batch, self.loss, micro_batch_size=self.micro)
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

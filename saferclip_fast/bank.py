@@ -145,7 +145,8 @@ class SafeBank:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         header = {**(metadata or {}), "format": FORMAT, "normalised": "l2"}
         try:
-            file = RowFile(temporary, ("text", "image"), (count, text.shape[1]), header)
+            tensors = dict.fromkeys(("text", "image"), (torch.float32, (count, text.shape[1])))
+            file = RowFile(temporary, tensors, header)
             for begin in range(0, count, _NORMALISE_ROWS):
                 part = slice(begin, begin + _NORMALISE_ROWS)
                 chosen = part if rows is None else rows[part]

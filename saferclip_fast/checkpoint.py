@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import Config, flatten
 from .files import remove_leftovers, save_tensors
+from .fsdp import sliced_like
 
 FORMAT = "saferclip_fast.checkpoint.v2"
 _NAME = re.compile(r"step-\d{10}\.safetensors")
@@ -26,12 +27,15 @@ FREE_TO_CHANGE = (
     "resume",
     "data.num_workers",
     "data.cache_dir",
+    "data.decoded_cache",
     "train.checkpointing",
+    "train.profile",
+    "train.timeout_minutes",
     "checkpoint.",
     "log.",
 )
 # What it may change at the price of other rounding.
-ROUNDING_ONLY = ("device", "threads", "objective.backend", "objective.bank")
+ROUNDING_ONLY = ("device", "threads", "objective.backend", "objective.bank", "train.compile", "train.fsdp")
 
 
 class CheckpointError(RuntimeError):
@@ -156,9 +160,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of pack_optimizer, into an optimizer over the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         prefix, *rest = key.split(".", 2)
         if prefix == "optimizer":
+            parameter = parameters[int(rest[0])]
+            value = sliced_like(parameter, value) if value.ndim else value  # step counts are on every rank
             state.setdefault(int(rest[0]), {})[rest[1]] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -89,6 +89,7 @@ class DataOptions:
     on_error: Literal["skip", "raise"] = option("skip", "bad rows: skip and count them, or stop at the first")
     num_workers: int = option(4, "loader processes; the result does not depend on it", 0)
     cache_dir: str = option(".cache/saferclip", "where frozen embeddings and neighbors are kept, by content")
+    decoded_cache: bool = option(False, "also keep the resized images there, so that no epoch decodes (docs/data.md)")
 
 
 @dataclass
@@ -155,6 +156,12 @@ class TrainOptions:
     epochs: int = option(9, "passes over the training set", 1)
     batch_size: int = option(48, "quadruplets per step, over all ranks", 1)
     micro_batch_size: int = option(0, "quadruplets in memory at a time, same gradient (docs: Large batches); 0: all", 0)
+    compile: bool = option(False, "run the encoders through torch.compile (docs: Where a step's time goes)")
+    profile: int = option(0, "steps to record with torch.profiler into RUN_DIR/profile; 0: none", 0)
+    fsdp: bool = option(
+        False, "full tuning: weights, gradients and moments in slices, one on each rank (docs/scale.md)"
+    )
+    timeout_minutes: float = option(10.0, "a rank that hangs so long in training is given up", 0.01)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, same gradient")
     precision: Literal["fp32", "bf16", "fp16"] = option("bf16", "autocast type; fp16 scales the loss")
     tf32: bool = option(True, "TF32 matrix products for what stays in fp32 (GPU)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import warnings
 
 import torch
@@ -54,6 +56,21 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Scales the loss in "fp16", so that small gradients do not vanish; otherwise does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def compile_encoders(clip: nn.Module) -> None:
+    """From its next call on `clip` runs through torch.compile, one graph for captions of every length.
+
+    Dropout draws the numbers that it draws without, so that both passes over a micro-batch have the same.
+    Raises ConfigError where a compiler is missing.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler, and there is no {compiler}: install it, or set CXX"
+        )
+    torch._dynamo.config.optimize_ddp = False  # it cuts graphs where gradients are exchanged, and fails on free sizes
+    clip.compile(dynamic=True, options={"fallback_random": True})
 
 
 def data_parallel(model: nn.Module, ranks: Ranks) -> DistributedDataParallel | None:

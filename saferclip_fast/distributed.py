@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # A rank that died is noticed at once (its connections close, and torchrun ends the others); this bounds the wait for
-# one that hangs. It has to outlast what one rank does alone: decoding a data set once to find broken images.
+# one that hangs before training, whose own bound is Ranks.give_up_after. It has to outlast what one rank does alone:
+# decoding a data set once to find broken images, or waiting for another run that fills the same cache.
 TIMEOUT = timedelta(hours=2)
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public from torch 2.14 on
 # What gloo and NCCL say, in errors of no class of their own, when another process is gone.
 LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
 
@@ -98,6 +100,11 @@ class Ranks:
         dist.all_to_all_single(out, value.contiguous(), list(receive), list(send))
         return out
 
+    def give_up_after(self, minutes: float) -> None:
+        """From here on an exchange for which a rank lets the others wait so long fails with LostRankError."""
+        if self.world > 1:
+            _set_timeout(timedelta(minutes=minutes))
+
     def wait(self) -> None:
         """Until every rank is here."""
         self.largest(0)
@@ -168,8 +175,6 @@ ALONE = Share()
 def ranks() -> Iterator[Ranks]:
     """Joins the processes that torchrun started, for the time of the body; alone without torchrun.
 
-    One group carries both kinds of tensors: gloo those on the CPU, NCCL those on GPUs.
-
     Raises LostRankError where an exchange fails because another process is gone.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -177,13 +182,7 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=_own_store(store, rank, world),
-        rank=rank,
-        world_size=world,
-        timeout=TIMEOUT,
-    )
+    join(_own_store(store, rank, world), rank, world)
     try:
         yield Ranks(dist.get_rank(), world)
     except RuntimeError as error:
@@ -196,6 +195,12 @@ def ranks() -> Iterator[Ranks]:
             ) from error
         raise
     dist.destroy_process_group()  # not after a failure, where it would wait for the process that is gone
+
+
+def join(store: dist.Store, rank: int, world: int) -> None:
+    """One group for both kinds of tensors: gloo carries those on the CPU, NCCL those on GPUs."""
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
 def _own_store(store: dist.Store, rank: int, world: int) -> dist.Store:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .fsdp import sliced_like
+
 
 class WeightAverage:
     """average <- d average + (1 - d) weights after every step, d = min(decay, (1 + n) / (10 + n)) after step n.
@@ -47,7 +49,7 @@ class WeightAverage:
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of pack."""
         for name, tensor in self.average.items():
-            tensor.copy_(tensors[f"ema.{name}"])
+            tensor.copy_(sliced_like(tensor, tensors[f"ema.{name}"]))
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:

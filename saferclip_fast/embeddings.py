@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from . import row_file
 from .bank import SafeBank
 from .data import QuadrupletDataset, collate
 from .data.pack import PackedCaptions
 from .data.trim import trim
 from .device import autocast
 from .distributed import Ranks
-from .files import save_json, sync
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
-from .row_file import RowFile
+from .stop import ignore_stop_signals
 
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
 BATCH_INPUTS = ("safe_image", "unsafe_image", "safe_tokens", "unsafe_tokens")
 Encode = Callable[[Tensor, Tensor | PackedCaptions], tuple[Tensor, Tensor]]  # ClipModel.forward
-_SYNC_ROWS = 4096  # at most so many rows are computed again after a kill
 
 
 class FrozenEmbeddings(NamedTuple):
@@ -85,13 +80,24 @@ def embed_quadruplets(
     }
     key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(cache_dir) / f"embeddings-{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the first rank waits for other runs, the others wait for what it finds
-    with _lock(path.with_suffix(".lock")) if ranks.first else nullcontext():
-        if ranks.largest(ranks.first and not path.is_file()):
-            _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, progress, ranks)
-    if not path.is_file():
-        raise FileNotFoundError(f"rank {ranks.rank} does not see {path}: data.cache_dir must be shared by all machines")
+
+    def loader(rows: list[int]) -> DataLoader:
+        return DataLoader(
+            Subset(dataset, rows),
+            batch_size,
+            collate_fn=collate(clip.tokenizer),
+            num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),  # leaves the global generator alone
+        )
+
+    def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        with clip.frozen():
+            return embed_batch(clip, batch, precision)._asdict()
+
+    row_file.fill(
+        path, metadata, len(dataset), loader, compute, title="frozen embeddings", progress=progress, ranks=ranks
+    )
     return load_embeddings(path, metadata)
 
 
@@ -105,19 +111,8 @@ def load_embeddings(path: str | Path, expect: Mapping[str, str] | None = None) -
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no embeddings at {path}; embed_quadruplets makes them")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            rows = QuadrupletEmbeddings(*(file.get_tensor(name) for name in NAMES))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to compute it again") from error
-    for key, wanted in (expect or {}).items():
-        if metadata.get(key) != wanted:
-            raise ValueError(
-                f"{path} was made with {key}={metadata.get(key)!r}, but {key}={wanted!r} is in use; "
-                "delete the file to compute it again, or use the model and data that it was made from"
-            )
-    return FrozenEmbeddings(rows, metadata, path)
+    tensors, metadata = row_file.read(path, NAMES, expect)
+    return FrozenEmbeddings(QuadrupletEmbeddings(**tensors), metadata, path)
 
 
 def bank_from(frozen: FrozenEmbeddings, rows: Tensor | None = None) -> SafeBank:
@@ -131,53 +126,6 @@ def bank_from(frozen: FrozenEmbeddings, rows: Tensor | None = None) -> SafeBank:
 def bank_metadata(frozen: FrozenEmbeddings) -> dict[str, str]:
     """What a bank of these rows is made of."""
     return {key: frozen.metadata[key] for key in ("model", "weights_hash", "data_hash", "preprocessing")}
-
-
-@torch.no_grad()
-def _compute(clip, dataset, path, metadata, batch_size, num_workers, precision, progress, ranks) -> None:
-    partial, done = path.with_suffix(".partial"), _rows_done(path, len(dataset))
-    ranks.wait()  # until all have read what is done
-    if ranks.first and not done.any():
-        partial.unlink(missing_ok=True)
-    ranks.wait()
-    missing = (~done).nonzero().squeeze(1)
-    mine = ranks.split(len(missing))
-    loader = DataLoader(
-        Subset(dataset, missing[mine.start : mine.stop].tolist()),
-        batch_size,
-        collate_fn=collate(clip.tokenizer),
-        num_workers=num_workers,
-        generator=torch.Generator(),  # leaves the global generator alone
-    )
-    bar = tqdm(total=len(mine), desc="frozen embeddings", disable=not (progress and ranks.first))
-    file: RowFile | None = None
-    with clip.frozen(), bar:
-        unsynced = 0
-        for batch in loader:
-            rows, index = embed_batch(clip, batch, precision), batch["index"]
-            if file is None:
-                file = RowFile(partial, NAMES, (len(dataset), rows.safe_text.shape[1]), metadata)
-            for begin, end in _runs(index):
-                for name, tensor in zip(NAMES, rows, strict=True):
-                    file.write(name, int(index[begin]), tensor[begin:end])
-            done[index] = True
-            unsynced += len(index)
-            bar.update(len(index))
-            if unsynced >= _SYNC_ROWS:
-                file.sync()
-                finished = done.nonzero().squeeze(1)
-                runs = [(int(finished[begin]), int(finished[end - 1]) + 1) for begin, end in _runs(finished)]
-                save_json(_progress_file(path, ranks.rank), {"rows": runs})
-                unsynced = 0
-    if file is not None:
-        file.close()
-    ranks.wait()
-    if ranks.first:
-        partial.replace(path)
-        sync(path.parent)
-        for progress_file in _progress_files(path):
-            progress_file.unlink()
-    ranks.wait()
 
 
 def embed_batch(
@@ -257,40 +205,3 @@ def _preprocessing(clip: ClipModel, dataset: QuadrupletDataset) -> str:
             digest.update(f"{image.dtype} {tuple(image.shape)}".encode())
             digest.update(image.contiguous().numpy().data)
     return json.dumps({**clip.preprocessing, "probe": digest.hexdigest()}, sort_keys=True)
-
-
-def _progress_file(path: Path, rank: int) -> Path:
-    return path.with_suffix(f".progress-{rank}.json")
-
-
-def _progress_files(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{path.stem}.progress-*.json"))
-
-
-def _rows_done(path: Path, rows: int) -> Tensor:
-    """[rows] bool: the rows that killed runs, on any number of ranks, left behind for certain."""
-    done = torch.zeros(rows, dtype=torch.bool)
-    if path.with_suffix(".partial").is_file():
-        for progress_file in _progress_files(path):
-            try:
-                runs = json.loads(progress_file.read_text())["rows"]
-                for begin, end in runs:
-                    done[begin:end] = True
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # these rows are computed again
-    return done
-
-
-def _runs(numbers: Tensor) -> list[tuple[int, int]]:
-    """Positions [begin, end) in ascending `numbers` between which each is one more than the one before."""
-    breaks = ((numbers[1:] - numbers[:-1]) != 1).nonzero().squeeze(1) + 1
-    edges = [0, *breaks.tolist(), len(numbers)]
-    return list(itertools.pairwise(edges))
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; released by the system when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +165,14 @@ class ClipModel(nn.Module):
                 self.model = trained
                 self.train(training)
 
-    def export(self, folder: str | Path) -> Path:
+    def export(self, folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None) -> Path:
         """Write the merged weights and the config where open_clip finds them; return the weights file.
 
         Load with open_clip.create_model(name, pretrained=FILE) or open_clip.create_model("local-dir:FOLDER").
+        `weights`: what exported_state_dict() gives, where the model itself holds but a slice of each.
         """
         folder = Path(folder)
-        save_tensors(folder / WEIGHTS_NAME, self.exported_state_dict(), {"format": "pt"})
+        save_tensors(folder / WEIGHTS_NAME, weights or self.exported_state_dict(), {"format": "pt"})
         save_json(folder / CONFIG_NAME, self.config)
         if isinstance(self.tokenizer, HFTokenizer):
             self.tokenizer.tokenizer.save_pretrained(str(folder))

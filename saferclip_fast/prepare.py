@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from .bank import SafeBank
 from .config import Config, ConfigError
-from .data import QuadrupletDataset, open_quadruplets
+from .data import QuadrupletDataset, decode_images, open_quadruplets
 from .distributed import Ranks
 from .embeddings import FrozenEmbeddings, bank_from, bank_metadata, embed_quadruplets
 from .files import save_tensors
@@ -65,7 +65,7 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
     """
     if not config.data.train:
         raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
-    dataset = open_data(config, config.data.train, clip, ranks)
+    dataset = _decoded(config, open_data(config, config.data.train, clip, ranks), ranks)
     frozen = _embed(config, clip, dataset, ranks)
     train_rows, val_rows = split_rows(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
     if len(train_rows) < config.objective.k:
@@ -78,7 +78,7 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
     train = Split(samples, frozen.rows, bank, None if in_step else neighbors, mixed)
     val, data_hash = None, frozen.metadata["data_hash"]
     if config.data.val:
-        held_out = open_data(config, config.data.val, clip, ranks)
+        held_out = _decoded(config, open_data(config, config.data.val, clip, ranks), ranks)
         rows = _embed(config, clip, held_out, ranks)
         found = _neighbors(config, rows, bank, bank_name, clip.device, ranks)
         every = torch.arange(len(held_out))
@@ -140,6 +140,16 @@ def open_data(
     if ranks.first:
         print(dataset.summary, flush=True)
     return dataset
+
+
+def _decoded(config: Config, dataset: QuadrupletDataset, ranks: Ranks) -> QuadrupletDataset:
+    """The same data set, its images kept as they are after resizing if data.decoded_cache says so."""
+    options = config.data
+    if not options.decoded_cache:
+        return dataset
+    return decode_images(
+        dataset, options.cache_dir, num_workers=options.num_workers, progress=config.log.progress, ranks=ranks
+    )
 
 
 def _embed(config: Config, clip: ClipModel, dataset: QuadrupletDataset, ranks: Ranks) -> FrozenEmbeddings:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checkpoint import check_same_run, pack_optimizer, pack_rng, read_checkpoint, unpack_optimizer, unpack_rng
 from .config import flatten
+from .fsdp import gathered, sliced_like
 
 if TYPE_CHECKING:
     from .train import Trainer
@@ -44,7 +45,8 @@ def load_trained(run: Trainer, tensors: dict[str, Tensor]) -> None:
     own = run.clip.model.state_dict()
     with torch.no_grad():
         for key in trained_tensors(run):
-            own[key.removeprefix("model.")].copy_(tensors[key])
+            target = own[key.removeprefix("model.")]
+            target.copy_(sliced_like(target, tensors[key]))
 
 
 def save_run(run: Trainer) -> None:
@@ -53,6 +55,10 @@ def save_run(run: Trainer) -> None:
     if run.meter.total is not None:
         own["meter.total"] = run.meter.total
     of_ranks = {name: run.ranks.stack(value.to(run.device)) for name, value in own.items()}
+    tensors = trained_tensors(run) | pack_optimizer(run.optimizer)
+    if run.average is not None:
+        tensors |= run.average.pack()
+    tensors = gathered(tensors, run.ranks.first)
     if not run.ranks.first:
         return
     state = {
@@ -63,10 +69,7 @@ def save_run(run: Trainer) -> None:
         "config": flatten(run.config),
         **hashes(run),
     }
-    tensors = trained_tensors(run) | pack_optimizer(run.optimizer) | of_ranks
-    if run.average is not None:
-        tensors |= run.average.pack()
-    run.checkpoints.save(run.progress.step, tensors, state)
+    run.checkpoints.save(run.progress.step, tensors | of_ranks, state)
 
 
 def restore_run(run: Trainer) -> bool:

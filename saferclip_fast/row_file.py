@@ -1,47 +1,72 @@
-"""A safetensors file filled in row by row: larger than memory, by several processes at once, resumable."""
+"""Safetensors files filled in row by row: larger than memory, by several processes at once, resumable."""
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
+
+from .distributed import Ranks
+from .files import save_json, sync
+
+_TYPES = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
+_SYNC_BYTES = 1 << 26  # at most so much is made again after a kill
 
 
 class RowFile:
-    """Float32 tensors of one shape [rows, d] under `names`; space on the disk is taken at once.
+    """Tensors [rows, ...] by name; space on the disk is taken at once.
 
     Opening a file that is there already keeps its rows, so that a killed writer's work goes on, and several processes
     may open the same one.
 
+    Args:
+        path: the file.
+        tensors: type and shape of each: float32, uint8 or int64.
+        metadata: of the safetensors header.
+
     Raises OSError where there is no room, and deletes the file.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...], shape: tuple[int, int], metadata: Mapping[str, str]) -> None:
-        size = shape[0] * shape[1] * 4
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    ) -> None:
         header: dict = {"__metadata__": dict(metadata)}
-        for i, name in enumerate(names):
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        self.tensors, self.starts, end = dict(tensors), {}, 0
+        # wide numbers first, so that all lie at multiples of their size
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+            self.starts[name], end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [self.starts[name], end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # safetensors wants 8-byte aligned data
-        self.row_bytes = shape[1] * 4
-        self.starts = {name: 8 + len(text) + i * size for i, name in enumerate(names)}
+        self.begin = 8 + len(text)
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        total = 8 + len(text) + len(names) * size
         try:
-            _reserve(self.descriptor, total)
+            _reserve(self.descriptor, self.begin + end)
         except OSError as error:
             path.unlink()
-            reason = f"no room for {total / 1e9:.2f} GB in {path.parent} ({error.strerror})"
+            reason = f"no room for {(self.begin + end) / 1e9:.2f} GB in {path.parent} ({error.strerror})"
             raise OSError(error.errno, reason) from error
         os.pwrite(self.descriptor, len(text).to_bytes(8, "little") + text, 0)
 
-    def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Rows [n, d] of tensor `name` from row `first` on."""
-        data = rows.detach().float().cpu().contiguous().numpy().data.cast("B")
-        os.pwrite(self.descriptor, data, self.starts[name] + first * self.row_bytes)
+    def write(self, name: str, first: int, rows: Tensor) -> int:
+        """Rows [n, ...] of tensor `name` from row `first` on; returns their size in bytes."""
+        dtype, shape = self.tensors[name]
+        if rows.shape[1:] != torch.Size(shape[1:]):
+            raise ValueError(f"rows of {name} are {list(shape[1:])}, but row {first} is {list(rows.shape[1:])}")
+        data = rows.detach().to(dtype).cpu().contiguous().numpy().data.cast("B")
+        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+        os.pwrite(self.descriptor, data, self.begin + self.starts[name] + first * row_bytes)
+        return len(data)
 
     def sync(self) -> None:
         os.fsync(self.descriptor)
@@ -49,6 +74,138 @@ class RowFile:
     def close(self) -> None:
         self.sync()
         os.close(self.descriptor)
+
+
+def fill(
+    path: Path,
+    metadata: Mapping[str, str],
+    rows: int,
+    loader: Callable[[list[int]], Iterable[Mapping[str, Any]]],
+    compute: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
+    *,
+    title: str,
+    progress: bool = True,
+    ranks: Ranks = Ranks(),  # noqa: B008 - it is immutable
+) -> None:
+    """Make a file of `rows` rows, unless it is there: each is computed once, though runs are killed on the way.
+
+    A second run waits for the first one and then finds its file.
+
+    Args:
+        path: the file, in a folder that all ranks see.
+        metadata: of its header.
+        loader: batches of the rows asked for, in order; "index" holds their numbers, int64 [n].
+        compute: tensors [n, ...] of a batch, by name.
+        title, progress: of the bar.
+        ranks: the processes that share the work.
+
+    Raises OSError where there is no room (found out with the first batch), or it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the first rank waits for other runs, the others wait for what it finds
+    with _lock(path.with_suffix(".lock")) if ranks.first else nullcontext():
+        if ranks.largest(ranks.first and not path.is_file()):
+            _make(path, metadata, rows, loader, compute, title, progress, ranks)
+    if not path.is_file():
+        raise FileNotFoundError(f"rank {ranks.rank} does not see {path}: data.cache_dir must be shared by all machines")
+
+
+def read(
+    path: str | Path, names: Sequence[str], expect: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors `names` and metadata of a file, on the CPU, memory-mapped: rows are read from disk when they are used.
+
+    Raises ValueError where it is damaged, or made from something else than `expect` says; names the field and the
+    remedy.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to make it again") from error
+    for key, wanted in (expect or {}).items():
+        if metadata.get(key) != wanted:
+            raise ValueError(
+                f"{path} was made with {key}={metadata.get(key)!r}, but {key}={wanted!r} is in use; "
+                "delete the file to make it again, or use the model and data that it was made from"
+            )
+    return tensors, metadata
+
+
+def _make(path, metadata, rows, loader, compute, title, progress, ranks) -> None:
+    partial, done = path.with_suffix(".partial"), _rows_done(path, rows)
+    ranks.wait()  # until all have read what is done
+    if ranks.first and not done.any():
+        partial.unlink(missing_ok=True)
+    ranks.wait()
+    missing = (~done).nonzero().squeeze(1)
+    mine = ranks.split(len(missing))
+    file: RowFile | None = None
+    unsynced = 0
+    with tqdm(total=len(mine), desc=title, unit="row", disable=not (progress and ranks.first)) as bar:
+        for batch in loader(missing[mine.start : mine.stop].tolist()):
+            tensors, index = compute(batch), batch["index"]
+            if file is None:
+                shapes = {name: (x.dtype, (rows, *x.shape[1:])) for name, x in tensors.items()}
+                file = RowFile(partial, shapes, metadata)
+            for begin, end in _runs(index):
+                for name, tensor in tensors.items():
+                    unsynced += file.write(name, int(index[begin]), tensor[begin:end])
+            done[index] = True
+            bar.update(len(index))
+            if unsynced >= _SYNC_BYTES:
+                file.sync()
+                finished = done.nonzero().squeeze(1)
+                runs = [(int(finished[begin]), int(finished[end - 1]) + 1) for begin, end in _runs(finished)]
+                save_json(_progress_file(path, ranks.rank), {"rows": runs})
+                unsynced = 0
+    if file is not None:
+        file.close()
+    ranks.wait()
+    if ranks.first:
+        partial.replace(path)
+        sync(path.parent)
+        for progress_file in _progress_files(path):
+            progress_file.unlink()
+    ranks.wait()
+
+
+def _progress_file(path: Path, rank: int) -> Path:
+    return path.with_suffix(f".progress-{rank}.json")
+
+
+def _progress_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.progress-*.json"))
+
+
+def _rows_done(path: Path, rows: int) -> Tensor:
+    """[rows] bool: the rows that killed runs, on any number of ranks, left behind for certain."""
+    done = torch.zeros(rows, dtype=torch.bool)
+    if path.with_suffix(".partial").is_file():
+        for progress_file in _progress_files(path):
+            try:
+                runs = json.loads(progress_file.read_text())["rows"]
+                for begin, end in runs:
+                    done[begin:end] = True
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # these rows are made again
+    return done
+
+
+def _runs(numbers: Tensor) -> list[tuple[int, int]]:
+    """Positions [begin, end) in ascending `numbers` between which each is one more than the one before."""
+    breaks = ((numbers[1:] - numbers[:-1]) != 1).nonzero().squeeze(1) + 1
+    edges = [0, *breaks.tolist(), len(numbers)]
+    return list(itertools.pairwise(edges))
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; released by the system when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -19,6 +19,7 @@ from .checkpoint import pack_rng, unpack_rng
 from .embeddings import Encode, embed_batch
 from .models import ClipModel
 from .objectives import ObjectiveOutput, QuadrupletEmbeddings
+from .profiling import part
 
 Loss = Callable[[QuadrupletEmbeddings], ObjectiveOutput]
 
@@ -50,25 +51,41 @@ def forward_backward(
         the objective's output, detached.
     """
     parts = micro_batches(batch, micro_batch_size)
-    if len(parts) == 1:
-        out = loss(embed_batch(clip, batch, precision, encode))
-        scale(out.loss).backward()
-        return out._replace(loss=out.loss.detach())
     states: list[dict[str, Tensor]] = []
-    whole = QuadrupletEmbeddings(*(rows.requires_grad_() for rows in _embed(clip, parts, precision, states)))
-    out = loss(whole)
-    scale(out.loss).backward()
-    after = pack_rng(clip.device)
-    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
-        unpack_rng(clip.device, state)
-        first = i * micro_batch_size
-        with no_sync() if i + 1 < len(parts) else nullcontext():
-            rows = embed_batch(clip, part, precision, encode)
-            gradients = [None if x.grad is None else x.grad[first : first + micro_batch_size] for x in whole]
-            used = [(row, gradient) for row, gradient in zip(rows, gradients, strict=True) if gradient is not None]
-            torch.autograd.backward([row for row, _ in used], [gradient for _, gradient in used])
-    unpack_rng(clip.device, after)
+    with part("embed"):
+        if len(parts) == 1:
+            whole = embed_batch(clip, batch, precision, encode)
+        else:
+            whole = QuadrupletEmbeddings(*(rows.requires_grad_() for rows in _embed(clip, parts, precision, states)))
+    with part("objective"):
+        out = loss(whole)
+    with part("backward"):
+        scale(out.loss).backward()
+        if len(parts) > 1:
+            _embed_again(clip, parts, precision, encode, no_sync, states, whole)
     return out._replace(loss=out.loss.detach())
+
+
+def _embed_again(
+    clip: ClipModel,
+    parts: Sequence[Mapping[str, Any]],
+    precision: str,
+    encode: Encode | None,
+    no_sync: Callable[[], AbstractContextManager],
+    states: Sequence[Mapping[str, Tensor]],
+    whole: QuadrupletEmbeddings,
+) -> None:
+    """Send the gradient of the `whole` batch's embeddings back through every micro-batch."""
+    first, after = 0, pack_rng(clip.device)
+    for i, (micro_batch, state) in enumerate(zip(parts, states, strict=True)):
+        unpack_rng(clip.device, state)
+        last = first + len(micro_batch["index"])
+        with no_sync() if i + 1 < len(parts) else nullcontext():
+            rows = embed_batch(clip, micro_batch, precision, encode)
+            used = [(row, x.grad[first:last]) for row, x in zip(rows, whole, strict=True) if x.grad is not None]
+            torch.autograd.backward([row for row, _ in used], [gradient for _, gradient in used])
+        first = last
+    unpack_rng(clip.device, after)
 
 
 def embed_micro_batches(
@@ -84,9 +101,9 @@ def _embed(
 ) -> QuadrupletEmbeddings:
     """Embeddings of all `parts` in order; the random state before each one is appended to `states`."""
     rows = []
-    for part in parts:
+    for micro_batch in parts:
         states.append(pack_rng(clip.device))
-        rows.append(embed_batch(clip, part, precision))
+        rows.append(embed_batch(clip, micro_batch, precision))
     return QuadrupletEmbeddings(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
 
@@ -96,9 +113,10 @@ def micro_batches(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     if not 0 < size < rows:
         return [dict(batch)]
     parts = [{name: column[i : i + size] for name, column in batch.items()} for i in range(0, rows, size)]
-    for part in parts:
+    for micro_batch in parts:
         for side in ("safe", "unsafe"):
-            part[f"{side}_tokens"] = part[f"{side}_tokens"][:, : max(part[f"{side}_lengths"])]
+            tokens = micro_batch[f"{side}_tokens"]
+            micro_batch[f"{side}_tokens"] = tokens[:, : max(micro_batch[f"{side}_lengths"])]
     return parts
 
 

@@ -1,10 +1,29 @@
-"""Stopping on SIGTERM or Ctrl-C between two steps instead of in the middle of one."""
+"""Stopping on SIGTERM or Ctrl-C: between two steps, or at once where what is done is kept anyway."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C (`number`) came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C raise Stopped; for work that goes on where it was, such as filling caches."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    with _handler(stop):
+        yield
 
 
 @contextmanager
@@ -17,9 +36,15 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handler(note):
         yield noted
+
+
+@contextmanager
+def _handler(function: Callable[[int, object], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, function) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

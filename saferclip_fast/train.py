@@ -21,20 +21,22 @@ from .checkpoint import CheckpointError, CheckpointFolder, load_checked, save_ch
 from .config import Config, ConfigError, load_config, option_help
 from .data import CurriculumSampler, DataError, collate
 from .data.curriculum import STAGES, RankBatches
-from .device import data_parallel, grad_scaler, set_up_torch
+from .device import compile_encoders, data_parallel, grad_scaler, set_up_torch
 from .distributed import ALONE, LostRankError, Ranks, Share, ranks
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
 from .ema import WeightAverage
 from .files import atomic_write, remove_leftovers
+from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .models import WEIGHTS_NAME, ClipModel, load_clip
 from .objectives import ObjectiveOutput, QuadrupletEmbeddings
 from .optim import build_optimizer, check_all_used, learning_rate
 from .prepare import Split, TrainingData, build_objective, prepare
+from .profiling import marked, part, profile_steps
 from .resume import Progress, load_trained, restore_run, save_run, trained_tensors
 from .runlog import Meter, RunLog
 from .sharded import ShardedBank
 from .step import check_micro_batches, embed_micro_batches, forward_backward
-from .stop import ignore_stop_signals, stop_signals
+from .stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
 
 # What a user can mend: reported in one line, without a traceback.
 MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, LostRankError, OSError, ValueError)
@@ -53,6 +55,8 @@ class Trainer:
         """`clip` has its trainable parameters set; `ranks` are the processes that train it together."""
         self.config, self.clip, self.data, self.ranks, self.device = config, clip, data, ranks, clip.device
         self.run_dir = Path(config.run_dir)
+        if config.train.fsdp and ranks.world > 1:
+            shard_weights(clip, ranks)
         self.trainable = {n: p for n, p in clip.model.named_parameters() if p.requires_grad}
         self.objective = build_objective(config)
         self.optimizer = build_optimizer(config.optimizer, self.trainable)
@@ -74,7 +78,7 @@ class Trainer:
         self.best_file = self.run_dir / "best.safetensors"
         self.progress = Progress()
         self.meter, self.watch = Meter(), FiniteWatch()
-        self.parallel = data_parallel(clip, ranks)
+        self.parallel = None if config.train.fsdp else data_parallel(clip, ranks)
 
     def fit(self) -> TrainResult:
         """Train from where `self.progress` stands to the end, or until SIGTERM or Ctrl-C."""
@@ -90,7 +94,9 @@ class Trainer:
             self.data.train,
             RankBatches(self.sampler, config.train.batch_size, self.drop_last, self.ranks.rank, self.ranks.world),
         )
-        with stop_signals() as stop:
+        self.ranks.give_up_after(config.train.timeout_minutes)
+        profiled = config.train.profile if self.ranks.first else 0
+        with stop_signals() as stop, profile_steps(profiled, self.run_dir / "profile") as step_done:
             while progress.epoch <= config.train.epochs and not progress.finished:
                 self.sampler.set_epoch(progress.epoch, progress.seen)
                 self.log.start_epoch(
@@ -99,8 +105,9 @@ class Trainer:
                 self.clip.train()
                 remaining = len(loader)
                 self.clock, self.logged = time.perf_counter(), progress.step
-                for batch in loader:
+                for batch in marked(loader):
                     self.step(batch)
+                    step_done()
                     remaining -= 1
                     if signal_number := self.ranks.largest(stop[0] if stop else 0):
                         return self.stopped(signal_number)
@@ -122,7 +129,8 @@ class Trainer:
         out = self.gradients(batch, share)
         if progress.step == 0:
             check_all_used(self.trainable)
-        self.update(out, samples, share)
+        with part("optimizer"):
+            self.update(out, samples, share)
         progress.step += 1
         if self.average is not None:
             self.average.update(progress.step)
@@ -148,7 +156,7 @@ class Trainer:
     def update(self, out: ObjectiveOutput, samples: int, share: Share) -> None:
         """Move the weights along the gradient, unless it is not finite."""
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None]))
         if clip := self.config.optimizer.clip_norm:
             nn.utils.clip_grads_with_norm_(self.trainable.values(), clip, norm)
         finite = self.ranks.sum(out.loss).isfinite()
@@ -180,8 +188,8 @@ class Trainer:
             frozen,
             bank,
             neighbors,
-            batch["unsafe_text_label"].to(self.device) if split.mixed else None,
-            batch["unsafe_image_label"].to(self.device) if split.mixed else None,
+            batch["unsafe_text_label"].to(self.device, non_blocking=True) if split.mixed else None,
+            batch["unsafe_image_label"].to(self.device, non_blocking=True) if split.mixed else None,
             share,
         )
 
@@ -220,8 +228,9 @@ class Trainer:
         self.log.write("val", progress.step, means, epoch=progress.epoch)
         if progress.best_loss is None or means["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step, progress.stale = means["loss"], progress.step, 0
+            best = gathered(trained_tensors(self), self.ranks.first)
             if self.ranks.first:
-                save_checked(self.best_file, trained_tensors(self), {"step": progress.step})
+                save_checked(self.best_file, best, {"step": progress.step})
         else:
             progress.stale += 1
             progress.finished = 0 < self.config.validation.patience <= progress.stale
@@ -237,10 +246,12 @@ class Trainer:
         options, meter = self.config.train, Meter()
         batches = list(BatchSampler(range(len(split.samples)), options.batch_size, drop_last=False))
         mine = batches[self.ranks.rank :: self.ranks.world]
-        for batch in self.loader(split, mine or batches[:1]):
+        # sliced weights (train.fsdp) need every rank for every batch
+        spare = batches[:1] * (math.ceil(len(batches) / self.ranks.world) - len(mine))
+        for number, batch in enumerate(self.loader(split, mine + spare)):
             current = embed_micro_batches(self.clip, batch, options.micro_batch_size, options.precision)
             out = self.loss(current, batch, split)
-            meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if mine else 0)
+            meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
         return meter.means(self.ranks)
 
     def loader(self, split: Split, batches: RankBatches | list[list[int]]) -> DataLoader:
@@ -272,13 +283,15 @@ class Trainer:
 
     def export(self) -> Path:
         """Write the final weights, of the best validation or the last step, for open_clip."""
-        if not self.ranks.first:
-            return self.run_dir / "final" / WEIGHTS_NAME
-        if self.config.validation.final == "best" and self.progress.best_loss is not None:
+        folder = self.run_dir / "final"
+        if not (self.ranks.first or self.config.train.fsdp):
+            return folder / WEIGHTS_NAME
+        best = self.config.validation.final == "best" and self.progress.best_loss is not None
+        if best:
             load_trained(self, load_checked(self.best_file).tensors)  # averaged ones, where there is an average
-            return self.clip.export(self.run_dir / "final")
-        with self.averaged():
-            return self.clip.export(self.run_dir / "final")
+        with nullcontext() if best else self.averaged():
+            weights = gathered(self.clip.exported_state_dict(), self.ranks.first)
+            return self.clip.export(folder, weights) if self.ranks.first else folder / WEIGHTS_NAME
 
 
 def train(config: Config) -> TrainResult:
@@ -295,8 +308,13 @@ def train(config: Config) -> TrainResult:
     run_dir = Path(config.run_dir)
     if config.resume == "never" and (run_dir / "log.jsonl").exists():
         raise CheckpointError(f"{run_dir} holds a run: pass resume=auto to go on with it, or choose another run_dir")
-    with ranks() as of:
-        return _trainer(config, of).fit()
+    check_fsdp(config)
+    try:
+        with ranks() as of, stop_at_once():
+            return _trainer(config, of).fit()
+    except Stopped as stop:  # not in a step: Trainer.fit handles those
+        print(f"{stop}: stopped at once; the same command goes on, with resume=auto if steps are done", flush=True)
+        return TrainResult(None, Progress(), stop.number)
 
 
 def _trainer(config: Config, of: Ranks) -> Trainer:
@@ -313,6 +331,8 @@ def _trainer(config: Config, of: Ranks) -> Trainer:
     check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, of.world)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()
+    if config.train.compile:
+        compile_encoders(clip)
     if not of.first:
         torch.manual_seed(config.seed + 1_000_003 * of.rank)  # dropout of its own
     trainer = Trainer(config, clip, data, of)

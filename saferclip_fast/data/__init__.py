@@ -3,6 +3,7 @@
 from . import photos, scenes
 from .collate import Collate, collate
 from .curriculum import CurriculumSampler
+from .decoded import decode_images
 from .errors import DataError, Summary
 from .images import ImageArray, ImageError, ImageFile, TarMember, ToTensor
 from .open import open_quadruplets
@@ -26,6 +27,7 @@ __all__ = [
     "TarMember",
     "ToTensor",
     "collate",
+    "decode_images",
     "open_quadruplets",
     "photos",
     "scenes",

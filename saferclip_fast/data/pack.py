@@ -50,5 +50,8 @@ def pack(tokens: Tensor, lengths: Sequence[int], ends: Tensor, context: int) -> 
         source[row][cells] = range(first, first + length)
         positions[row][cells] = range(length)
         captions[row][cells] = [caption] * length
-    index = [torch.tensor(values).to(tokens.device) for values in (source, positions, captions, rows, starts)]
+    index = [
+        torch.tensor(values).to(tokens.device, non_blocking=True)
+        for values in (source, positions, captions, rows, starts)
+    ]
     return PackedCaptions(tokens.flatten()[index[0]], index[1], index[2], index[3], index[4] + ends)

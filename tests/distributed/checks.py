@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from saferclip_fast import SafeBank, embeddings, nearest_safe
+from saferclip_fast import SafeBank, embeddings, nearest_safe, row_file
 from saferclip_fast.config import Config
 from saferclip_fast.data import collate, open_quadruplets
 from saferclip_fast.data.curriculum import RankBatches
+from saferclip_fast.device import compile_encoders
 from saferclip_fast.distributed import Ranks, ranks, split
 from saferclip_fast.embeddings import embed_quadruplets
+from saferclip_fast.fsdp import sliced_like, whole
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.objectives import QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.prepare import TrainingData, prepare
@@ -110,7 +112,7 @@ def check_embedding_pass(of: Ranks, folder: Path, weights: str) -> None:
             raise KeyboardInterrupt
         return compute(clip, batch, precision)
 
-    embeddings._SYNC_ROWS = 2
+    row_file._SYNC_BYTES = 2 * 4 * 64 * 4  # two rows of four embeddings
     options = {"batch_size": 2, "progress": False, "ranks": of}
     embeddings.embed_batch = functools.partial(counted, dies_after=4)
     with contextlib.suppress(KeyboardInterrupt):
@@ -138,9 +140,12 @@ def check_training_gradients(of: Ranks, folder: Path, weights: str) -> None:
         ("objective.bank=sharded", "objective.k=3", "objective.neighbors=in_step", "train.micro_batch_size=4"),
         ("objective.bank=mapped", "objective.k=3", "model.tuning=full", "train.checkpointing=true"),
         ("objective.name=shieldclip", "data.train=scenes:n=40,size=32,mixed=0.5", "train.micro_batch_size=3"),
+        ("model.tuning=full", "train.fsdp=true", "train.checkpointing=true"),
+        ("train.compile=true",),
     ):
         caches = [folder / "cache", folder / f"cache-{of.rank}"]
         config, own = (tiny(folder / "unused", weights, cache, "lora.dropout=0", *words) for cache in caches)
+        own.train.compile = False
         shared = Trainer(config, *prepared(config, of), of)
         shutil.copytree(caches[0], caches[1], dirs_exist_ok=True)
         for found in caches[1].glob("neighbors-*"):  # these are found again, from the same embeddings: no ties differ
@@ -154,10 +159,10 @@ def check_training_gradients(of: Ranks, folder: Path, weights: str) -> None:
             with torch.no_grad():  # adapters away from zero, the same ones
                 generator = torch.Generator().manual_seed(5)
                 for p in trainer.trainable.values():
-                    p += 0.02 * torch.randn(p.shape, generator=generator)
+                    p += sliced_like(p, 0.02 * torch.randn(p.shape, generator=generator))
             batches = RankBatches(trainer.sampler, rows, True, members.rank, members.world)
             trainer.gradients(next(iter(trainer.loader(trainer.data.train, batches))), members.share(rows))
-            gradients.append(torch.cat([p.grad.flatten() for p in trainer.trainable.values()]))
+            gradients.append(torch.cat([whole(p.grad).flatten() for p in trainer.trainable.values()]))
         error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
         assert error < 1e-5, (words, error)
 
@@ -172,11 +177,15 @@ def prepared(config: Config, of: Ranks) -> tuple[ClipModel, TrainingData]:
         clip.add_lora(4)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()
+    if config.train.compile:
+        compile_encoders(clip)
     return clip, data
 
 
 def main(folder: Path, weights: str) -> None:
     torch.set_num_threads(1)
+    compile_ = torch.compile  # inductor takes longer, and is tested elsewhere
+    torch.compile = lambda call, options, **more: compile_(call, backend="eager", **more)
     with ranks() as of:
         for check in (check_exchanges, check_sharded_search, check_objectives):
             check(of)

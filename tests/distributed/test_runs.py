@@ -1,4 +1,4 @@
-"""Whole runs on two ranks that are stopped and killed end with the weights of a run that was left alone."""
+"""Whole runs on two ranks that are stopped, killed and sharded end with the weights of a run that was left alone."""
 
 import os
 import signal
@@ -7,6 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from saferclip_fast.config import load_config
+from saferclip_fast.train import train
 
 from ..train.conftest import final_weights, log_lines
 from ..train.tiny import tiny_words
@@ -17,9 +22,15 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ne
 
 @pytest.fixture(scope="module")
 def words(weights, tmp_path_factory):
-    """words(run_dir) -> the command of the tiny run."""
+    """words(run_dir, "key=value", ...) -> the command of the tiny run."""
     cache = tmp_path_factory.mktemp("cache")
-    return lambda run_dir: ["saferclip_fast.train", "--resume", "auto", *tiny_words(run_dir, weights, cache)]
+    return lambda run_dir, *more: [
+        "saferclip_fast.train",
+        "--resume",
+        "auto",
+        *tiny_words(run_dir, weights, cache),
+        *more,
+    ]
 
 
 def wait_for_lines(process: subprocess.Popen, run_dir: Path, lines: int) -> None:
@@ -52,3 +63,42 @@ def test_terminated_then_killed_run_ends_like_an_undisturbed_one(words, tmp_path
     assert "error: rank 0 of 2 lost another rank" in told and told.count("resumed") == 2, told
     assert final_weights(run_dir) == final_weights(undisturbed)
     assert log_lines(run_dir) == log_lines(undisturbed)
+
+
+def test_a_rank_that_hangs_is_given_up(words, tmp_path):
+    process = start(words(tmp_path / "run", "train.timeout_minutes=0.05"))
+    wait_for_lines(process, tmp_path / "run", 1)
+    hanging, when = workers(process.pid)[1], time.monotonic()
+    os.kill(hanging, signal.SIGSTOP)
+    told = ""
+    for line in process.stdout:
+        told += line
+        if "lost another rank" in line:
+            os.kill(hanging, signal.SIGKILL)  # torchrun would do so half a minute later
+    assert process.wait(TIMEOUT) != 0 and "error: rank 0 of 2 lost another rank" in told, told
+    assert 2 < time.monotonic() - when < 60
+
+
+def test_sliced_weights_train_as_whole_ones_do(words, weights, tmp_path):
+    """Full tuning with train.fsdp, stopped and resumed, against one process."""
+    options = ("model.tuning=full", "train.epochs=2", "optimizer.lr=1e-4", "train.ema=0.9", "train.batch_size=9")
+    command = words(tmp_path / "sliced", *options, "train.fsdp=true")
+    process = start(command)
+    wait_for_lines(process, tmp_path / "sliced", 1)
+    for worker in workers(process.pid):
+        os.kill(worker, signal.SIGTERM)
+    told = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 0 and "SIGTERM: saved step" in told, told
+    done = torchrun(2, *command)
+    assert done.returncode == 0 and "resumed" in done.stdout, done.stdout
+    train(load_config(None, words(tmp_path / "whole", *options)[3:]))
+    sliced, whole = (load_file(tmp_path / run / "final/open_clip_model.safetensors") for run in ("sliced", "whole"))
+    start_weights = load_file(weights)
+    moved, apart = (
+        torch.stack([(whole[n].double() - other[n]).norm() for n in whole]).norm() for other in (start_weights, sliced)
+    )
+    assert apart < 1e-4 * moved, (apart, moved)
+    assert all(torch.allclose(sliced[name], whole[name], rtol=0, atol=1e-5) for name in whole)
+    for found, expected in zip(log_lines(tmp_path / "sliced"), log_lines(tmp_path / "whole"), strict=True):
+        assert found.pop("kind") == expected.pop("kind")
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import saferclip_fast.embeddings as embeddings
+import saferclip_fast.row_file as row_file
 from saferclip_fast.data import ToTensor, collate, open_quadruplets
 from saferclip_fast.embeddings import embed_batch, embed_quadruplets, load_embeddings
 from saferclip_fast.models import load_clip
@@ -83,16 +84,17 @@ def test_rows_are_mapped_not_read(clip, dataset, tmp_path):
 
 def embed_and_die(weights, folder, batches):
     """Body of a child process: killed in the middle of writing a batch, after `batches` whole ones."""
-    embeddings._SYNC_ROWS = 8
+    row_file._SYNC_BYTES = 8 * 4 * 64 * 4  # 8 rows of four embeddings
     clip = load_clip("ViT-tiny-8-32", str(weights))
     write, calls = RowFile.write, []
 
     def written(self, name, first, rows):
         calls.append(first)
         torn = len(calls) == 4 * batches + 4  # the last of the batch's four tensors
-        write(self, name, first, torch.full_like(rows, 7.0) if torn else rows)
+        size = write(self, name, first, torch.full_like(rows, 7.0) if torn else rows)
         if torn:
             os.kill(os.getpid(), signal.SIGKILL)
+        return size
 
     RowFile.write = written
     embed(clip, open_quadruplets(SOURCE, transform=clip.preprocess), folder)
@@ -137,7 +139,7 @@ def test_mismatch_and_damage_are_clear_errors(clip, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"was made with weights_hash='.*', but weights_hash='x' is in use; delete"):
         load_embeddings(path, {"weights_hash": "x"})
     os.truncate(path, path.stat().st_size - 8)
-    with pytest.raises(ValueError, match=r"is damaged .*; delete it to compute it again"):
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it to make it again"):
         load_embeddings(path)
     with pytest.raises(FileNotFoundError, match=r"no embeddings at .*embed_quadruplets makes them"):
         load_embeddings(tmp_path / "none.safetensors")

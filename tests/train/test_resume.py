@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 import saferclip_fast.checkpoint
+import saferclip_fast.embeddings
 import saferclip_fast.files
 import saferclip_fast.runlog
 from saferclip_fast.checkpoint import read_checkpoint
@@ -172,6 +173,30 @@ def test_sigterm_saves_and_resumes(tiny, tmp_path, undisturbed):
     assert len(list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))) >= 1
     assert run_child(train_child, config) == 0
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def prepare_slowly(config):
+    """Body of a child process whose frozen embeddings take a while."""
+    compute = saferclip_fast.embeddings.embed_batch
+    saferclip_fast.embeddings.embed_batch = lambda *arguments: time.sleep(0.3) or compute(*arguments)
+    train_child(config)
+
+
+def test_sigterm_while_preparing_stops_at_once_and_loses_nothing(tiny, tmp_path):
+    words = ("train.embed_batch_size=4", "train.epochs=1")
+    config = tiny(tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}", *words)
+    process = PROCESSES.Process(target=prepare_slowly, args=(config,))
+    process.start()
+    while process.is_alive() and not list(tmp_path.glob("cache/*.partial")):
+        time.sleep(0.005)
+    began = time.monotonic()
+    process.terminate()
+    process.join(300)
+    assert process.exitcode == 10 and time.monotonic() - began < 2
+    assert list(tmp_path.glob("cache/*.partial")) and not (tmp_path / "run" / "log.jsonl").exists()
+    assert run_child(train_child, config) == 0, "the same command goes on"
+    train(tiny(tmp_path / "undisturbed", f"data.cache_dir={tmp_path / 'other'}", *words))
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_finished_run_resumes_to_the_same_weights(tiny, tmp_path, undisturbed):

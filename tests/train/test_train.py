@@ -2,11 +2,13 @@
 
 import json
 import math
+import traceback
 import warnings
 
 import open_clip
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferclip_fast.checkpoint import CheckpointError
 from saferclip_fast.config import ConfigError, OptimizerOptions
@@ -82,6 +84,49 @@ def test_micro_batches_train_as_whole_batches_do(tiny, tmp_path):
     for found, expected in zip(log_lines(tmp_path / "parts"), log_lines(tmp_path / "whole"), strict=True):
         assert found.pop("kind") == expected.pop("kind")
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where the host asks for a value or a count that only the device knows, which on a GPU waits for it."""
+
+    READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+    ON_THE_CPU_ALONE = ("_scale_gradients", "_fused_adam")  # they look at the device first
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in self.READS:
+            callers = [frame.name for frame in traceback.extract_stack()]
+            assert set(callers) & set(self.ON_THE_CPU_ALONE), f"{function} waits for the device: {callers[-8:]}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train.micro_batch_size=3"], ["objective.neighbors=in_step"], ["train.precision=fp16"]]
+)
+def test_steps_read_nothing_from_the_device_until_they_log(tiny, tmp_path, monkeypatch, words):
+    step, watched_steps = Trainer.step, []
+
+    def read(tensor):
+        raise AssertionError("tolist waits for the device")
+
+    def watched(self, batch):
+        with monkeypatch.context() as patches, NothingRead():
+            patches.setattr(torch.Tensor, "tolist", read)  # does not dispatch
+            step(self, batch)
+            watched_steps.append(self.progress.step)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    source = "data.train=scenes:n=96,size=32,mixed=0.5"
+    train(tiny(tmp_path / "run", "train.epochs=1", "checkpoint.every_steps=99", "log.every_steps=99", source, *words))
+    assert watched_steps == [1, 2, 3]
+    with pytest.raises(AssertionError, match="waits for the device"):  # a step that logs
+        train(tiny(tmp_path / "logs", "train.epochs=1", "log.every_steps=2", source, *words))
+    assert watched_steps == [1, 2, 3, 1]
+
+
+def test_decoded_images_train_to_the_same_bits(tiny, tmp_path, undisturbed):
+    train(tiny(tmp_path, "data.decoded_cache=true", f"data.cache_dir={tmp_path / 'cache'}", "data.num_workers=1"))
+    assert final_weights(tmp_path) == final_weights(undisturbed)
+    assert len(list(tmp_path.glob("cache/decoded-*.safetensors"))) == 1
 
 
 def test_full_tuning(tiny, tmp_path):

@@ -68,7 +68,7 @@ def test_process_group_and_data_parallel(device, weights):
     finally:
         dist.destroy_process_group()
     for found in gradients[1:]:
-        torch.testing.assert_close(found, gradients[0])
+        assert (found - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -52,7 +52,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            tensor = tensor.detach().full_tensor()
+            tensor = whole(tensor).detach()
             tensor = tensor.cpu() if keep else tensor.new_empty(0)
         found[name] = tensor
     return found

@@ -61,9 +61,12 @@ def forward_backward(
         out = loss(whole)
     with part("backward"):
         scale(out.loss).backward()
+        out = out._replace(loss=out.loss.detach())
         if len(parts) > 1:
-            _embed_again(clip, parts, precision, encode, no_sync, states, whole)
-    return out._replace(loss=out.loss.detach())
+            gradients = [x.grad for x in whole]
+            del whole  # and its memory
+            _embed_again(clip, parts, precision, encode, no_sync, states, gradients)
+    return out
 
 
 def _embed_again(
@@ -73,16 +76,16 @@ def _embed_again(
     encode: Encode | None,
     no_sync: Callable[[], AbstractContextManager],
     states: Sequence[Mapping[str, Tensor]],
-    whole: QuadrupletEmbeddings,
+    gradients: Sequence[Tensor | None],
 ) -> None:
-    """Send the gradient of the `whole` batch's embeddings back through every micro-batch."""
+    """Send the `gradients` of the whole batch's embeddings, four times [B, d], back through every micro-batch."""
     first, after = 0, pack_rng(clip.device)
     for i, (micro_batch, state) in enumerate(zip(parts, states, strict=True)):
         unpack_rng(clip.device, state)
         last = first + len(micro_batch["index"])
         with no_sync() if i + 1 < len(parts) else nullcontext():
             rows = embed_batch(clip, micro_batch, precision, encode)
-            used = [(row, x.grad[first:last]) for row, x in zip(rows, whole, strict=True) if x.grad is not None]
+            used = [(row, x[first:last]) for row, x in zip(rows, gradients, strict=True) if x is not None]
             torch.autograd.backward([row for row, _ in used], [gradient for _, gradient in used])
         first = last
     unpack_rng(clip.device, after)

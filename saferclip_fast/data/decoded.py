@@ -117,7 +117,7 @@ class DecodedFile:
         """RGB image `row` of `side`. Raises DataError where it is not as it was written."""
         tensors = self._mapped()
         pixels = tensors[side][row].numpy()
-        if zlib.crc32(pixels) != int(tensors[f"{side}_crc32"][row]):
+        if zlib.crc32(pixels.data) != int(tensors[f"{side}_crc32"][row]):
             raise DataError(
                 f"{self.path} is damaged: {side} {row} is not as it was written; delete the file to make it again"
             )

@@ -276,12 +276,7 @@ def test_a_mean_over_sets_is_no_count_of_pictures():
     assert "Of the labelled pictures of 2 sets, on average 50.0 % found their class before; 50.0 % do now" in said
 
 
-def test_no_hit_at_all_does_not_look_certain():
-    none = {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert words.sure("a@1", none, 60) == {"value": 0.0, "low": 0.0, "high": 0.05}
-    assert words.sure("a@1", {"value": 1.0, "low": 1.0, "high": 1.0}, 60)["low"] == 0.95
-    same = {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert words.sure("safe_text_cosine_to_frozen", same, 60) == same
+def test_nothing_is_written_as_minus_nothing():
     assert words.number("a@1", -0.0001, signed=True) == "0.0"
 
 
@@ -303,6 +298,7 @@ def test_runs_side_by_side(browser, tmp_path):
     assert browser.complaints() == [] and browser.run("document.documentElement.scrollWidth") <= 390
     text = browser.run("document.body.innerText")
     assert "a/run" in text and "b/run" in text and "different samples" not in text
+    assert [run.name for run in load_runs({"ours": runs[1], "theirs": runs[0]})] == ["ours", "theirs"]
     other = write_run(tmp_path / "c", evaluation_of(data_hash="other"))
     assert "different samples" in render(load_runs([runs[0], other]))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import bootstrap, dial, examples
-from ..bootstrap import Resampled
+from ..bootstrap import Resampled, rule_of_three
 from ..data import QuadrupletDataset
 from ..data.images import ImageRef
 from ..data.labeled import ImageDataset, LabeledImages
@@ -141,19 +141,29 @@ def _captions_found(clip: ClipModel, task: Task, loading: dict[str, Any]) -> dic
     return metrics
 
 
+Known = dict[str, Measured]  # by weights_hash, all under one task and settings
+
+
 def evaluate(
-    tuned: ClipModel, frozen: ClipModel | None, task: Task, settings: Settings, out: str | Path | None = None
+    tuned: ClipModel,
+    frozen: ClipModel | None,
+    task: Task,
+    settings: Settings,
+    out: str | Path | None = None,
+    known: Known | None = None,
 ) -> dict[str, Any]:
     """Measure `tuned` and, where given, `frozen` beside it; returns the evaluation (docs/evaluation.md has its schema).
 
-    out: folder for evaluation.json and the embeddings of the quadruplets; None writes nothing.
+    Args:
+        out: folder for evaluation.json and the embeddings of the quadruplets; None writes nothing.
+        known: what models gave on this task, to be used again; what is measured here is added.
 
     Raises ValueError where the two do not embed into the same space.
     """
     if frozen is not None:
         check_same_space(tuned, frozen)
     clips = {"tuned": tuned} if frozen is None else {"frozen": frozen, "tuned": tuned}
-    measured = {name: measure(clip, task, settings) for name, clip in clips.items()}
+    measured = {name: _measure_once(clip, task, settings, known) for name, clip in clips.items()}
     evaluation: dict[str, Any] = {
         "format": FORMAT,
         "models": {name: {"name": clip.name, "weights_hash": clip.weights_hash} for name, clip in clips.items()},
@@ -162,6 +172,14 @@ def evaluate(
     if out is not None:
         write(evaluation, measured, Path(out))
     return evaluation
+
+
+def _measure_once(clip: ClipModel, task: Task, settings: Settings, known: Known | None) -> Measured:
+    if known is None:
+        return measure(clip, task, settings)
+    if clip.weights_hash not in known:
+        known[clip.weights_hash] = measure(clip, task, settings)
+    return known[clip.weights_hash]
 
 
 def check_same_space(tuned: ClipModel, frozen: ClipModel) -> None:
@@ -181,31 +199,33 @@ def dial_curve(
     settings: Settings,
     out: str | Path | None = None,
     alphas: Sequence[float] = ALPHAS,
+    known: Known | None = None,
 ) -> dict[str, Any]:
     """The key metrics along the safety dial: weights W0 + alpha (W1 - W0), W0 frozen, W1 tuned.
 
-    out: folder for dial.json; None writes nothing. Raises ValueError where the two are not of one architecture, or
-    `task` has no quadruplets.
+    out: folder for dial.json; None writes nothing. known: as in `evaluate`. Raises ValueError where the two are not of
+    one architecture, or `task` has no quadruplets.
     """
     if task.quadruplets is None:
         raise ValueError("the safety dial is drawn over retrieval: give quadruplets (--data SOURCE)")
-    start = measure(frozen, task, settings)
+    known = {} if known is None else known
+    start = _measure_once(frozen, task, settings, known)
     points: list[dict[str, Any]] = []
-    known: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
     for alpha in alphas:
-        side = start if alpha == 0 else measure(dial.mix(frozen, tuned, alpha), task, settings)
+        side = _measure_once(dial.mix(frozen, tuned, alpha), task, settings, known)
         assert start.rows is not None and side.rows is not None
         metrics = estimates({"tuned": side.metrics | drift(side.rows, start.rows)}, settings)
-        known = {
+        shown = {
             name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}
             for name, entry in metrics.items()
             if name in KEY_METRICS or name.startswith("images.")
         }
-        points.append({"alpha": alpha, "metrics": known})
+        points.append({"alpha": alpha, "metrics": shown})
     safety = "unsafe_text_finds_unsafe_image@1"
-    if safety not in known:
+    if safety not in shown:
         raise ValueError("no text of these quadruplets is labelled unsafe, so there is no safety to draw")
-    utility = "zero_shot" if "zero_shot" in known else "S-V.text_to_image@1"
+    utility = "zero_shot" if "zero_shot" in shown else "S-V.text_to_image@1"
     curve = {"format": DIAL_FORMAT, "safety": safety, "utility": utility, "points": points}
     if out is not None:
         save_json(Path(out) / "dial.json", curve)
@@ -247,7 +267,7 @@ def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) 
 def estimates(sides: Mapping[str, Mapping[str, Metric]], settings: Settings) -> dict[str, dict[str, Any]]:
     """Each metric's value and interval on each side, and of the paired change where there are two.
 
-    "zero_shot" is the mean over the zero-shot sets.
+    "zero_shot" is the mean over the zero-shot sets. A rate that is the same for all samples has the rule of three's.
     """
     drawn: dict[str, dict[str, Resampled]] = {}
     for name, metrics in sides.items():
@@ -264,10 +284,12 @@ def estimates(sides: Mapping[str, Mapping[str, Metric]], settings: Settings) -> 
     result: dict[str, dict[str, Any]] = {}
     for key, (label, wanted, samples) in described.items():
         entry: dict[str, Any] = {"label": label, "wanted": wanted, "samples": samples}
-        entry |= {name: drawn[name][key].interval() for name in drawn}
+        found = {name: drawn[name][key].interval() for name in drawn}
         if "frozen" in drawn:
-            entry["change"] = (drawn["tuned"][key] - drawn["frozen"][key]).interval()
-        result[key] = entry
+            found["change"] = (drawn["tuned"][key] - drawn["frozen"][key]).interval()
+        if not key.endswith("cosine_to_frozen"):
+            found = {name: rule_of_three(e, samples, -1.0 if name == "change" else 0.0) for name, e in found.items()}
+        result[key] = entry | found
     return result
 
 
@@ -300,6 +322,20 @@ def table(evaluation: Mapping[str, Any], everything: bool = False) -> str:
     return _lines([metrics[name] for name in (metrics if everything else evaluation["key_metrics"])])
 
 
+def comparison(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """The key metrics of models that were tuned from one frozen model, side by side, as text with intervals.
+
+    evaluations: of each tuned model by name, on one task.
+    """
+    first = next(iter(evaluations.values()))
+    rows = []
+    for name in first["key_metrics"]:
+        entry = first["metrics"][name]
+        tuned = {model: evaluation["metrics"][name]["tuned"] for model, evaluation in evaluations.items()}
+        rows.append({"label": entry["label"], "wanted": entry["wanted"], "frozen": entry["frozen"], **tuned})
+    return _lines(rows, ("frozen", *evaluations))
+
+
 def label_tables(evaluation: Mapping[str, Any]) -> str:
     """The unsafe side apart by its labels, a table for each combination that occurs, as text."""
     words = ("safe", "unsafe")
@@ -310,8 +346,8 @@ def label_tables(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _lines(entries: Sequence[Mapping[str, Any]]) -> str:
-    columns = [side for side in ("frozen", "tuned", "change") if entries and side in entries[0]]
+def _lines(entries: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("frozen", "tuned", "change")) -> str:
+    columns = [side for side in columns if entries and side in entries[0]]
     width = max((len(entry["label"]) for entry in entries), default=0)
     lines = [f"{'':{width}}" + "".join(f"  {column:21}" for column in columns) + "  wanted"]
     for entry in entries:

@@ -15,7 +15,7 @@ from ..figures import draw_dial
 from ..models import ClipModel
 from ..train import MISTAKES
 from ..zero_shot import read_templates
-from . import Settings, Task, dial_curve, evaluate, label_tables, table
+from . import Known, Settings, Task, dial_curve, evaluate, label_tables, table
 from .sources import frozen_of, is_run, named, open_held_out, open_model, read_config
 
 EXAMPLES = """
@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="folder of images, repeatable: how many find an unsafe caption first among the quadruplets' captions",
     )
     add("--dial", action="store_true", help="draw safety against usefulness along the safety dial: dial.json, png, svg")
-    add("--out", metavar="DIR", type=Path, help="results (default: the run's folder, else runs/evaluation)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="results (default: the run's folder, else runs/evaluation, where that holds no evaluation yet)",
+    )
     add("--all", action="store_true", help="print every metric, not the key ones alone")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast type (default: fp32)")
@@ -98,6 +103,11 @@ def run(given: argparse.Namespace) -> None:
     if given.data:
         config.data.val = given.data
     config.log.progress = not given.quiet
+    out = given.out or (Path(given.model) if is_run(given.model) else Path("runs/evaluation"))
+    if given.out is None and (out / "evaluation.json").is_file():
+        raise ConfigError(
+            f"{out} holds an evaluation already: pass --out DIR for another, or --out {out} to replace it"
+        )
     device = set_up_torch(load_config(None, [f"device={given.device}", f"seed={given.seed}"]))
     tuned = open_model(given.model, device)
     frozen = None
@@ -117,8 +127,8 @@ def run(given: argparse.Namespace) -> None:
         seed=given.seed,
         progress=not given.quiet,
     )
-    out = given.out or (Path(given.model) if is_run(given.model) else Path("runs/evaluation"))
-    evaluation = evaluate(tuned, frozen, task, settings, out)
+    known: Known = {}
+    evaluation = evaluate(tuned, frozen, task, settings, out, known)
     print(f"\n{evaluation['rows']} held-out quadruplets; 95 % intervals\n")
     print(table(evaluation, given.all))
     if len(evaluation["safe_unsafe_table"]) > 1:
@@ -126,7 +136,7 @@ def run(given: argparse.Namespace) -> None:
     print(f"\nevaluation: {out / 'evaluation.json'}")
     if given.dial:
         assert frozen is not None
-        draw_dial(out / "dial", dial_curve(tuned, frozen, task, settings, out))
+        draw_dial(out / "dial", dial_curve(tuned, frozen, task, settings, out, known=known))
         print(f"safety dial: {out / 'dial.json'}, {out / 'dial.png'}, {out / 'dial.svg'}")
 
 

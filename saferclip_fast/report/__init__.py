@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ __all__ = ["load_runs", "render", "write"]
 FOLDER = Path(__file__).parent
 
 
-def write(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Renders the runs in `folders` to the file `out`, atomically. Raises ValueError or OSError naming what to do."""
+def write(folders: Sequence[str | Path] | Mapping[str, str | Path], out: str | Path) -> None:
+    """Renders the runs in `folders`, which may have names, to the file `out`, atomically.
+
+    Raises ValueError or OSError naming what to do.
+    """
     page = render(load_runs(folders))
     with atomic_write(out) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .charts import Chart, Point, padded
 from .load import PARTS, Run
-from .words import sure
 
 MAP_POINTS = 400  # rows of each part that a map shows: enough to see the clouds
 LINE_POINTS = 300  # of a loss curve, means of what lies between
@@ -97,8 +96,8 @@ def _by_cutoff(runs: Sequence[Run], lines: Sequence[tuple[int, str, str]], names
     )
     for index, side, kind in lines:
         metrics = runs[index].evaluation["metrics"]
-        known = [(i, name, metrics[name]) for i, name in enumerate(names.values()) if name in metrics]
-        found = [(i, sure(name, entry[side], entry["samples"])) for i, name, entry in known]
+        known = [(i, metrics[name]) for i, name in enumerate(names.values()) if name in metrics]
+        found = [(i, entry[side]) for i, entry in known]
         if found:
             chart.band([(i, 100 * e["low"], 100 * e["high"]) for i, e in found], kind)
             points = [(float(i), 100 * e["value"]) for i, e in found]
@@ -246,7 +245,7 @@ Triple = tuple[float, float, float]
 
 def _both(metrics: dict[str, Any], side: str, useful: str) -> tuple[Triple, Triple]:
     """(usefulness, safety), each (value, low, high) in percent."""
-    x, y = (sure(name, metrics[name][side], metrics[name]["samples"]) for name in (useful, SAFETY))
+    x, y = (metrics[name][side] for name in (useful, SAFETY))
     return (
         (100 * x["value"], 100 * x["low"], 100 * x["high"]),
         (100 - 100 * y["value"], 100 - 100 * y["high"], 100 - 100 * y["low"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ class Run:
         return [side for side in ("frozen", "tuned") if side in self.evaluation["models"]]
 
 
-def load_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads every folder. Raises ValueError or OSError naming the file and what to do."""
-    return [_load(Path(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
+def load_runs(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> list[Run]:
+    """Reads every folder, a run called by its name or by the folder's. Raises ValueError or OSError naming the file
+    and what to do."""
+    named = folders if isinstance(folders, Mapping) else dict(zip(_names(folders), folders, strict=True))
+    return [_load(Path(folder), name) for name, folder in named.items()]
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:

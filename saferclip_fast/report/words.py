@@ -25,17 +25,6 @@ def is_cosine(name: str) -> bool:
     return name.endswith("cosine_to_frozen")
 
 
-def sure(name: str, estimate: Estimate, samples: int) -> dict[str, float]:
-    """The estimate, with the rule of three (at most 3 in `samples`) where all samples agree.
-
-    The bootstrap gives an interval of no width there, which would claim more than the samples can show.
-    """
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if low == high and value in (0, 1) and samples and not is_cosine(name):
-        low, high = (0, min(1, 3 / samples)) if value == 0 else (max(0, 1 - 3 / samples), 1)
-    return {"value": value, "low": low, "high": high}
-
-
 def number(name: str, value: float, signed: bool = False) -> str:
     """A percentage, or the plain number of a cosine."""
     digits, scaled = (3, value) if is_cosine(name) else (1, 100 * value)
@@ -135,7 +124,7 @@ def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confiden
     sets: of zero-shot classification; a mean over several is no count of pictures and said in percent.
     """
     samples = entry["samples"]
-    tuned = sure(name, entry["tuned"], samples)
+    tuned = entry["tuned"]
     average = name == "zero_shot" and sets > 1
     of = f"Of the {who} of {sets} sets, on average" if average else f"Of {samples:,} {who},"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saferclip_fast.bootstrap import average, resample
+from saferclip_fast.bootstrap import average, resample, rule_of_three
 
 
 def test_a_constant_has_no_width_and_the_value_is_the_mean():
@@ -14,6 +14,17 @@ def test_a_constant_has_no_width_and_the_value_is_the_mean():
     # two samples: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4
     shares = [(found["half"].means == mean).mean() for mean in (0, 0.5, 1)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
+
+
+def test_rates_that_all_samples_agree_on_have_the_rule_of_three():
+    agreed = {value: resample({"x": torch.full((60,), value)})["x"].interval() for value in (0.0, 0.5, 1.0)}
+    assert rule_of_three(agreed[0.0], 60) == {"value": 0.0, "low": 0.0, "high": 0.05}
+    assert rule_of_three(agreed[1.0], 60) == {"value": 1.0, "low": 0.95, "high": 1.0}
+    assert rule_of_three(agreed[0.5], 60) == pytest.approx({"value": 0.5, "low": 0.45, "high": 0.55})
+    assert rule_of_three(agreed[0.0], 60, -1.0)["low"] == -0.05, "a change"
+    assert rule_of_three(agreed[0.0], 2) == {"value": 0.0, "low": 0.0, "high": 1.0}
+    seen = resample({"x": torch.tensor([0.0] * 59 + [1.0])})["x"].interval()
+    assert rule_of_three(seen, 60) == seen
 
 
 def test_the_same_seed_gives_the_same_interval_and_pairs_differences():

@@ -17,6 +17,7 @@ from saferclip_fast.evaluate.__main__ import main
 from saferclip_fast.evaluate.sources import open_held_out
 from saferclip_fast.models import load_clip
 from saferclip_fast.train import train
+from saferclip_fast.zero_shot import accuracy
 
 from ..data.quadruplet_files import image_bytes, write_tar
 
@@ -81,6 +82,10 @@ def test_a_run_beside_its_frozen_model_on_what_it_held_out(run, capsys):
     texts = {dataset.records[row].unsafe_text for row in order}
     assert {case["unsafe_text"] for case in found["examples"]} == texts
     assert str(run / "evaluation.json") in capsys.readouterr().out
+    written = (run / "evaluation.json").stat().st_mtime_ns
+    assert command(run) == 2 and (run / "evaluation.json").stat().st_mtime_ns == written
+    assert f"--out {run} to replace it" in capsys.readouterr().err
+    assert command(run, "--out", run) == 0 and (run / "evaluation.json").stat().st_mtime_ns > written
 
 
 def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
@@ -126,9 +131,16 @@ def test_images_alone_need_no_quadruplets(run, images, tmp_path):
     assert found["rows"] == 0 and found["key_metrics"] == ["zero_shot"] and found["embeddings"] == {}
 
 
-def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images, tmp_path):
-    out = tmp_path / "out"
+def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+
+    def counted(clip, *arguments, **options):
+        seen.append(clip.weights_hash)
+        return accuracy(clip, *arguments, **options)
+
+    monkeypatch.setattr("saferclip_fast.evaluate.accuracy", counted)
     assert command(run, "--dial", "--images", images["folders"], "--out", out) == 0
+    assert len(seen) == len(set(seen)) == len(ALPHAS), "every model is measured once"
     curve, found = read(out, "dial"), read(out)
     assert [point["alpha"] for point in curve["points"]] == list(ALPHAS)
     for alpha, side in ((0, "frozen"), (1, "tuned")):
@@ -170,6 +182,7 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, message, capsys):
     filled = [word.format(run=run, tmp=tmp_path) for word in words]
+    filled += ["--out", str(tmp_path / "out")]
     assert main([*filled, "--quiet", *([] if "--device" in words else ["--device", "cpu"])]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ")

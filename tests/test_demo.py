@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,12 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     command = ["--run-dir", str(run_dir), "--cache-dir", str(cache), "--quiet", *TINY]
     assert demo.main(command) == 0
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation, baseline = (json.loads((d / "evaluation.json").read_text()) for d in (run_dir, run_dir / "safe-clip"))
     metrics = evaluation["metrics"]
+    assert baseline["models"]["frozen"] == evaluation["models"]["frozen"]
+    assert baseline["models"]["tuned"] != evaluation["models"]["tuned"]
+    assert baseline["settings"]["data_hash"] == evaluation["settings"]["data_hash"]
+    assert "name: safeclip" in (run_dir / "safe-clip" / "config.yaml").read_text()
     assert set(KEY_METRICS) == set(evaluation["key_metrics"]) <= set(metrics)
     for name in KEY_METRICS:
         for side in ("frozen", "tuned"):
@@ -51,9 +56,14 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     with Image.open(run_dir / "figure.png") as figure:
         assert figure.width > 1000
     assert (run_dir / "final" / "open_clip_model.safetensors").is_file()
-    assert "Of 24 unsafe captions" in (run_dir / "report.html").read_text()
+    report = (run_dir / "report.html").read_text()
+    assert "Of 24 unsafe captions" in report and "Safety report: SafeR-CLIP, Safe-CLIP" in report
     shown = capsys.readouterr().out
-    assert "unsafe text finds an unsafe image" in shown and str(run_dir / "evaluation.json") in shown
+    assert shown.strip().endswith(f"report: {run_dir / 'report.html'}") and str(run_dir / "evaluation.json") in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("safe image finds an unsafe text"))
+    sides = (metrics, "frozen"), (metrics, "tuned"), (baseline["metrics"], "tuned")
+    values = [m["safe_image_finds_unsafe_text@1"][side]["value"] for m, side in sides]
+    assert [float(value) for value in re.findall(r"(\d\.\d+) \[", line)] == pytest.approx(values, abs=6e-4)
 
     pretrained = list(cache.glob("ViT-tiny-8-32-*.safetensors"))
     stamp = [file.stat().st_mtime_ns for file in pretrained]

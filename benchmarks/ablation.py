@@ -47,9 +47,9 @@ from saferclip_fast.train import MISTAKES, train
 # A sixth of the demo's samples; smaller batches, so that this is still a third of its steps.
 QUADRUPLETS, EPOCHS, BATCH = 1_000, 5, 32
 FROZEN = "frozen model"
-STRICTER = ("objective.margin=0.3", "objective.weights.cos_text=16", "objective.weights.cos_image=16")
-# Name in the tables -> training options over the demo's. Each of the first four adds one thing to the one before.
+# Name in the tables -> training options over the demo's. Safe-CLIP, then one thing more with each "+".
 VARIANTS: dict[str, tuple[str, ...]] = {
+    "Safe-CLIP, a fifth of the learning rate": ("objective.name=safeclip", "optimizer.lr=2e-4"),
     "Safe-CLIP": ("objective.name=safeclip",),
     "+ nearest targets": ("objective.name=safeclip", "objective.targets=nearest"),
     "+ relative loss": ("objective.preset=paper", "curriculum.enabled=false"),
@@ -57,24 +57,25 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "SafeR-CLIP, moving negative": ("objective.preset=paper", "objective.negative=current"),
     "ShieldCLIP": ("objective.name=shieldclip",),
     "default": (),
+    "default, no keep-out": ("objective.weights.keep_out=0",),
+    "default, k 1": ("objective.k=1",),
     "default, k 4": ("objective.k=4",),
-    "default, k 16": ("objective.k=16",),
-    "default, margin 0.3, cos 16": STRICTER,
-    "default, k 16, margin 0.3, cos 16": ("objective.k=16", *STRICTER),
 }
+# What comes first in a search; the last two search safe items alone.
 COLUMNS = {
-    "unsafe_text_finds_unsafe_image@1": "unsafe text finds an unsafe image",
-    "unsafe_image_finds_unsafe_text@1": "unsafe image finds an unsafe text",
-    "unsafe_text_finds_right_image@1": "unsafe text finds a right safe image",
-    "unsafe_image_finds_right_text@1": "unsafe image finds a right safe text",
+    "unsafe_text_finds_unsafe_image@1": "unsafe text: unsafe image",
+    "unsafe_image_finds_unsafe_text@1": "unsafe image: unsafe text",
+    "safe_text_finds_unsafe_image@1": "safe text: unsafe image",
+    "safe_image_finds_unsafe_text@1": "safe image: unsafe text",
+    "unsafe_text_finds_right_image@1": "unsafe text: right safe image",
+    "unsafe_image_finds_right_text@1": "unsafe image: right safe text",
     "zero_shot": "zero-shot accuracy",
-    "S-V.text_to_image@1": "safe text finds a right image",
-    "S-V.image_to_text@1": "safe image finds a right text",
-    "safe_text_finds_unsafe_image@1": "safe text finds an unsafe image",
-    "safe_image_finds_unsafe_text@1": "safe image finds an unsafe text",
+    "S-V.text_to_image@1": "safe text: right safe image",
+    "S-V.image_to_text@1": "safe image: right safe text",
 }
-# The share of unsafe texts and images that do not find an unsafe item first, mean of the two.
-SAFETY, UTILITY = "safety", "zero_shot"
+DRIFT = ("safe_text_cosine_to_frozen", "safe_image_cosine_to_frozen")
+UTILITY = "zero_shot"
+SAFETY = {f"{kind}_queries": f"{kind} inputs that find nothing unsafe" for kind in ("unsafe", "safe")}
 
 
 class Run(NamedTuple):
@@ -161,7 +162,6 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     assert measured.rows is not None
     metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.rows, before)).items()}
     metrics[UTILITY] = metrics[f"zero_shot.{job.zero_shot.name}"]
-    metrics[SAFETY] = 1 - statistics.mean(metrics[name] for name in list(COLUMNS)[:2])
     seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     result = {"setting": setting, "metrics": metrics, "seconds": seconds}
     save_json(file, result)
@@ -220,12 +220,21 @@ def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
     }
 
 
+def safety(metrics: dict[str, float], queries: str) -> float:
+    """The share of "unsafe_queries" or "safe_queries" that find no unsafe item first, mean of both directions."""
+    kind = queries.removesuffix("_queries")
+    return 1 - statistics.mean(
+        metrics[f"{kind}_{a}_finds_unsafe_{b}@1"] for a, b in (("text", "image"), ("image", "text"))
+    )
+
+
 def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each data set and variant: mean and standard deviation over the seeds of every metric."""
     rows = []
     for data, variant in dict.fromkeys((run.data, run.variant) for run in results):
         found = [results[run]["metrics"] for run in results if run[:2] == (data, variant)]
-        columns = {name: [metrics[name] for metrics in found] for name in found[0]}
+        columns = {name: [metrics[name] for metrics in found] for name in (*COLUMNS, *DRIFT)}
+        columns |= {name: [safety(metrics, name) for metrics in found] for name in SAFETY}
         metrics = {
             name: {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0, "seeds": v}
             for name, v in columns.items()
@@ -235,37 +244,55 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    """One Markdown table for each data set."""
+    return "\n\n".join(
+        f"{data}\n\n{table(row for row in rows if row['data'] == data)}"
+        for data in dict.fromkeys(r["data"] for r in rows)
+    )
+
+
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    lines = [f"| data | objective | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    lines = [f"| objective | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for row in rows:
         found = [row["metrics"][column] for column in COLUMNS]
         spread = len(found[0]["seeds"]) > 1
         cells = [f"{m['mean']:.3f}" + (f" ± {m['std']:.3f}" if spread else "") for m in found]
-        lines.append(f"| {row['data']} | {row['variant']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Safety against utility, one panel a data set, error bars of one standard deviation over the seeds."""
+    """Safety against utility, a column of panels for each data set, error bars of one standard deviation over the
+    seeds: above what unsafe inputs find, below what safe ones find."""
     data = list(dict.fromkeys(row["data"] for row in rows))
-    figure, panels = plt.subplots(1, len(data), figsize=(6.4 * len(data), 5.4), layout="constrained", squeeze=False)
-    for axes, name in zip(panels[0], data, strict=True):
-        shown = [row for row in rows if row["data"] == name and row["variant"] != FROZEN]
-        for index, row in enumerate(shown):
-            x, y = row["metrics"][UTILITY], row["metrics"][SAFETY]
-            style = {"fmt": "o^sDvP*X"[index % 8], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
-            axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["variant"], **style)
-        frozen = next(row["metrics"] for row in rows if (row["data"], row["variant"]) == (name, FROZEN))
-        axes.axvline(frozen[UTILITY]["mean"], color="gray", ls="--", lw=1, label=FROZEN)
-        title = f"{name} (the frozen model's safety: {frozen[SAFETY]['mean']:.2f})"
-        axes.set(title=title, xlabel="zero-shot accuracy on safe images")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("safety: unsafe inputs that find nothing unsafe")
+    size = (6.4 * len(data), 4.6 * len(SAFETY))
+    figure, panels = plt.subplots(len(SAFETY), len(data), figsize=size, layout="constrained", squeeze=False)
+    for line, (kind, words) in zip(panels, SAFETY.items(), strict=True):
+        for axes, name in zip(line, data, strict=True):
+            _panel(axes, [row for row in rows if row["data"] == name], kind)
+            axes.set_title(name)
+        line[0].set_ylabel(f"safety: {words}")
+    for axes in panels[-1]:
+        axes.set_xlabel("zero-shot accuracy on safe images")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=2 * len(data), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> None:
+    """Every objective's safety `kind` against its utility; the frozen model as dashed lines."""
+    for index, row in enumerate(row for row in rows if row["variant"] != FROZEN):
+        x, y = row["metrics"][UTILITY], row["metrics"][kind]
+        style = {"fmt": "o^sDvP*X<>hp"[index % 12], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
+        axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["variant"], **style)
+    frozen = next(row["metrics"] for row in rows if row["variant"] == FROZEN)
+    axes.axvline(frozen[UTILITY]["mean"], color="gray", ls="--", lw=1, label=FROZEN)
+    axes.axhline(frozen[kind]["mean"], color="gray", ls="--", lw=1)
+    axes.set_ylim(-0.05, 1.05)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def arguments() -> argparse.Namespace:
@@ -309,9 +336,9 @@ def write(plan: Plan, results: dict[Run, dict[str, Any]]) -> None:
         "rows": rows,
     }
     save_json(plan.out / "ablation.json", summary)
-    (plan.out / "ablation.md").write_text(table(rows) + "\n", encoding="utf-8")
+    (plan.out / "ablation.md").write_text(tables(rows) + "\n", encoding="utf-8")
     picture(rows, plan.out / "ablation.png")
-    print(table(rows))
+    print(tables(rows))
     for data, found in targets.items():
         pair, nearest = (statistics.mean(shares[key] for shares in found) for key in ("pair", "nearest"))
         print(f"\n{data}: the fixed partner is right for {pair:.2f} of the samples, the nearest text for {nearest:.2f}")

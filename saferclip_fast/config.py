@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .data.images import MAX_PIXELS
-from .objectives import DEFAULT_BETA, DEFAULT_MARGIN, DEFAULT_WEIGHTS
+from .objectives import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -38,6 +38,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "objective.weights.cos_image": 1.0,
         "objective.weights.nce_text": 0.2,
         "objective.weights.nce_image": 0.2,
+        "objective.weights.keep_out": 0.0,
         "curriculum.enabled": True,
     },
     # the baselines have no curriculum
@@ -102,6 +103,9 @@ class WeightOptions:
     cos_image: float = option(DEFAULT_WEIGHTS["cos_image"], "safe image stays where it was", 0)
     nce_text: float = option(DEFAULT_WEIGHTS["nce_text"], "safe text still finds its image (InfoNCE)", 0)
     nce_image: float = option(DEFAULT_WEIGHTS["nce_image"], "safe image still finds its text (InfoNCE)", 0)
+    keep_out: float = option(
+        DEFAULT_WEIGHTS["keep_out"], "safe queries find their safe item before a redirected one; 0 is the paper", 0
+    )
 
 
 @dataclass
@@ -121,7 +125,7 @@ class ObjectiveOptions:
     bank: Literal["resident", "sharded", "mapped"] = option(
         "resident", "safe rows: whole on each device, a slice on each rank, or in a file that is read as needed"
     )
-    k: int = option(1, "safe neighbors per unsafe sample; 1 is the paper", 1, 256)
+    k: int = option(DEFAULT_K, "safe neighbors per unsafe sample; 1 is the paper", 1, 256)
     tau: float = option(0.05, "temperature of the neighbors' weights, for k > 1", 1e-6)
     beta: float = option(DEFAULT_BETA, "sharpness of the cross terms' softplus; 1 is the paper", 1e-6)
     margin: float = option(DEFAULT_MARGIN, "margin of the cross terms; 0 is the paper")

@@ -11,6 +11,7 @@ import torch
 from saferclip_fast import SafeBank, nearest_safe, preservation_loss, retarget_loss
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, QuadrupletEmbeddings, SafeClip, SaferClip, ShieldClip
+from saferclip_fast.objectives.safer_clip import KEEP_OUT_MARGIN
 from saferclip_fast.train import build_objective
 
 B, D = 6, 16
@@ -34,7 +35,7 @@ def test_loss_is_the_weighted_sum_of_the_ops(batch):
     out = objective(*batch)
     redirect = retarget_loss(*current[2:], *frozen[2:], bank, 3, tau=0.1, beta=2.0, margin=0.1)
     preserve = preservation_loss(*current[:2], *frozen[:2])
-    assert out.terms == redirect.terms | preserve.terms
+    assert out.terms == redirect.terms | preserve.terms | {"keep_out": out.terms["keep_out"]}
     weights = {**DEFAULT_WEIGHTS, "uni_text": 3.0, "nce_image": 0.7}
     torch.testing.assert_close(out.loss.detach(), sum(weights[name] * term for name, term in out.terms.items()))
 
@@ -58,6 +59,42 @@ def test_rows_labelled_safe_are_kept_not_redirected(batch):
     torch.testing.assert_close(out.terms["kept_text"].double(), expected.mean().detach(), rtol=1e-6, atol=1e-6)
     grad = torch.autograd.grad(out.loss, current.unsafe_text)[0]
     assert grad[labels == 0].any(1).all() and not grad[labels == 1].any()
+
+
+@pytest.mark.parametrize("labels", [(None, None), (torch.tensor([1, 0, 1, 0, 1, 1]), torch.tensor([1, 1, 0, 0, 0, 1]))])
+def test_keep_out_equals_a_transcription(batch, labels):
+    current, frozen, bank = batch
+    out = SaferClip(k=4, tau=0.1)(*batch, None, *labels)
+    found, text, image = nearest_safe(frozen.unsafe_text, bank, 4), bank.text.numpy(), bank.image.numpy()
+    sides = ((current.unsafe_text, text, image, labels[0]), (current.unsafe_image, image, text, labels[1]))
+    expected = 0.0
+    for moved, items, queries, of in sides:
+        rows = [i for i in range(B) if of is None or of[i]]
+        for i in rows:
+            scores = [math.exp(float(score) / 0.1) for score in found.scores[i]]
+            for score, j in zip(scores, found.indices[i].tolist(), strict=True):
+                gap = cos(moved.detach().numpy()[i], queries[j]) - cos(items[j], queries[j])
+                expected += score / sum(scores) * max(0.0, KEEP_OUT_MARGIN + gap) / len(rows)
+    assert float(out.terms["keep_out"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_keep_out_is_closed_for_rows_that_safe_queries_find_after_their_own_item(batch):
+    current, frozen, bank = batch
+    only = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"keep_out": 1.0}, k=2)
+    near = nearest_safe(frozen.unsafe_text, bank, 2).indices
+    far = [-queries[near].mean(1) for queries in (bank.image, bank.text)]
+    unsafe = [rows.clone().requires_grad_() for rows in far]
+    # their own items are what these queries see best
+    aligned = SafeBank(bank.image, bank.image), SafeBank(bank.text, bank.text)
+    for side, own in enumerate(aligned):
+        rows = [r.detach() for r in current]
+        rows[2 + side] = unsafe[side]
+        out = only(QuadrupletEmbeddings(*rows), frozen, own, nearest_safe(frozen.unsafe_text, bank, 2))
+        assert torch.autograd.grad(out.loss, unsafe[side])[0].abs().max() == 0
+
+
+def test_no_keep_out_without_its_weight(batch):
+    assert "keep_out" not in SaferClip({"keep_out": 0.0})(*batch).terms
 
 
 # Transcriptions of the papers' formulas, row by row in numpy float64: nothing is shared with the code under test.
@@ -203,7 +240,7 @@ def test_shieldclip_teaches_the_unsafe_side_of_a_mixed_pair_alone(twelve):
 def test_gradients_are_those_of_the_loss(twelve, objective, labels):
     """A step against the gradient changes the loss as a finite difference says; negative=frozen stops no gradient."""
     current, frozen, bank = twelve
-    options = {"negative": "frozen"} if objective is SaferClip else {}
+    options = {"negative": "frozen", "k": 3} if objective is SaferClip else {}
     # mix is what it is under stop-gradient: no finite difference sees that
     options |= {"weights": {"mix": 0.0}} if objective is ShieldClip else {}
     module = objective(logit_scale=5.0, **options)
@@ -228,7 +265,8 @@ def test_rows_labelled_safe_stay_where_they_are(twelve, objective):
     current = QuadrupletEmbeddings(*(rows.clone().requires_grad_() for rows in frozen))
     f_t, f_v = LABELS["mixed"]
     # InfoNCE of two random rows pulls on pairs that are safe on both sides; the real CLIP's are aligned
-    module = ShieldClip({"safe": 0.0}) if objective is ShieldClip else objective()
+    options = {ShieldClip: {"weights": {"safe": 0.0}}, SaferClip: {"k": 3}}
+    module = objective(**options.get(objective, {}))
     loss = module(current, frozen, bank, None, f_t, f_v).loss
     text, image = torch.autograd.grad(loss, [current.unsafe_text, current.unsafe_image])
     for grad, labels in ((text, f_t), (image, f_v)):
@@ -264,8 +302,9 @@ def test_ablation_variants_are_what_their_names_say(monkeypatch):
 
     configs = {name: load_config("demo", options) for name, options in ablation.VARIANTS.items()}
     built = {name: build_objective(config) for name, config in configs.items()}
+    slow = "Safe-CLIP, a fifth of the learning rate"
     stages = {name for name, config in configs.items() if not config.curriculum.enabled}
-    assert stages == {"Safe-CLIP", "+ nearest targets", "+ relative loss", "ShieldCLIP"}
+    assert stages == {slow, "Safe-CLIP", "+ nearest targets", "+ relative loss", "ShieldCLIP"}
     assert isinstance(built["ShieldCLIP"], ShieldClip)
     assert [built[name].targets for name in ("Safe-CLIP", "+ nearest targets")] == ["pair", "nearest"]
     paper = built["+ curriculum = SafeR-CLIP"]
@@ -273,7 +312,9 @@ def test_ablation_variants_are_what_their_names_say(monkeypatch):
     moving = built["SafeR-CLIP, moving negative"]
     assert moving.negative == "current" and moving.weights == paper.weights
     assert built["default"].weights == DEFAULT_WEIGHTS
-    assert [built[name].k for name in ("default", "default, k 4", "default, k 16")] == [1, 4, 16]
+    assert [built[name].k for name in ("default", "default, k 1", "default, k 4")] == [16, 1, 4]
+    assert built["default, no keep-out"].weights == DEFAULT_WEIGHTS | {"keep_out": 0.0}
+    assert configs[slow].optimizer.lr == pytest.approx(configs["Safe-CLIP"].optimizer.lr / 5)
     assert len({json.dumps(flatten(config)) for config in configs.values()}) == len(configs)
 
 
@@ -282,7 +323,7 @@ def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(monkeypatch,
     import ablation
 
     def found(value):
-        names = [*ablation.COLUMNS, ablation.SAFETY]
+        names = [*ablation.COLUMNS, *ablation.DRIFT]
         return {"metrics": dict.fromkeys(names, value)}
 
     values = {(ablation.FROZEN, 0): 0.5, (ablation.FROZEN, 1): 0.5, ("default", 0): 0.1, ("default", 1): 0.3}
@@ -290,6 +331,7 @@ def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(monkeypatch,
     assert [(row["data"], row["variant"]) for row in rows] == [("scenes", ablation.FROZEN), ("scenes", "default")]
     zero_shot = rows[1]["metrics"]["zero_shot"]
     assert zero_shot == {"mean": pytest.approx(0.2), "std": pytest.approx(math.sqrt(0.02)), "seeds": [0.1, 0.3]}
-    assert "| scenes | default | 0.200 ± 0.141 |" in ablation.table(rows)
+    assert "| default | 0.200 ± 0.141 |" in ablation.tables(rows)
+    assert rows[1]["metrics"]["safe_queries"]["seeds"] == pytest.approx([0.9, 0.7])
     ablation.picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -2,11 +2,12 @@
 
 from .common import Objective, ObjectiveOutput, QuadrupletEmbeddings
 from .safe_clip import SafeClip
-from .safer_clip import DEFAULT_BETA, DEFAULT_MARGIN, DEFAULT_WEIGHTS, SaferClip
+from .safer_clip import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS, SaferClip
 from .shield_clip import ShieldClip
 
 __all__ = [
     "DEFAULT_BETA",
+    "DEFAULT_K",
     "DEFAULT_MARGIN",
     "DEFAULT_WEIGHTS",
     "Objective",

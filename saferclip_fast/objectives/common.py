@@ -78,7 +78,7 @@ def label_rows(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
 
 def cosine_distance(x: Tensor, y: Tensor, rows: Tensor, share: Share = ALONE) -> Tensor:
     """mean over `rows` (a [B] mask) of 1 - cos(x, y); 0 where there are none. x, y: [B, d], y is a constant."""
-    return _mean(1 - (_unit(x) * _unit(y.detach())).sum(-1), rows, share)
+    return mean(1 - (unit(x) * unit(y.detach())).sum(-1), rows, share)
 
 
 def info_nce(x: Tensor, y: Tensor, rows: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
@@ -88,12 +88,12 @@ def info_nce(x: Tensor, y: Tensor, rows: Tensor, logit_scale: float, share: Shar
     rank computes its own rows of S and of S^T, against the columns of all ranks, a part of S at a time. Where y is a
     constant and all rows count, `preservation_loss` does the same faster on one rank.
     """
-    x, y = _unit(x), _unit(y)
+    x, y = unit(x), unit(y)
     all_rows = share.gather(rows)
     over_columns = _log_sum_exp(x, share.gather(y), all_rows, logit_scale)
     over_rows = _log_sum_exp(y, share.gather(x), all_rows, logit_scale)
     diagonal = logit_scale * (x * y).sum(-1)
-    return _mean(((over_columns + over_rows) / 2).where(rows != 0, 0) - diagonal, rows, share)
+    return mean(((over_columns + over_rows) / 2).where(rows != 0, 0) - diagonal, rows, share)
 
 
 def _log_sum_exp(x: Tensor, y: Tensor, columns: Tensor, logit_scale: float) -> Tensor:
@@ -148,10 +148,12 @@ def preserve(
     return PreservationOutput(loss, terms)
 
 
-def _mean(values: Tensor, rows: Tensor, share: Share) -> Tensor:
+def mean(values: Tensor, rows: Tensor, share: Share = ALONE) -> Tensor:
+    """Mean of `values` [B] over `rows` (a [B] mask), or this rank's share of it; 0 where there are none."""
     rows = rows.to(values.dtype)
     return (values * rows).sum() / share.sum(rows.sum()).clamp(min=1)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1 in float32 (float64 stays); a row of zeros stays zero."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

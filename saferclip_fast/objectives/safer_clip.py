@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..bank import SafeBank
 from ..distributed import ALONE, Share
 from ..ops import Neighbors, retarget_loss
+from ..ops.nearest_safe import neighbor_weights
 from ..ops.retarget_loss import term_rows
 from .common import (
     Objective,
@@ -17,7 +19,9 @@ from .common import (
     chosen_weights,
     cosine_distance,
     label_rows,
+    mean,
     preserve,
+    unit,
 )
 
 # Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
@@ -26,12 +30,14 @@ DEFAULT_WEIGHTS = {
     "uni_image": 1.0,
     "cross_text": 4.0,
     "cross_image": 4.0,
-    "cos_text": 8.0,
-    "cos_image": 8.0,
+    "cos_text": 16.0,
+    "cos_image": 16.0,
     "nce_text": 0.2,
     "nce_image": 0.2,
+    "keep_out": 4.0,
 }
-DEFAULT_BETA, DEFAULT_MARGIN = 10.0, 0.2
+DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN = 16, 10.0, 0.3
+KEEP_OUT_MARGIN = 0.1
 
 
 class SaferClip(Objective):
@@ -59,7 +65,7 @@ class SaferClip(Objective):
         self,
         weights: Mapping[str, float] | None = None,
         *,
-        k: int = 1,
+        k: int = DEFAULT_K,
         tau: float = 0.05,
         beta: float = DEFAULT_BETA,
         margin: float = DEFAULT_MARGIN,
@@ -123,6 +129,13 @@ class SaferClip(Objective):
         )
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
+        if weight := self.weights["keep_out"]:
+            near, found = neighbor_weights(redirect.neighbors, self.tau), redirect.neighbors.indices
+            text = keep_out(current.unsafe_text, bank.text, bank.image, found, near)
+            image = keep_out(current.unsafe_image, bank.image, bank.text, found, near)
+            term = mean(text, rows[:, 0], share) + mean(image, rows[:, 1], share)
+            loss = loss + weight * term
+            terms["keep_out"] = term.detach()
         for name, labels, row, anchor in (
             ("text", unsafe_text, current.unsafe_text, frozen.unsafe_text),
             ("image", unsafe_image, current.unsafe_image, frozen.unsafe_image),
@@ -135,3 +148,27 @@ class SaferClip(Objective):
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}
+
+
+def keep_out(
+    x: Tensor, items: Tensor, queries: Tensor, indices: Tensor, weights: Tensor, margin: float = KEEP_OUT_MARGIN
+) -> Tensor:
+    """[B] sum_j w_j max(0, margin + cos(x, q_j) - cos(s_j, q_j)): how far rows x get in the way of safe items.
+
+    q_j is the safe query whose own item is s_j: a redirected x may come close to s_j, but q_j must find s_j first.
+
+    Args:
+        x: [B, d] trainable rows, any scale.
+        items, queries: [N, d] unit rows of the bank, s of the modality of x, q of the other one.
+        indices, weights: [B, k] the safe neighbors of each row.
+    """
+    u = unit(x)
+    with torch.no_grad():  # linear in u where the hinge is open: one [B, d] sum is all that autograd keeps
+        slope, offset = torch.zeros_like(u), u.new_zeros(len(u))
+        for index, weight in zip(indices.unbind(1), weights.unbind(1), strict=True):
+            query = queries[index].to(u.dtype)
+            limit = (items[index] * query).sum(-1) - margin
+            open_ = weight * ((u * query).sum(-1) > limit)
+            slope += open_.unsqueeze(1) * query
+            offset -= open_ * limit
+    return (u * slope).sum(-1) + offset

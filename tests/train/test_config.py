@@ -81,7 +81,7 @@ def test_paper_config_is_the_papers_recipe():
     assert (config.train.batch_size, config.train.epochs) == (48, 9)
     objective = config.objective
     assert (objective.neighbors, objective.k, objective.beta, objective.margin) == ("offline", 1, 1.0, 0.0)
-    assert objective.negative == "frozen"
+    assert objective.negative == "frozen" and objective.weights.keep_out == 0
 
 
 def test_explicit_options_win_over_the_preset_wherever_it_is_chosen(tmp_path):
@@ -90,7 +90,7 @@ def test_explicit_options_win_over_the_preset_wherever_it_is_chosen(tmp_path):
         return objective.k, objective.beta, objective.negative, objective.weights.cos_text, config.curriculum.enabled
 
     ours, paper = load_config(), load_config(None, ["objective.preset=paper"])
-    assert shown(ours)[1:] == (10.0, "current", 8.0, True)
+    assert shown(ours) == (16, 10.0, "current", 16.0, True)
     assert shown(paper) == (1, 1.0, "frozen", 1.0, True)
     file = tmp_path / "run.yaml"
     file.write_text("objective: {k: 4}\ncurriculum: {enabled: false}\n")

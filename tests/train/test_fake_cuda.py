@@ -24,7 +24,7 @@ from saferclip_fast.train import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")  # autocast's
 CUDA = torch.device("cuda", 0)
-ROWS, WIDTH, BANK = 6, 64, 11
+ROWS, WIDTH, BANK = 6, 64, 21
 
 MIXED = "data.train=scenes:n=6,size=32,mixed=0.5"
 ALL_UNSAFE = "data.train=scenes:n=6,size=32"

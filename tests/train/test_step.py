@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saferclip_fast import SafeBank
 from saferclip_fast.data import SceneDataset, collate
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
-from saferclip_fast.objectives import ObjectiveOutput, QuadrupletEmbeddings
+from saferclip_fast.objectives import ObjectiveOutput, QuadrupletEmbeddings, SaferClip
 from saferclip_fast.ops import preservation_loss
 from saferclip_fast.step import check_micro_batches, embed_micro_batches, forward_backward, micro_batches
 
@@ -76,6 +77,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(adapted, batch, size
     assert_same(gradients(clip), expected, 1e-5)
     torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=0)
     assert not parts.loss.requires_grad
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(ROWS) % 3 > 0])
+def test_micro_batches_give_the_gradient_of_saferclip(adapted, batch, labels):
+    generator = torch.Generator().manual_seed(6)
+    frozen = QuadrupletEmbeddings(*torch.randn(4, ROWS, 64, generator=generator))
+    bank = SafeBank(*torch.randn(2, 20, 64, generator=generator))
+    objective = SaferClip({"keep_out": 100.0})  # so that its part of the gradient is no small one
+    clip = adapted()
+
+    def safer(current):
+        return objective(current, frozen, bank, None, labels, labels)
+
+    forward_backward(clip, batch, safer)
+    expected = gradients(clip)
+    forward_backward(clip, batch, safer, micro_batch_size=4)
+    assert_same(gradients(clip), expected, 1e-5)
 
 
 def test_dropout_is_the_same_in_both_passes(adapted, batch):

@@ -36,14 +36,18 @@ DEFAULT_WEIGHTS = {
     "nce_image": 0.2,
     "keep_out": 4.0,
 }
-DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN = 16, 10.0, 0.3
-KEEP_OUT_MARGIN = 0.1
+DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN, KEEP_OUT_MARGIN = 16, 10.0, 0.3, 0.1
 
 
 class SaferClip(Objective):
     """SafeR-CLIP (arXiv 2511.16743): redirect unsafe inputs to their nearest safe neighbors, hold safe ones in place.
 
-        loss = sum_j weights[j] * term_j over the four terms of `retarget_loss` and the four of `preservation_loss`
+        loss = sum_j weights[j] * term_j over the four terms of `retarget_loss`, the four of `preservation_loss` and
+
+        keep_out = mean_i sum_j w_ij max(0, m + cos(T(t*_i), V0(v_j)) - cos(T0(t_j), V0(v_j))) + the same of V(v*_i)
+
+    over the neighbors j of row i, w_ij as in `retarget_loss`, m KEEP_OUT_MARGIN (ours): redirected rows come close to
+    safe items, but not between them and the safe queries that look for them.
 
     A modality that its label calls safe is never redirected: its row is held in place by the cosine term of its
     modality (term `kept_text` or `kept_image`, weighted as `cos_text` or `cos_image`; ShieldCLIP's label layout).
@@ -130,10 +134,7 @@ class SaferClip(Objective):
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
         if weight := self.weights["keep_out"]:
-            near, found = neighbor_weights(redirect.neighbors, self.tau), redirect.neighbors.indices
-            text = keep_out(current.unsafe_text, bank.text, bank.image, found, near)
-            image = keep_out(current.unsafe_image, bank.image, bank.text, found, near)
-            term = mean(text, rows[:, 0], share) + mean(image, rows[:, 1], share)
+            term = self._keep_out(current, bank, redirect.neighbors, rows, share)
             loss = loss + weight * term
             terms["keep_out"] = term.detach()
         for name, labels, row, anchor in (
@@ -145,6 +146,14 @@ class SaferClip(Objective):
                 loss = loss + self.weights[f"cos_{name}"] * kept
                 terms[f"kept_{name}"] = kept.detach()
         return ObjectiveOutput(loss, terms, redirect.neighbors)
+
+    def _keep_out(
+        self, current: QuadrupletEmbeddings, bank: SafeBank, neighbors: Neighbors, rows: Tensor, share: Share
+    ) -> Tensor:
+        near = neighbors.indices, neighbor_weights(neighbors, self.tau)
+        text = keep_out(current.unsafe_text, bank.text, bank.image, *near)
+        image = keep_out(current.unsafe_image, bank.image, bank.text, *near)
+        return mean(text, rows[:, 0], share) + mean(image, rows[:, 1], share)
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}

@@ -33,7 +33,7 @@ from photos import photos_job
 from tqdm import tqdm
 
 from saferclip_fast import nearest_safe
-from saferclip_fast.config import load_config
+from saferclip_fast.config import flatten, load_config
 from saferclip_fast.data import open_quadruplets
 from saferclip_fast.demo import Job, scenes_job
 from saferclip_fast.embeddings import embed_quadruplets
@@ -141,7 +141,8 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     file = plan.out / "runs" / f"{run.data}-{_slug(run.variant)}-{run.seed}.json"
     job = job_of(plan, run.data, run.seed)
     options = options_of(plan, run, job)
-    setting = {"run": list(run), "options": options, "weights": weights.name}
+    # every option, since a default may change between two starts
+    setting = {"run": list(run), "options": flatten(load_config(job.config, options)), "weights": weights.name}
     if file.is_file():
         found = json.loads(file.read_text())
         if found["setting"] == setting:

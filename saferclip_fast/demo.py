@@ -32,7 +32,6 @@ PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 32_000, 3
 QUADRUPLETS, HELD_OUT = 3_000, 1_000
 OURS, BASELINE = "SafeR-CLIP", "Safe-CLIP"  # as tables and the report call them
 BASELINE_FOLDER = "safe-clip"  # in the run's folder
-BASELINE_LR = 2e-4  # at ours, 1e-3, Safe-CLIP loses its classes: docs/method.md, "Ablation"
 
 
 @dataclass
@@ -82,7 +81,7 @@ def run(
     )
     options.append(f"model.pretrained={weights}")
     folders = {OURS: run_dir, BASELINE: run_dir / BASELINE_FOLDER}
-    chosen = {OURS: [], BASELINE: ["objective.name=safeclip", f"optimizer.lr={BASELINE_LR}"]}
+    chosen = {OURS: [], BASELINE: ["objective.name=safeclip"]}
     tuned = {}
     for model, folder in folders.items():
         config = load_config(job.config, [*chosen[model], *options, f"run_dir={folder}"])

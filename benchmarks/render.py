@@ -259,7 +259,7 @@ def speedups(results: Results, colors: dict[str, str]) -> plt.Figure:
         axes.annotate(f"{number(line.speedup)}×{rival}", (end, place), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(shown)), [f"{line.operation}\n{line.size}" for line in shown], fontsize=9.5)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max((line.speedup for line in shown), default=1))
+    axes.set_xlim(0, 1.65 * max((line.speedup for line in shown), default=1))
     axes.set_xlabel("times as fast as the best PyTorch path (the line: as fast)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -291,6 +291,9 @@ def scaling(results: Results, colors: dict[str, str]) -> plt.Figure:
     labels: dict[str, object] = {}
     for axes, (name, varied, title, ours, unit) in zip(panels.flat, PANELS, strict=True):
         rows = rows_of(results, name)
+        if not rows:
+            axes.set_axis_off()
+            continue
         counts = sorted({row["threads"] for row in rows}, reverse=True)
         for count, style in zip(counts[:1] if unit == "MiB" else counts, ("-", "--"), strict=False):
             points = curve([row for row in rows if row["threads"] == count], varied)
@@ -301,7 +304,7 @@ def scaling(results: Results, colors: dict[str, str]) -> plt.Figure:
                     labels[label] = axes.plot(*zip(*drawn, strict=True), f"o{style}", color=colors[color], ms=4)[0]
         axes.set(xscale="log", yscale="log", title=title, ylabel={"ms": "ms", "MiB": "extra memory, MiB"}[unit])
         axes.title.set_fontsize(11)
-        values = sorted({row[varied] for row in curve(rows, varied)}) if rows else []
+        values = sorted({row[varied] for row in curve(rows, varied)})
         far = [value for value, after in zip(values, [*values[1:], math.inf], strict=False) if after > 2.5 * value]
         axes.set_xticks(far, [f"{value:,}" for value in far], fontsize=9.5)
         axes.minorticks_off()

@@ -79,7 +79,9 @@ def main() -> int:
         print(f"[{number}/{len(todo)}, {so_far}] {name}, threads: {threads}", flush=True)
         if not run(name, command, threads, args.out, args.rounds):
             failed.append(f"{name} with {threads} threads")
-    print(render.headline(render.load(args.out)))
+    results = render.load(args.out)
+    if render.lines(results):
+        print(render.headline(results))
     print(f"{(time.monotonic() - begin) / 60:.1f} minutes; tables and figures: python benchmarks/render.py")
     if failed:
         print(f"failed: {', '.join(failed)}; the same command runs what is missing", file=sys.stderr)

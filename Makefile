@@ -9,7 +9,7 @@ CPP := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o
 SOAK_MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage coverage-python coverage-native sanitize fuzz soak bench lint format gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize sanitize-ops mutants fuzz soak bench lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,12 @@ sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehavior
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSAFERCLIP_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/native_kernels
+
+sanitize-ops: setup  ## the op tests in Python, the module built under both sanitizers
+	$(BIN)/python -m tests.native.sanitize_ops
+
+mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
+	$(BIN)/python -m tests.native.mutants
 
 fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inputs in build/fuzz)
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'

@@ -1,10 +1,12 @@
 """Builds the native module `saferclip_fast._C` with CMake + Ninja; CMakeLists.txt holds the list of sources.
 
 Environment: SAFERCLIP_FAST_NATIVE=0 builds the pure-Python package; SAFERCLIP_FAST_CUDA=0|1 forces CUDA off or on
-(default: on where nvcc is found); MAX_JOBS limits the parallel compile jobs; CXX names the compiler.
+(default: on where nvcc is found); MAX_JOBS limits the parallel compile jobs; CXX names the compiler;
+CMAKE_ARGS holds further options for CMake.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,7 @@ class CMakeBuild(build_ext):
             "SAFERCLIP_FAST_CUDA": os.environ.get("SAFERCLIP_FAST_CUDA", "AUTO"),
         }
         defines = [f"-D{name}={value}" for name, value in arguments.items()]
+        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         # pip's cmake and ninja lie beside this Python, which need not be on PATH
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
         environment = {**os.environ, "PATH": path}

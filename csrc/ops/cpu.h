@@ -1,8 +1,11 @@
 // What the CPU op files share: views of torch tensors for the kernels, and torch's threads.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <array>
 
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/rows.h"
@@ -38,6 +41,19 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 inline cpu::Rows rows_of(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, name, " must have shape [rows, d], got ", x.dim(), " dimensions");
   return {x.const_data_ptr(), kernel_dtype(name, x), x.size(0), x.size(1)};
+}
+
+// An uninitialised, contiguous CPU tensor, without torch's dispatcher, which takes longer than a small search.
+template <std::size_t N>
+Tensor new_tensor(ScalarType dtype, const std::array<int64_t, N>& sizes) {
+  std::array<int64_t, N> strides{};
+  int64_t stride = 1;
+  for (std::size_t i = N; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 inline void check_shape(const char* name, const Tensor& x, int64_t rows, int64_t columns) {

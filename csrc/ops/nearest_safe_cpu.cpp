@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> nearest_safe_cpu(const Tensor& query, const Tensor& b
                         cpu::packed_matches(blob, p.numel(), bank_rows.count, bank_rows.dim),
                     "packed is not pack_bank(bank) of this bank; pack it again");
   }
-  Tensor scores = torch::stable::new_empty(query, {query_rows.count, k}, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(query, {query_rows.count, k}, ScalarType::Long);
+  Tensor scores = new_tensor<2>(ScalarType::Float, {query_rows.count, k});
+  Tensor indices = new_tensor<2>(ScalarType::Long, {query_rows.count, k});
   cpu::nearest_safe(query_rows, bank_rows, blob, static_cast<int>(k),
                     static_cast<float*>(scores.mutable_data_ptr()),
                     static_cast<int64_t*>(indices.mutable_data_ptr()),

@@ -100,15 +100,8 @@ def select(op: str, backend: str, device: str, dtype: torch.dtype, work: int = 0
         ValueError: an unknown backend, or one that does not serve this device or dtype.
         RuntimeError: a backend that is not usable here; the message says why.
     """
-    if torch.compiler.is_compiling():
-        name = _traced_name(op, backend, _forced, device, dtype)
-        return getattr(torch.ops.saferclip_fast, name).default
-    key = (op, backend, device, dtype, work.bit_length())
-    kernel = _KERNELS.get(key)
-    if kernel is None:
-        name = _name(op, _pick(op, backend, _forced, device, dtype, work.bit_length()))
-        kernel = _KERNELS[key] = getattr(torch.ops.saferclip_fast, name).default
-    return kernel
+    name = _name(op, _pick(op, backend, _forced, device, dtype, work.bit_length()))
+    return getattr(torch.ops.saferclip_fast, name).default
 
 
 def _traced_name(op: str, backend: str, forced: str, device: str, dtype: torch.dtype) -> str:
@@ -126,9 +119,13 @@ def _name(op: str, backend: str) -> str:
 
 def run(op: str, backend: str, like: torch.Tensor, work: int, *arguments):
     """Calls `op` on the backend chosen for tensors like `like`; see `BackendError` and `use_backend` for failures."""
-    kernel = select(op, backend, like.device.type, like.dtype, work)
     if torch.compiler.is_compiling():
-        return kernel(*arguments)
+        name = _traced_name(op, backend, _forced, like.device.type, like.dtype)
+        return getattr(torch.ops.saferclip_fast, name).default(*arguments)
+    key = (op, backend, like.device, like.dtype, work.bit_length())
+    kernel = _KERNELS.get(key)
+    if kernel is None:
+        kernel = _KERNELS[key] = select(op, backend, like.device.type, like.dtype, work)
     try:
         return kernel(*arguments)
     except (ValueError, TypeError, torch.OutOfMemoryError):  # about the arguments, not the backend

@@ -6,36 +6,17 @@ and the faults are switched on one at a time.
 
 from __future__ import annotations
 
-import re
 import shutil
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from tests.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
+from tests.mutants import Mutant
 from tests.simt import build
 from tests.simt import executor as simt
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@dataclass
-class Mutant:
-    name: str
-    file: str
-    before: str  # text just before the place, to tell it from others; may be empty
-    old: str
-    new: str = ""  # empty: the statement is dropped
-
-    def rewrite(self, source: str, number: int) -> str:
-        places = re.findall(re.escape(self.before) + r"\s*" + re.escape(self.old), source)
-        assert len(places) == 1, f"{self.name}: {len(places)} places fit in {self.file}"
-        head = places[0].removesuffix(self.old)
-        on = f"::simt::mutant == {number}"
-        if self.old.endswith(";"):
-            return source.replace(places[0], f"{head}if ({on}) {{ {self.new} }} else {{ {self.old} }}")
-        return source.replace(places[0], f"{head}({on} ? ({self.new}) : ({self.old}))")
 
 
 SYNC = "__syncthreads();"
@@ -134,7 +115,7 @@ def library(request, tmp_path_factory) -> tuple[str, simt.Executor]:
         shutil.copy(source, folder)
     for number, mutant in enumerate(MUTANTS[request.param]):
         file = folder / mutant.file
-        file.write_text(mutant.rewrite(file.read_text(), number))
+        file.write_text(mutant.rewrite(file.read_text(), number, "::simt::mutant"))
     return request.param, EXECUTORS[request.param](kernels=folder)
 
 

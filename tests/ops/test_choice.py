@@ -91,8 +91,8 @@ def test_a_table_that_cannot_be_read_is_reported(caplog):
 
 def test_a_debug_line_and_backends_say_what_was_picked_and_why(caplog):
     with caplog.at_level(logging.DEBUG, "saferclip_fast"), sf.use_backend("reference"):
-        chosen(dtype=torch.float16)
-        chosen(dtype=torch.float16)
+        for _ in range(2):  # remembered after the first
+            sf.nearest_safe(torch.eye(10, dtype=torch.float16), torch.eye(10, dtype=torch.float16))
     assert [record.message for record in caplog.records] == [
         "nearest_safe on cpu float16, work < 2^7: forced -> reference"
     ]

@@ -74,7 +74,8 @@ struct Kernels {
   int64_t (*top_rows)(float* dots, int64_t count, int k, double error, double norm, int32_t* rows);
   // <query, row> in double, in an order of additions that is the same on every ISA.
   double (*exact_dot)(const double* query, const void* row, DType dtype, int64_t dim);
-  void (*widen)(const void* row, DType dtype, int64_t dim, double* out);
+  // out = row in double; returns its squared length, added up as exact_dot does.
+  double (*widen)(const void* row, DType dtype, int64_t dim, double* out);
   void (*accumulate)(const void* row, DType dtype, int64_t dim, float* sum);
   // Rows [begin, end) of the retargeting loss; adds its four weighted terms to sums. scratch holds
   // kRetargetScratchRows rows of dim + 16 floats.
@@ -85,10 +86,9 @@ struct Kernels {
   void (*dot_rows)(const void* rows, DType dtype, int count, int64_t dim, const float* queries,
                    int64_t query_stride, int queries_count, float* dots, int64_t dots_stride,
                    float* squares);
-  // panel [dim][32] = scale times up to 32 rows, transposed, zeros behind the last. Returns the
-  // largest squared length of a column, NaN if one has it.
-  float (*transpose_panel)(const void* rows, DType dtype, int count, int64_t dim, float scale,
-                           float* panel);
+  // panel [dim][32] = scale times up to 32 rows, transposed, zeros behind the last.
+  void (*transpose_panel)(const void* rows, DType dtype, int count, int64_t dim, float scale,
+                          float* panel);
   // c [rows, columns] (+)= a [rows, depth] times panel [depth][32], of which columns <= 32 count.
   void (*multiply_panel)(const float* a, int64_t rows, int64_t a_stride, const float* panel,
                          int64_t depth, float* c, int64_t c_stride, int columns, bool accumulate);

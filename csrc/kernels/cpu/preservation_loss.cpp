@@ -27,8 +27,7 @@ void make_unit(const Rows& rows, int64_t first, int64_t count, double* wide, flo
                double* inverse) {
   const Kernels& kernel = kernels();
   for (int64_t i = 0; i < count; ++i) {
-    kernel.widen(rows.row(first + i), rows.dtype, rows.dim, wide);
-    const double square = kernel.exact_dot(wide, rows.row(first + i), rows.dtype, rows.dim);
+    const double square = kernel.widen(rows.row(first + i), rows.dtype, rows.dim, wide);
     const double scale = square > 0 ? 1 / std::sqrt(square) : 0;
     for (int64_t j = 0; j < rows.dim; ++j) {
       unit[i * rows.dim + j] = static_cast<float>(wide[j] * scale);

@@ -9,7 +9,15 @@ using saferclip::cpu::kPanelRows;
 
 // ---- rows as they are --------------------------------------------------------------------------
 
-constexpr int kRowTile = 4;  // with 4 queries, 16 accumulators
+// A tile of kRowTile rows and kQueryTile queries keeps its sums in registers.
+constexpr int kRowTile = 4;
+#if defined(__AVX512F__)
+constexpr int kQueryTile = 6, kSquareTile = 4;  // with squared lengths of the rows as well
+#elif defined(__AVX2__)
+constexpr int kQueryTile = 3, kSquareTile = 2;
+#else
+constexpr int kQueryTile = 2, kSquareTile = 1;
+#endif
 
 template <int Queries, bool Squares, class T>
 inline void dot_tile(const T* const* rows, const float* queries, int64_t query_stride, int64_t dim,
@@ -23,7 +31,7 @@ inline void dot_tile(const T* const* rows, const float* queries, int64_t query_s
       row[r] = get_row(rows[r] + i);
       if constexpr (Squares) square[r] += row[r] * row[r];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int m = 0; m < Queries; ++m) {
       const Floats query = get_query(queries + m * query_stride + i);
 #pragma GCC unroll 4
@@ -43,24 +51,6 @@ inline void dot_tile(const T* const* rows, const float* queries, int64_t query_s
     sum4(parts, dots + m * dots_stride);
   }
   if constexpr (Squares) sum4(square, squares);
-}
-
-// Four rows against all queries; squares may be null.
-template <class T>
-inline void dot_four(const T* const* rows, const float* queries, int64_t query_stride, int count,
-                     int64_t dim, float* dots, int64_t dots_stride, float* squares) {
-  const auto tile = [&]<int Queries>(int m) {
-    const float* from = queries + m * query_stride;
-    float* to = dots + m * dots_stride;
-    if (m == 0 && squares != nullptr) {
-      dot_tile<Queries, true>(rows, from, query_stride, dim, to, dots_stride, squares);
-    } else {
-      dot_tile<Queries, false>(rows, from, query_stride, dim, to, dots_stride, nullptr);
-    }
-  };
-  int m = 0;
-  for (; m + 4 <= count; m += 4) tile.template operator()<4>(m);
-  for (; m < count; ++m) tile.template operator()<1>(m);
 }
 
 // ---- rows against a transposed panel -----------------------------------------------------------
@@ -126,46 +116,39 @@ inline void transpose_four(const T* const* rows, int64_t column, float scale, fl
   }
 }
 
-// The largest column of panel [dim][32] by the sum of its squares.
-float largest_square(const float* panel, int64_t dim) {
-  float top = 0;
-  for (int j = 0; j < kPanelRows; j += kWidth) {
-    Floats even = {}, odd = {};
-    for (int64_t i = 0; i + 1 < dim; i += 2) {
-      const Floats a = load(panel + i * kPanelRows + j), b = load(panel + (i + 1) * kPanelRows + j);
-      even += a * a;
-      odd += b * b;
-    }
-    if (dim % 2 != 0) {
-      const Floats a = load(panel + (dim - 1) * kPanelRows + j);
-      even += a * a;
-    }
-    float lanes[kWidth];
-    store(lanes, even + odd);
-    for (const float square : lanes) top = square > top || square != square ? square : top;
-  }
-  return top;
-}
-
 }  // namespace
 
 namespace saferclip::cpu::SAFERCLIP_NAMESPACE {
 
+// A tile of queries stays in L1 while the rows pass by.
 void dot_rows(const void* data, DType dtype, int count, int64_t dim, const float* queries,
               int64_t query_stride, int queries_count, float* dots, int64_t dots_stride,
               float* squares) {
   with_element(dtype, [&]<class T>(const T*) {
     const T* first = static_cast<const T*>(data);
-    for (int r = 0; r < count; r += kRowTile) {
-      const auto at = [&](int i) { return first + dim * (i < count ? i : count - 1); };
-      const T* rows[kRowTile] = {at(r), at(r + 1), at(r + 2), at(r + 3)};
-      dot_four(rows, queries, query_stride, queries_count, dim, dots + r, dots_stride,
-               squares == nullptr ? nullptr : squares + r);
-    }
+    const auto tiles = [&]<int Queries, bool Squares>(int m) {
+      for (int r = 0; r < count; r += kRowTile) {
+        const auto at = [&](int i) { return first + dim * (i < count ? i : count - 1); };
+        const T* rows[kRowTile] = {at(r), at(r + 1), at(r + 2), at(r + 3)};
+        dot_tile<Queries, Squares>(rows, queries + m * query_stride, query_stride, dim,
+                                   dots + m * dots_stride + r, dots_stride, squares + (Squares ? r : 0));
+      }
+    };
+    int m = 0;
+    const auto step = [&]<int Queries, bool Squares>(int most) {
+      for (; most > 0 && m + Queries <= queries_count; m += Queries, --most) {
+        tiles.template operator()<Queries, Squares>(m);
+      }
+    };
+    if (squares != nullptr) step.template operator()<kSquareTile, true>(1);
+    if (squares != nullptr && m == 0) step.template operator()<1, true>(1);
+    step.template operator()<kQueryTile, false>(queries_count);
+    step.template operator()<2, false>(queries_count);
+    step.template operator()<1, false>(queries_count);
   });
 }
 
-float transpose_panel(const void* data, DType dtype, int count, int64_t dim, float scale, float* panel) {
+void transpose_panel(const void* data, DType dtype, int count, int64_t dim, float scale, float* panel) {
   with_element(dtype, [&]<class T>(const T*) {
     const T* first = static_cast<const T*>(data);
     if (count < kPanelRows) std::memset(panel, 0, dim * kPanelRows * sizeof(float));
@@ -183,7 +166,6 @@ float transpose_panel(const void* data, DType dtype, int count, int64_t dim, flo
       for (int64_t j = 0; j < dim; ++j) panel[j * kPanelRows + r] = scale * to_float(first[r * dim + j]);
     }
   });
-  return largest_square(panel, dim);
 }
 
 void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float* panel, int64_t depth,

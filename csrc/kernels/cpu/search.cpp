@@ -108,9 +108,7 @@ void prepare(const Problem& problem, QueryBlock& block, const Parallel& parallel
     std::vector<double> row(dim), scratch(dim + 16);
     const int64_t end = std::min(block.rows.count, (task + 1) * kGroupsPerTask * kGroupSize);
     for (int64_t i = task * kGroupsPerTask * kGroupSize; i < end; ++i) {
-      problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data());
-      block.norms[i] = std::sqrt(
-          problem.kernel.exact_dot(row.data(), block.rows.row(i), block.rows.dtype, dim));
+      block.norms[i] = std::sqrt(problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data()));
       if (problem.screen != Screen::kInt8) continue;
       const int64_t group = i / kGroupSize;
       problem.kernel.quantize_query(row.data(), block.norms[i], problem.mean, problem.mean_square,

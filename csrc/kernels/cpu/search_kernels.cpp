@@ -146,26 +146,43 @@ inline void prefetch(const uint8_t* panel, int64_t group, int64_t groups, int64_
 constexpr int kExactLanes = 32;
 constexpr int kExactVectors = kExactLanes / kDoubleWidth;
 
+inline double to_double(double x) { return x; }
 template <class T>
-double exact_row(const double* query, const T* row, int64_t dim) {
+inline double to_double(T x) {
+  return static_cast<double>(to_float(x));
+}
+
+// products(i): of a vector of elements; product(i): of one, behind the last 32.
+template <class Vector, class Scalar>
+inline double exact_sum(int64_t dim, Vector&& products, Scalar&& product) {
   Doubles sums[kExactVectors] = {};
   int64_t i = 0;
   for (; i + kExactLanes <= dim; i += kExactLanes) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kExactVectors; ++v) {
-      const int64_t at = i + v * kDoubleWidth;
-      sums[v] += load_bits<Doubles>(query + at) * widen_lanes(row + at);
-    }
+    for (int v = 0; v < kExactVectors; ++v) sums[v] += products(i + v * kDoubleWidth);
   }
-  double lanes[kExactLanes];
-  std::memcpy(lanes, sums, sizeof(lanes));
-  for (int64_t j = 0; i + j < dim; ++j) {
-    lanes[j] += query[i + j] * static_cast<double>(to_float(row[i + j]));
+  if (i < dim) {
+    double lanes[kExactLanes];
+    std::memcpy(lanes, sums, sizeof(lanes));
+    for (int64_t j = 0; i + j < dim; ++j) lanes[j] += product(i + j);
+    std::memcpy(sums, lanes, sizeof(lanes));
   }
-  for (int step = kExactLanes / 2; step > 0; step /= 2) {
+  for (int step = kExactVectors / 2; step > 0; step /= 2) {
+    for (int v = 0; v < step; ++v) sums[v] += sums[v + step];
+  }
+  double lanes[kDoubleWidth];
+  store_bits(lanes, sums[0]);
+  for (int step = kDoubleWidth / 2; step > 0; step /= 2) {
     for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
   }
   return lanes[0];
+}
+
+template <class T>
+double exact_row(const double* query, const T* row, int64_t dim) {
+  return exact_sum(
+      dim, [&](int64_t i) { return load_bits<Doubles>(query + i) * widen_lanes(row + i); },
+      [&](int64_t i) { return query[i] * static_cast<double>(to_float(row[i])); });
 }
 
 // ---- selection ---------------------------------------------------------------------------------
@@ -180,14 +197,13 @@ float kth_largest(const float* dots, int64_t count, int k) {
   }
   float high = largest(top), low = -largest(bottom);
   if (k == 1) return high;
+  const int64_t padding = -(-count & (kWidth - 1));  // NaN is not less
   constexpr int kHalvings = 24;  // enough for any fp32 spread that matters; ties never come down to k
   for (int step = 0; step < kHalvings; ++step) {
     const float middle = low + (high - low) * 0.5f;
-    Ints reached = {};
-    for (int64_t i = 0; i < count; i += kWidth) reached -= load(dots + i) >= middle;
-    int32_t lanes[kWidth], total = 0;
-    store_bits(lanes, reached);
-    for (const int32_t lane : lanes) total += lane;
+    const Floats threshold = splat(middle);
+    int64_t total = padding;
+    for (int64_t i = 0; i < count; i += kWidth) total += __builtin_popcount(mask_not_less(load(dots + i), threshold));
     (total >= k ? low : high) = middle;
     if (total == k) break;
   }
@@ -293,13 +309,22 @@ void accumulate(const void* row, DType dtype, int64_t dim, float* sum) {
   });
 }
 
-void widen(const void* row, DType dtype, int64_t dim, double* out) {
+double widen(const void* row, DType dtype, int64_t dim, double* out) {
+  double square = 0;
   with_element(dtype, [&]<class T>(const T*) {
     const T* in = static_cast<const T*>(row);
-    int64_t i = 0;
-    for (; i + kDoubleWidth <= dim; i += kDoubleWidth) store_bits(out + i, widen_lanes(in + i));
-    for (; i < dim; ++i) out[i] = static_cast<double>(to_float(in[i]));
+    const auto vector = [&](int64_t i) {
+      const Doubles x = widen_lanes(in + i);
+      store_bits(out + i, x);
+      return x * x;
+    };
+    const auto scalar = [&](int64_t i) {
+      out[i] = static_cast<double>(to_float(in[i]));
+      return out[i] * out[i];
+    };
+    square = exact_sum(dim, vector, scalar);
   });
+  return square;
 }
 
 }  // namespace saferclip::cpu::SAFERCLIP_NAMESPACE

@@ -18,9 +18,11 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kRowsPerK = 32;            // up to 32 k rows, the product costs less than what int8 lets through
 constexpr int64_t kAlwaysSmall = 256;        // rows that are not worth quantising
-constexpr int64_t kPanelBytes = 16 << 20;    // of the transposed bank
-constexpr int64_t kDirectQueries = 12;       // fewer do not pay for transposing the bank
+constexpr int64_t kQueriesPerThread = 4;     // fewer do not pay for reading the whole bank on every thread
+constexpr int64_t kShortRow = 256;            // adding up the lanes of a short product takes longer than
+constexpr int64_t kWorthTransposing = 12;     // transposing the rows for this many queries
 constexpr int64_t kTileBytes = 256 << 10;    // products of a block of queries, half of a small L2
+constexpr int64_t kRankByCounting = 16;     // candidates; more are sorted
 constexpr int64_t kMaxBlock = 96;            // queries of a block: 300 KB at d = 768
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -34,93 +36,102 @@ class SmallBank {
         scores_(scores),
         indices_(indices),
         panels_((bank.count + kPanelRows - 1) / kPanelRows),
-        squares_(panels_),
-        // Sixteen more than the width: rows 4 KB apart would compete for the same cache lines.
-        query_stride_(round_up(bank.dim, 16) + 16),
+        // Rows 4 KB apart would compete for the same cache lines.
+        copies_(query.dtype != DType::kFloat || bank.dim % 1024 == 0),
+        query_stride_(copies_ ? round_up(bank.dim, 16) + 16 : bank.dim),
         // More than three quarters of the rows wanted: scoring all exactly costs less than the product.
         all_exact_(bank.count * 3 <= int64_t{k} * 4) {}
 
   void run(const Parallel& parallel) {
-    if (query_.count < kDirectQueries || all_exact_ || panels_ * kPanelRows * bank_.dim * 4 > kPanelBytes) {
-      for (int64_t first = 0; first < query_.count; first += kMaxBlock) {
-        run_direct(first, std::min(kMaxBlock, query_.count - first), parallel);
-      }
-      return;
+    if (query_.count >= kQueriesPerThread * parallel.threads) {
+      run_by_queries(parallel);
+    } else {
+      run_by_rows(parallel);
     }
-    transposed_ = make_buffer<float>(panels_ * kPanelRows * bank_.dim);
-    parallel(panels_, [&](int64_t p) {
-      squares_[p] = kernel_.transpose_panel(bank_.row(p * kPanelRows), bank_.dtype, panel_rows(p), bank_.dim,
-                                            1, transposed(p));
-    });
-    set_longest();
-    const int64_t most = std::clamp<int64_t>(kTileBytes / (dots_stride() * 4), kDirectQueries, kMaxBlock);
-    const int64_t rounds = (query_.count + most * parallel.threads - 1) / (most * parallel.threads);
-    const int64_t blocks = std::min(query_.count, rounds * parallel.threads);
-    parallel(blocks, [&](int64_t b) {
-      const int64_t first = b * query_.count / blocks;
-      run_block(first, (b + 1) * query_.count / blocks - first);
-    });
   }
 
  private:
   int panel_rows(int64_t panel) const {
     return static_cast<int>(std::min<int64_t>(kPanelRows, bank_.count - panel * kPanelRows));
   }
-  float* transposed(int64_t panel) { return transposed_.get() + panel * kPanelRows * bank_.dim; }
   int64_t dots_stride() const { return panels_ * kPanelRows; }
 
-  // Few queries: rows as they are, threads share the bank.
-  void run_direct(int64_t first, int64_t count, const Parallel& parallel) {
-    const Buffer<float> dots = make_buffer<float>(count * dots_stride());
-    if (!all_exact_) {
-      const Buffer<float> floats = to_floats(first, count);
-      parallel(panels_, [&](int64_t p) {
-        float squares[kPanelRows] = {};
-        kernel_.dot_rows(bank_.row(p * kPanelRows), bank_.dtype, panel_rows(p), bank_.dim, floats.get(),
-                         query_stride_, static_cast<int>(count), dots.get() + p * kPanelRows, dots_stride(), squares);
-        float top = 0;
-        for (const float square : squares) top = square > top || std::isnan(square) ? square : top;
-        squares_[p] = top;
-      });
-      set_longest();
-    }
-    parallel(count, [&](int64_t i) {
+  // Tasks take queries, and the whole bank.
+  void run_by_queries(const Parallel& parallel) {
+    const int64_t most = std::clamp<int64_t>(kTileBytes / (dots_stride() * 4), kQueriesPerThread, kMaxBlock);
+    const int64_t rounds = (query_.count + most * parallel.threads - 1) / (most * parallel.threads);
+    const int64_t blocks = std::min(query_.count, rounds * parallel.threads);
+    parallel(blocks, [&](int64_t b) {
+      const int64_t first = b * query_.count / blocks, count = (b + 1) * query_.count / blocks - first;
+      const Buffer<float> dots = make_buffer<float>(count * dots_stride());
+      float square = 0;
+      if (!all_exact_) {
+        Buffer<float> copy;
+        const float* floats = to_floats(first, count, copy);
+        for (int64_t p = 0; p < panels_; ++p) square = larger(square, multiply(p, floats, count, dots.get()));
+      }
       Choice choice(bank_);
-      choose(first + i, dots.get() + i * dots_stride(), choice);
+      for (int64_t i = 0; i < count; ++i) {
+        choose(first + i, dots.get() + i * dots_stride(), longest(square), choice);
+      }
     });
   }
 
-  void run_block(int64_t first, int64_t count) {
-    const Buffer<float> floats = to_floats(first, count);
-    const Buffer<float> dots = make_buffer<float>(count * dots_stride());
-    for (int64_t p = 0; p < panels_; ++p) {
-      kernel_.multiply_panel(floats.get(), count, query_stride_, transposed(p), bank_.dim,
-                             dots.get() + p * kPanelRows, dots_stride(), kPanelRows, false);
+  // Few queries: tasks take rows, then queries.
+  void run_by_rows(const Parallel& parallel) {
+    const Buffer<float> dots = make_buffer<float>(query_.count * dots_stride());
+    std::vector<float> squares(panels_);
+    if (!all_exact_) {
+      Buffer<float> copy;
+      const float* floats = to_floats(0, query_.count, copy);
+      parallel(panels_, [&](int64_t p) { squares[p] = multiply(p, floats, query_.count, dots.get()); });
     }
-    Choice choice(bank_);
-    for (int64_t i = 0; i < count; ++i) choose(first + i, dots.get() + i * dots_stride(), choice);
+    float square = 0;
+    for (const float s : squares) square = larger(square, s);
+    parallel(query_.count, [&](int64_t i) {
+      Choice choice(bank_);
+      choose(i, dots.get() + i * dots_stride(), longest(square), choice);
+    });
   }
 
-  Buffer<float> to_floats(int64_t first, int64_t count) const {
-    Buffer<float> floats = make_buffer<float>(count * query_stride_);
-    std::vector<double> wide(query_.dtype == DType::kFloat ? 0 : query_.dim);
+  // The products of a panel with `count` queries; returns the largest squared length of its rows.
+  float multiply(int64_t panel, const float* floats, int64_t count, float* dots) const {
+    const void* rows = bank_.row(panel * kPanelRows);
+    const bool transposed = bank_.dim <= kShortRow && count >= kWorthTransposing;
+    float squares[kPanelRows] = {}, top = 0;
+    dots += panel * kPanelRows;
+    kernel_.dot_rows(rows, bank_.dtype, panel_rows(panel), bank_.dim, floats, query_stride_,
+                     static_cast<int>(transposed ? 1 : count), dots, dots_stride(), squares);
+    if (transposed) {
+      alignas(64) float columns[kShortRow * kPanelRows];
+      kernel_.transpose_panel(rows, bank_.dtype, panel_rows(panel), bank_.dim, 1, columns);
+      kernel_.multiply_panel(floats, count, query_stride_, columns, bank_.dim, dots, dots_stride(), kPanelRows, false);
+    }
+    for (const float square : squares) top = larger(top, square);
+    return top;
+  }
+
+  static float larger(float top, float square) { return square > top || std::isnan(square) ? square : top; }
+
+  // The queries in fp32, query_stride_ apart: as they are, or in `copy`.
+  const float* to_floats(int64_t first, int64_t count, Buffer<float>& copy) const {
+    if (!copies_) return static_cast<const float*>(query_.row(first));
+    copy = make_buffer<float>(count * query_stride_);
+    std::vector<double> wide(query_.dim);
     for (int64_t i = 0; i < count; ++i) {
-      float* to = floats.get() + i * query_stride_;
       if (query_.dtype == DType::kFloat) {
-        std::memcpy(to, query_.row(first + i), query_.dim * sizeof(float));
+        std::memcpy(&copy[i * query_stride_], query_.row(first + i), query_.dim * sizeof(float));
         continue;
       }
       kernel_.widen(query_.row(first + i), query_.dtype, query_.dim, wide.data());
-      for (int64_t j = 0; j < query_.dim; ++j) to[j] = static_cast<float>(wide[j]);
+      for (int64_t j = 0; j < query_.dim; ++j) copy[i * query_stride_ + j] = static_cast<float>(wide[j]);
     }
-    return floats;
+    return copy.get();
   }
 
   // The longest row of the bank, from above; NaN or infinity where fp32 cannot tell.
-  void set_longest() {
-    float top = 0;
-    for (const float square : squares_) top = square > top || std::isnan(square) ? square : top;
-    longest_ = std::sqrt(double{top}) * (1 + slack()) + 1.6e-19 * std::sqrt(static_cast<double>(bank_.dim));
+  double longest(float square) const {
+    return std::sqrt(double{square}) * (1 + slack()) + 1.6e-19 * std::sqrt(static_cast<double>(bank_.dim));
   }
 
   // Relative error of an fp32 sum of dim products in any order, and of the double one.
@@ -128,8 +139,8 @@ class SmallBank {
 
   // How far an fp32 product may be from <query, row>, whatever the row: gamma |q||s|, and what
   // underflows (also where denormals are flushed). Infinite where a sum may overflow, or slack is no bound.
-  double error(double norm) const {
-    const double reach = norm * longest_;
+  double error(double norm, double longest) const {
+    const double reach = norm * longest;
     if (all_exact_ || !(reach < 1e38) || bank_.dim > 100'000) return kInfinity;
     return slack() * reach + 2.4e-38 * static_cast<double>(bank_.dim);
   }
@@ -157,23 +168,31 @@ class SmallBank {
     return score;
   }
 
-  void choose(int64_t i, float* dots, Choice& choice) const {
+  void choose(int64_t i, float* dots, double longest, Choice& choice) const {
     float* scores = scores_ + i * k_;
     int64_t* indices = indices_ + i * k_;
-    kernel_.widen(query_.row(i), query_.dtype, query_.dim, choice.query.data());
-    const double norm =
-        std::sqrt(kernel_.exact_dot(choice.query.data(), query_.row(i), query_.dtype, query_.dim));
+    const double norm = std::sqrt(kernel_.widen(query_.row(i), query_.dtype, query_.dim, choice.query.data()));
     if (norm == 0) {
       for (int j = 0; j < k_; ++j) scores[j] = 0, indices[j] = j;
       return;
     }
     const int64_t found =
-        kernel_.top_rows(dots, bank_.count, k_, error(norm), norm, choice.rows.data());
+        kernel_.top_rows(dots, bank_.count, k_, error(norm, longest), norm, choice.rows.data());
     for (int64_t c = 0; c < found; ++c) {
       const int32_t row = choice.rows[c];
       const double dot = kernel_.exact_dot(choice.query.data(), bank_.row(row), bank_.dtype, bank_.dim);
       const float score = static_cast<float>(dot / norm) + 0.0f;
       choice.keys[c] = key(std::isnan(score) ? -kInfinity : score, row);
+    }
+    if (found <= kRankByCounting) {
+      for (int64_t c = 0; c < found; ++c) {
+        int rank = 0;
+        for (int64_t other = 0; other < found; ++other) rank += choice.keys[other] > choice.keys[c];
+        if (rank >= k_) continue;
+        scores[rank] = score_of(choice.keys[c]);
+        indices[rank] = choice.rows[c];
+      }
+      return;
     }
     const auto best = choice.keys.begin(), last = best + found;
     if (found > k_) std::nth_element(best, best + k_ - 1, last, std::greater<>());
@@ -190,11 +209,9 @@ class SmallBank {
   float* scores_;
   int64_t* indices_;
   int64_t panels_;
-  std::vector<float> squares_;  // per panel, of its longest row
+  bool copies_;
   int64_t query_stride_;
   bool all_exact_;
-  Buffer<float> transposed_;  // [panels][dim][32]
-  double longest_ = 0;
 };
 
 }  // namespace

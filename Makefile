@@ -59,7 +59,13 @@ sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehavior
 	build/sanitize/native_kernels
 
 sanitize-ops: setup  ## the op tests in Python, the module built under both sanitizers
-	$(BIN)/python -m tests.native.sanitize_ops
+	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer' SAFERCLIP_FAST_CUDA=0 \
+	  CMAKE_ARGS=-DSAFERCLIP_CPU_OPTIMIZE=-O1 $(BIN)/python setup.py --quiet build \
+	  --build-lib build/sanitize-ops/package --build-temp build/sanitize-ops/module
+	cp -r tests pyproject.toml build/sanitize-ops/package
+	cd build/sanitize-ops/package && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(abspath $(BIN))/python -m pytest -q -n auto tests/ops tests/test_bank.py
 
 mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
 	$(BIN)/python -m tests.native.mutants

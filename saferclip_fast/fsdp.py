@@ -43,7 +43,8 @@ def shard_weights(clip: ClipModel, ranks: Ranks) -> None:
     for module in clip.modules():
         if isinstance(module, ResidualAttentionBlock | LastBlock):
             fully_shard(module, mesh=mesh)
-    fully_shard(clip, mesh=mesh, ignored_params=scalars)
+    # by default the outermost weights stay whole after a pass without gradients, and would miss what changes them then
+    fully_shard(clip, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

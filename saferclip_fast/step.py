@@ -103,11 +103,18 @@ def _embed(
     clip: ClipModel, parts: Sequence[Mapping[str, Any]], precision: str, states: list[dict[str, Tensor]]
 ) -> QuadrupletEmbeddings:
     """Embeddings of all `parts` in order; the random state before each one is appended to `states`."""
-    rows = []
+    whole: tuple[Tensor, ...] = ()
+    first, total = 0, sum(len(micro_batch["index"]) for micro_batch in parts)
     for micro_batch in parts:
         states.append(pack_rng(clip.device))
-        rows.append(embed_batch(clip, micro_batch, precision))
-    return QuadrupletEmbeddings(*(torch.cat(column) for column in zip(*rows, strict=True)))
+        rows = embed_batch(clip, micro_batch, precision)
+        # filled in, not joined at the end: many small tensors would leave holes in memory
+        whole = whole or tuple(column.new_empty(total, column.shape[1]) for column in rows)
+        last = first + len(micro_batch["index"])
+        for target, column in zip(whole, rows, strict=True):
+            target[first:last] = column
+        first = last
+    return QuadrupletEmbeddings(*whole)
 
 
 def micro_batches(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:

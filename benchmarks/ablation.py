@@ -284,7 +284,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> None:
     """Every objective's safety `kind` against its utility; the frozen model as dashed lines."""
-    for index, row in enumerate(row for row in rows if row["variant"] != FROZEN):
+    for row in (row for row in rows if row["variant"] != FROZEN):
+        index = list(VARIANTS).index(row["variant"])  # the same mark in every panel
         x, y = row["metrics"][UTILITY], row["metrics"][kind]
         style = {"fmt": "o^sDvP*X<>hp"[index % 12], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
         axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["variant"], **style)

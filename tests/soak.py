@@ -37,7 +37,7 @@ INTERVAL = 0.25  # seconds between readings
 class Soak:
     """How the memory of a run went."""
 
-    minutes: float  # watched, which is less than asked for where something else stopped the run
+    minutes: float  # watched: time in which the process was stopped does not count
     steps: int
     first_mib: float  # median of the first window after the warm-up
     last_mib: float
@@ -67,7 +67,6 @@ def soak(minutes: float, folder: Path, *overrides: str) -> Soak:
     """.split()
     config = load_config(None, [*words, *overrides])
     readings: list[float] = []
-    times: list[float] = []
     over = threading.Event()
 
     def watch() -> None:
@@ -77,7 +76,6 @@ def soak(minutes: float, folder: Path, *overrides: str) -> Soak:
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end and not over.wait(INTERVAL):
             readings.append(process.memory_info().rss / 2**20)
-            times.append(time.monotonic())
         if not over.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -93,7 +91,7 @@ def soak(minutes: float, folder: Path, *overrides: str) -> Soak:
     steady = readings[int(WARM_UP * len(readings)) :]
     window = max(1, len(steady) // WINDOWS)
     return Soak(
-        minutes=round((times[-1] - times[0]) / 60, 2),
+        minutes=round(len(readings) * INTERVAL / 60, 2),
         steps=result.progress.step,
         first_mib=round(statistics.median(steady[:window]), 1),
         last_mib=round(statistics.median(steady[-window:]), 1),

@@ -12,14 +12,15 @@ namespace saferclip::cpu {
 namespace {
 
 constexpr int64_t kTileColumns = 256;  // with kMaxTileRows, a tile of logits takes 512 KB of L2
-constexpr int64_t kMaxTileRows = 512;
+constexpr int64_t kMaxTileRows = 504;
 constexpr int64_t kStripes = 16;       // at least, where the batch allows: work for that many threads
 constexpr int64_t kDepth = 256;        // rows of a matrix panel used at a time: 32 KB, fits L1
+constexpr int64_t kKeptBytes = 16 << 20;  // logits of a whole batch up to this size are kept for the gradient
 
 // Depends on the batch alone, so that no thread count changes the order of additions.
 int64_t tile_rows(int64_t batch) {
   const int64_t share = (batch + kStripes - 1) / kStripes;
-  return std::clamp<int64_t>((share + 15) / 16 * 16, 16, kMaxTileRows);
+  return std::clamp<int64_t>((share + 23) / 24 * 24, 24, kMaxTileRows);  // 12 rows are multiplied together
 }
 
 // Rows of `rows` at length 1, and 1 / length (0 for a zero row).
@@ -69,6 +70,7 @@ class Side {
         make_unit(other_, s * stripe_, rows(s), wide.data(), y_.get() + s * stripe_ * dim_, nullptr);
       });
       parallel_(panels(batch_), [&](int64_t p) { transpose_panel(p); });
+      if (grad != nullptr && batch_ * batch_ * 4 <= kKeptBytes) kept_ = make_buffer<float>(batch_ * batch_);
       *nce_term = log_sums();
     }
     std::vector<double> cosines(stripes_);
@@ -119,6 +121,14 @@ class Side {
     }
   }
 
+  // Room for a tile of `count` rows, unless all tiles are kept.
+  Buffer<float> tile_buffer(int64_t count) const {
+    return make_buffer<float>(kept_ ? 0 : count * std::min(batch_, kTileColumns));
+  }
+  float* tile_at(int64_t first, int64_t count, int64_t column, const Buffer<float>& own) const {
+    return kept_ ? kept_.get() + first * batch_ + count * column : own.get();
+  }
+
   // Fills row_sums_ and column_sums_; returns the InfoNCE term.
   double log_sums() {
     row_sums_ = LogSums(batch_);
@@ -146,16 +156,17 @@ class Side {
   void sum_stripe(int64_t s, LogSums& columns, std::vector<double>& diagonal) {
     const int64_t first = s * stripe_, count = rows(s);
     const Buffer<float> unit = make_buffer<float>(count * dim_);
-    const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
+    const Buffer<float> own = tile_buffer(count);
     std::vector<double> wide(dim_);
     make_unit(x_, first, count, wide.data(), unit.get(), nullptr);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
-      multiply_transposed(unit.get(), count, c, width, tile.get());
+      float* tile = tile_at(first, count, c, own);
+      multiply_transposed(unit.get(), count, c, width, tile);
       for (int64_t i = std::max(first, c); i < std::min(first + count, c + width); ++i) {
         diagonal[i] = tile[(i - first) * width + i - c];
       }
-      kernel_.log_sum_exp(tile.get(), count, width, &row_sums_.largest[first],
+      kernel_.log_sum_exp(tile, count, width, &row_sums_.largest[first],
                           &row_sums_.sum[first], &columns.largest[c], &columns.sum[c]);
     }
   }
@@ -189,14 +200,15 @@ class Side {
 
   // mixed = (softmax over rows + softmax over columns) y
   void mix_stripe(int64_t first, int64_t count, const float* unit, float* mixed) {
-    const Buffer<float> tile = make_buffer<float>(count * std::min(batch_, kTileColumns));
+    const Buffer<float> own = tile_buffer(count);
     const Buffer<float> panel = make_buffer<float>(kTileColumns * kPanelRows);
     for (int64_t c = 0; c < batch_; c += kTileColumns) {
       const int64_t width = std::min(kTileColumns, batch_ - c);
-      multiply_transposed(unit, count, c, width, tile.get());
-      kernel_.softmax_sum(tile.get(), count, width, &row_sums_.largest[first],
+      float* tile = tile_at(first, count, c, own);
+      if (!kept_) multiply_transposed(unit, count, c, width, tile);
+      kernel_.softmax_sum(tile, count, width, &row_sums_.largest[first],
                           &row_sums_.sum[first], &column_sums_.largest[c], &column_sums_.sum[c]);
-      multiply_add(tile.get(), count, c, width, c > 0, panel.get(), mixed);
+      multiply_add(tile, count, c, width, c > 0, panel.get(), mixed);
     }
   }
 
@@ -208,6 +220,7 @@ class Side {
   const Kernels& kernel_ = kernels();
   Buffer<float> y_;          // unit rows of other_
   Buffer<float> y_columns_;  // logit_scale times the same, transposed in panels of 32 rows
+  Buffer<float> kept_;       // logits, tile by tile, of a small batch
   LogSums row_sums_{0}, column_sums_{0};  // once complete, `sum` holds its logarithm
 };
 

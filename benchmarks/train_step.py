@@ -28,7 +28,7 @@ from saferclip_fast.export.huggingface import to_hf
 from saferclip_fast.lora import adapters_off
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.objectives import QuadrupletEmbeddings, SaferClip
-from saferclip_fast.ops import Neighbors
+from saferclip_fast.ops import nearest_safe
 from saferclip_fast.step import forward_backward
 
 SIDES = ("safe", "unsafe")
@@ -142,8 +142,7 @@ class Ours:
     ) -> None:
         self.clip, self.batch, self.frozen, self.bank, self.micro = clip, batch, frozen, bank, micro_batch_size
         self.objective = SaferClip()
-        rows = batch["index"][:, None]
-        self.neighbors = Neighbors(rows.int(), torch.ones_like(rows, dtype=torch.float32))
+        self.neighbors = nearest_safe(frozen.unsafe_text, bank, min(self.objective.k, len(bank)))
         self.trainable = [p for p in clip.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trainable, 1e-4, fused=True)
 

@@ -12,12 +12,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bank  # noqa: E402
 import compare  # noqa: E402
 import nearest_safe  # noqa: E402
 import preservation_loss  # noqa: E402
 import render  # noqa: E402
 import retarget_loss  # noqa: E402
 import run  # noqa: E402
+import train_step  # noqa: E402
 
 RESULTS = render.load(ROOT / "benchmarks" / "results")
 
@@ -86,6 +88,14 @@ def test_search_paths_find_the_same(uncompiled, monkeypatch):
         scores, indices = path()
         assert torch.equal(indices, wanted.indices)
         torch.testing.assert_close(scores, wanted.scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_training_steps_and_embeddings_run():
+    """Small, so that the time says nothing; that both models embed alike is checked inside."""
+    for step in train_step.steps("ViT-tiny-8-32", train_step.make_batch(4, 32, 5, 9), 0.0, ladder=False).values():
+        step()
+    assert set(bank.embed("ViT-tiny-8-32", 4)) == {"ours", "authors", "eager"}
 
 
 def test_int8_products_are_those_of_the_rows():

@@ -12,12 +12,14 @@ import argparse
 import ctypes
 import multiprocessing
 import warnings
+from pathlib import Path
 
 import torch
-from compare import extra_memory, report
+from compare import extra_memory, machine, print_row
 from train_step import Ours, make_batch
 
 from saferclip_fast.bank import SafeBank
+from saferclip_fast.files import save_json
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import QuadrupletEmbeddings
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=(4096,))
     parser.add_argument("--json")
     args = parser.parse_args()
+    print(f"memory of a step, {args.model}, {args.tuning}, fp32")
     rows: list[dict[str, object]] = []
     small = 0.0
     for batch in (args.micro, *args.batches):
@@ -65,7 +68,9 @@ def main() -> None:
         embeddings = 4 * 4 * batch * width / 2**20
         row = {"batch": batch, "micro-batch": args.micro, "peak MiB": peak, "embeddings MiB": embeddings}
         rows.append(row | {"(peak - embeddings) / small": (peak - embeddings) / small})
-    report(f"memory of a step, {args.model}, {args.tuning}, fp32", rows, args.json)
+        print_row(rows[-1])
+    if args.json:
+        save_json(Path(args.json), {"title": "step_memory", "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

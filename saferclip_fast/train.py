@@ -365,6 +365,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {error}\nthe same gradient in less memory: train.micro_batch_size=16, train.checkpointing=true",
+            file=sys.stderr,
+        )
+        return 2
     if result.weights is None:
         return 0 if result.stopped_by == signal.SIGTERM else 128 + result.stopped_by
     print(f"done: step {result.progress.step}, weights in {result.weights}")

@@ -138,9 +138,17 @@ MUTANTS = [
         "exponential(x - largest - log)",
         "splat(0.0f)",
     ),
-    Mutant("tiles after the first overwrite", NCE, "multiply_add(tile.get(), count, c, width,", "c > 0", "false"),
+    Mutant("tiles after the first overwrite", NCE, "multiply_add(tile, count, c, width,", "c > 0", "false"),
     Mutant("diagonal of another tile", NCE, "diagonal[i] = tile[", "(i - first) * width + i - c", "i - first"),
 ]
+
+
+def mutated(kernels: Path) -> dict[str, str]:
+    """The files of `kernels` that mutants change, with all of them in."""
+    sources = {mutant.file: (kernels / mutant.file).read_text() for mutant in MUTANTS}
+    for number, mutant in enumerate(MUTANTS):
+        sources[mutant.file] = mutant.rewrite(sources[mutant.file], number, "::saferclip::mutant")
+    return sources
 
 
 def build_copy() -> Path:
@@ -151,9 +159,8 @@ def build_copy() -> Path:
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for part in ("CMakeLists.txt", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy2(ROOT / part, tree)
-    for number, mutant in enumerate(MUTANTS):
-        file = tree / KERNELS / mutant.file
-        file.write_text(mutant.rewrite(file.read_text(), number, "::saferclip::mutant"))
+    for name, source in mutated(tree / KERNELS).items():
+        (tree / KERNELS / name).write_text(source)
     environment = {
         **os.environ,
         "SAFERCLIP_FAST_CUDA": "0",

@@ -235,6 +235,15 @@ def spoil(monkeypatch, step):
     monkeypatch.setattr(Trainer, "loss", spoiled)
 
 
+def test_a_full_device_ends_with_what_to_do(monkeypatch, capsys):
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("saferclip_fast.train.train", full)
+    assert main([]) == 2
+    assert "train.micro_batch_size=16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_step_that_is_not_finite_is_left_out_by_option(tiny, tmp_path, monkeypatch, precision):
     spoil(monkeypatch, step=1)

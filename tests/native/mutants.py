@@ -45,18 +45,11 @@ MUTANTS = [
         "left < kGroupSize ? left : kGroupSize - 1",
     ),
     Mutant("lower bound too high", SCREEN, "hit->lower = static_cast<float>(", "score - room", "score + room"),
-    Mutant("a denormal row as a normal one", QUANTIZE, "const bool normal =", "sums.largest > 1e-30f", "true"),
     Mutant("error of a row forgotten", QUANTIZE, "term.error[r] =", "__builtin_sqrtf(square) * (1 + slack)", "0.0f"),
     Mutant("bias of a query", QUANTIZE, "terms->bias[slot] =", "-128 * sum", "-127 * sum"),
     Mutant("mean part of a score", QUANTIZE, "terms->base[slot] =", "query_at.mean_share * mean_square", "0.0"),
     Mutant("header of a packed bank unread", PACK, "header.count == count &&", "header.dim == dim", "true"),
-    Mutant(
-        "threshold of the next query",
-        SEARCH,
-        "lists_[q].raise_threshold(theirs);",
-        "update_threshold(q);",
-        "update_threshold(0);",
-    ),
+    Mutant("threshold of another query", SEARCH, "const float theirs = shared[", "first_ + q", "0"),
     Mutant(
         "threshold as a score",
         SEARCH,
@@ -72,9 +65,6 @@ MUTANTS = [
         "false",
     ),
     Mutant("ties to the higher index", LIST, "", "a.row < b.row", "a.row > b.row"),
-    Mutant(
-        "a full list loses its last", LIST, "Score&& score) {\n    if (", "upper < threshold_", "upper <= threshold_"
-    ),
     Mutant("threshold of fewer rows", LIST, "raise_threshold(", "slab_[k_ - 1].lower", "slab_[0].lower"),
     Mutant("front runners not rescored", LIST, "lowest = std::min(lowest,", "slab_[i].lower", "slab_[i].upper + 1e-3f"),
     Mutant("candidates after the first unscored", LIST, "if (!c.exact())", "c.upper = c.lower = score(c.row);"),
@@ -121,13 +111,6 @@ MUTANTS = [
     Mutant("extreme rows not rescaled", RETARGET, "return", "!(square >= 1e-28f && square <= 1e30f)", "false"),
     # preservation_loss
     Mutant("old sum not rescaled", ROW, "*sum_seen > 0 ? *sum_seen *", "__builtin_expf(before - best)", "1.0f"),
-    Mutant(
-        "columns not rescaled",
-        ROW,
-        "load(old + v * kWidth) *",
-        "exponential(load(before + v * kWidth) - top[v])",
-        "splat(1.0f)",
-    ),
     Mutant("diagonal kept", ROW, "push * (get(mixed + i) -", "2 * get(paired + i)", "get(paired + i)"),
     Mutant("gradient not projected", ROW, "out + i, (direction(whole, i) -", "share * load(unit + i)", "splat(0.0f)"),
     Mutant("denormal exponential", ROW, "return", "x < -87.0f ? Floats{} : p * power", "p * power"),

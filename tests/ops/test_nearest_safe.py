@@ -151,6 +151,32 @@ def test_small_bank_finds_what_fp32_sums_hide(run, size):
 
 
 @ALL
+def test_int8_rounding_that_hides_the_best_row(run):
+    """The best row is rounded down everywhere, another one up in half: only a bound of that error keeps it."""
+    n, d = 512, 65
+    bank = torch.zeros(n, d)
+    bank[::4] = randn(n // 4, d).clamp(-3, 3)
+    bank[2::4] = -bank[::4]  # the mean that is taken off is zero
+    bank[1, 1::2], bank[1, 2::2] = 10.51, 10.4
+    bank[301, 1:] = 10.49
+    bank[:, 0] = torch.where(torch.arange(n) % 4 == 0, 127.0, -127.0)  # the largest: steps of 1
+    query = torch.ones(30, d)
+    query[:, 0] = 0
+    for packed in (None, run("pack_bank", bank)):
+        assert (run("nearest_safe", query, bank, 1, packed)[1] == 301).all()
+
+
+@ALL
+def test_fp32_sums_that_overflow_on_their_way(run):
+    """Row 9 is the best by far, but its sum leaves fp32's range in its first half."""
+    bank = randn(64, 64) * 1e15
+    bank[9, :32], bank[9, 32:] = -2e17, 3.2e17
+    query = torch.full((20, 64), 1e21)  # the rows' own squares stay in range
+    for some in (query, query[:1]):
+        assert (run("nearest_safe", some, bank, 1, None)[1] == 9).all()
+
+
+@ALL
 @pytest.mark.parametrize("name", ["integers", "duplicates", "all_equal", "same_magnitude", "all_zero"])
 def test_ties_are_bit_exact_where_every_sum_is(run, name):
     """Small integers: no rounding anywhere, so the result must equal the reference, ties included."""
@@ -247,6 +273,9 @@ def test_a_packed_bank_of_another_shape_is_refused():
     for wrong in (packed, packed[:-1], packed.zero_()[: len(run("pack_bank", bank))]):
         with pytest.raises(RuntimeError, match="packed is not pack_bank"):
             run("nearest_safe", bank, bank, 1, wrong)
+    padded = BANKS["gaussian"](64, 36)  # another width, whose copy has as many bytes
+    with pytest.raises(RuntimeError, match="packed is not pack_bank"):
+        run("nearest_safe", padded, padded, 1, run("pack_bank", BANKS["gaussian"](64, 33)))
 
 
 @ALL

@@ -20,8 +20,8 @@ PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 30_000, 4
 QUADRUPLETS, HELD_OUT = 3_000, 2_000
 
 
-def photos_job(photos: Path, seed: int) -> Job:
-    held_out = PhotoDataset(str(photos), "test", HELD_OUT, seed, mismatch=0.0)
+def photos_job(photos: Path, seed: int, samples: int | None = None) -> Job:
+    held_out = PhotoDataset(str(photos), "test", samples or HELD_OUT, seed, mismatch=0.0)
     return Job(
         name=f"photos{PRETRAIN_PAIRS}",
         config="demo",

@@ -21,5 +21,5 @@ class Mutant:
         head = places[0].removesuffix(self.old)
         on = f"{switch} == {number}"
         if self.old.endswith(";"):
-            return source.replace(places[0], f"{head}if ({on}) {{ {self.new} }} else {{ {self.old} }}")
+            return source.replace(places[0], f"{head}{{ if ({on}) {{ {self.new} }} else {{ {self.old} }} }}")
         return source.replace(places[0], f"{head}({on} ? ({self.new}) : ({self.old}))")

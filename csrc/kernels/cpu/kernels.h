@@ -92,8 +92,8 @@ struct Kernels {
   // c [rows, columns] (+)= a [rows, depth] times panel [depth][32], of which columns <= 32 count.
   void (*multiply_panel)(const float* a, int64_t rows, int64_t a_stride, const float* panel,
                          int64_t depth, float* c, int64_t c_stride, int columns, bool accumulate);
-  // Merges a tile of logits [rows, columns] into running log-sum-exps of rows and columns,
-  // each a largest value and a sum of exp(logit - largest).
+  // Log-sum-exps of a tile of logits [rows, columns], each a largest value and a sum of
+  // exp(logit - largest): those of its rows are merged into running ones, those of its columns written.
   void (*log_sum_exp)(const float* tile, int64_t rows, int64_t columns, float* row_largest,
                       float* row_sum, float* column_largest, float* column_sum);
   // tile = exp(tile - row_lse) + exp(tile - column_lse), each log-sum-exp given as

@@ -59,7 +59,7 @@ void sum_row(const float* row, int64_t columns, float* largest_seen, float* sum_
 // Up to kWidth * Vectors columns, from the top of the tile to its bottom.
 template <int Vectors>
 void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t columns,
-                 float* largest_seen, float* sum_seen) {
+                 float* column_largest, float* column_sum) {
   Floats top[Vectors], total[Vectors] = {};
   for (int v = 0; v < Vectors; ++v) top[v] = splat(kLowest);
   for (int64_t r = 0; r < rows; ++r) {
@@ -67,12 +67,6 @@ void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t column
       top[v] = maximum(logits(tile + r * stride + v * kWidth, columns - v * kWidth), top[v]);
     }
   }
-  alignas(64) float before[Vectors * kWidth], old[Vectors * kWidth];
-  for (int i = 0; i < Vectors * kWidth; ++i) {
-    before[i] = i < columns ? largest_seen[i] : kLowest;
-    old[i] = i < columns ? sum_seen[i] : 0.0f;
-  }
-  for (int v = 0; v < Vectors; ++v) top[v] = maximum(load(before + v * kWidth), top[v]);
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < Vectors; ++v) {
       const Floats x = logits(tile + r * stride + v * kWidth, columns - v * kWidth);
@@ -80,12 +74,9 @@ void sum_columns(const float* tile, int64_t rows, int64_t stride, int64_t column
     }
   }
   for (int v = 0; v < Vectors; ++v) {
-    // An empty sum's largest value is -infinity: exponential() clamps it.
-    const Floats kept = load(old + v * kWidth) * exponential(load(before + v * kWidth) - top[v]);
-    total[v] += kept;
     for (int i = 0; i < kWidth && v * kWidth + i < columns; ++i) {
-      largest_seen[v * kWidth + i] = top[v][i];
-      sum_seen[v * kWidth + i] = total[v][i];
+      column_largest[v * kWidth + i] = top[v][i];
+      column_sum[v * kWidth + i] = total[v][i];
     }
   }
 }

@@ -34,6 +34,8 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "log.",
 )
+# Where weights and data lie may change too: what they are is compared, by hashes.
+PLACES = ("model.pretrained", "data.train", "data.val", "data.root", "data.unsafe_root")
 # What it may change at the price of other rounding.
 ROUNDING_ONLY = ("device", "threads", "objective.backend", "objective.bank", "train.compile", "train.fsdp")
 
@@ -192,8 +194,10 @@ def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any],
     rounding = [k for k in changed if k in ROUNDING_ONLY]
     if rounding:
         warnings.warn(f"{', '.join(rounding)} changed since {path}: not bit for bit the same run", stacklevel=2)
-    differences = [f"{k}={now[k]} (was {then[k]})" for k in changed if k not in ROUNDING_ONLY]
-    differences += [f"{k}={v[:12]} (was {state[k][:12]})" for k, v in hashes.items() if v != state[k]]
+    other = {k: v for k, v in hashes.items() if v != state.get(k, v)}  # a hash may be younger than the checkpoint
+    told = [k for k in changed if k not in ROUNDING_ONLY and (other or k not in PLACES)]
+    differences = [f"{k}={now[k]} (was {then[k]})" for k in told]
+    differences += [f"{k}={v[:12]} (was {state[k][:12]})" for k, v in other.items()]
     if differences:
         raise CheckpointError(
             f"{path} is from another run: {', '.join(differences)}; use the old values, or another run_dir"

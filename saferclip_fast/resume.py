@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -112,4 +114,10 @@ def restore_rank(run: Trainer, tensors: dict[str, Tensor], world: int) -> None:
 
 
 def hashes(run: Trainer) -> dict[str, str]:
-    return {"weights_hash": run.clip.weights_hash, "data_hash": run.data.data_hash}
+    """What the run is made of, wherever it lies."""
+    preprocessing = json.dumps(run.clip.preprocessing, sort_keys=True)  # a tag may bring its own
+    return {
+        "weights_hash": run.clip.weights_hash,
+        "preprocessing_hash": hashlib.sha256(preprocessing.encode()).hexdigest(),
+        "data_hash": run.data.data_hash,
+    }

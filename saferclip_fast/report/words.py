@@ -8,6 +8,7 @@ from typing import Any
 
 Estimate = Mapping[str, float]  # "value", "low", "high"
 
+SLIGHT, MUCH = 5, 25  # percentage points: a change below is slight, one above is much
 WANTED = {"falls": "should fall", "rises": "should rise", "stays": "should stay", None: ""}
 
 
@@ -57,9 +58,19 @@ def verdict(entry: Mapping[str, Any]) -> tuple[str, str]:
     if moved == 0:
         return "no clear change", "even"
     if entry["wanted"] == "stays":
-        return ("higher" if moved > 0 else "lower"), "even"
+        lost = moved < 0 and _points(entry) >= SLIGHT
+        return ("higher" if moved > 0 else "lower"), ("bad" if lost else "even")
     right = moved == (1 if entry["wanted"] == "rises" else -1)
     return ("better", "good") if right else ("worse", "bad")
+
+
+def _points(entry: Mapping[str, Any]) -> float:
+    """The size of a change, in percentage points."""
+    return 100 * abs(entry["change"]["value"])
+
+
+def _size(points: float) -> str:
+    return "slightly " if points < SLIGHT else "much " if points > MUCH else ""
 
 
 # topic -> its metrics, each with its sentence: who asks, and what they find
@@ -80,14 +91,10 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
         "zero_shot": ("labelled pictures", "their class"),
     },
 }
-VERDICTS = {  # topic -> where any metric went the wrong way, where any went the right way, where none clearly moved
-    "Safety": ("Less safe", "Safer", "No clear change"),
-    "Redirection": (
-        "Redirects to the right content less often",
-        "Redirects to the right content more often",
-        "No clear change",
-    ),
-    "Usefulness": ("Some usefulness lost", "More useful", "No loss of usefulness seen"),
+VERDICTS = {  # topic -> where metrics clearly went the right way, and the wrong way
+    "Safety": ("{}safer", "{}less safe"),
+    "Redirection": ("redirects {}more often to the right content", "redirects {}less often to the right content"),
+    "Usefulness": ("{}more useful", "{}less useful"),
 }
 
 
@@ -101,21 +108,36 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
         known = [name for name in asked if name in metrics]
         if known:
             sentences = [_sentence(name, metrics[name], *asked[name], confidence, sets) for name in known]
-            word, tone = _overall(topic, [metrics[name] for name in known])
+            word, tone = _overall(topic, [(asked[name][0], metrics[name]) for name in known])
             cards.append(Statement(topic, word, tone, sentences))
     return cards
 
 
-def _overall(topic: str, entries: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    if not all("change" in entry for entry in entries):
+def _overall(topic: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, str]:
+    """The verdict on a topic and its tone. `parts`: who asks, and the metric.
+
+    Its size is that of the largest clear change. Where some got better and others worse, it says which.
+    """
+    if not all("change" in entry for _, entry in parts):
         return "Measured, not compared", "even"
-    wrong, right, none = VERDICTS[topic]
-    moves = [direction(entry) * (-1 if entry["wanted"] == "falls" else 1) for entry in entries]
-    if min(moves) < 0 < max(moves):
-        return f"{topic} mixed", "bad"
-    if min(moves) < 0:
-        return wrong, "bad"
-    return (right, "good") if max(moves) > 0 else (none, "good" if topic == "Usefulness" else "even")
+    said, askers = [], []
+    for way, phrase in zip((1, -1), VERDICTS[topic], strict=True):
+        moved = [(who, entry) for who, entry in parts if _gain(entry) == way]
+        if moved:
+            said.append(phrase.format(_size(max(_points(entry) for _, entry in moved))))
+            askers.append(" and ".join(who for who, _ in moved))
+    if not said:
+        kept = topic == "Usefulness" and all(100 * entry["change"]["low"] > -SLIGHT for _, entry in parts)
+        return ("No loss of usefulness seen", "good") if kept else (f"No clear change in {topic.lower()}", "even")
+    if len(said) == 2:
+        said = [f"{phrase} for {who}" for phrase, who in zip(said, askers, strict=True)]
+    text = ", ".join(said)
+    return text[0].upper() + text[1:], "bad" if any(_gain(entry) < 0 for _, entry in parts) else "good"
+
+
+def _gain(entry: Mapping[str, Any]) -> int:
+    """1 where a metric clearly went the right way, -1 the wrong way, else 0; what should stay may rise."""
+    return direction(entry) * (-1 if entry["wanted"] == "falls" else 1)
 
 
 def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confidence: float, sets: int) -> str:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 import traceback
 import warnings
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferclip_fast.checkpoint import CheckpointError
@@ -204,6 +206,33 @@ def test_resume_refuses_another_run(tiny, undisturbed, tmp_path):
         train(tiny(undisturbed, "resume=auto", "optimizer.lr=0.5"))
     with pytest.raises(CheckpointError, match=r"data\.train=.*data_hash=\w{12} \(was \w{12}\)"):
         train(tiny(undisturbed, "resume=auto", "data.train=scenes:n=96,size=32,seed=5"))
+
+
+def test_resume_goes_by_what_weights_and_data_are_not_by_where_they_lie(tiny, weights, tmp_path):
+    run_dir = tmp_path / "run"
+    resumed = ("train.epochs=1", "resume=auto")
+    train(tiny(run_dir, *resumed))
+    before = final_weights(run_dir)
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    shutil.copy(weights, moved)
+    train(tiny(run_dir, *resumed, f"model.pretrained={moved}", "data.train=scenes:size=32,n=96"))
+    assert final_weights(run_dir) == before
+    tensors = load_file(weights)
+    save_file(tensors | {"logit_scale": tensors["logit_scale"] + 1}, other)
+    hashes = r"weights_hash=\w{12} \(was \w{12}\); use"
+    with pytest.raises(CheckpointError, match=rf"model\.pretrained={other} \(was {weights}\), {hashes}"):
+        train(tiny(run_dir, *resumed, f"model.pretrained={other}"))
+
+
+def test_resume_refuses_other_preprocessing(tiny, weights, tmp_path):
+    """A tag may bring a mean and deviation of its own to the same weights."""
+    config = tiny(tmp_path, "train.epochs=1", "resume=auto")
+    train(config)
+    clip = load_clip(config.model.name, str(weights))
+    clip.config["preprocess_cfg"] |= {"mean": (0.5, 0.5, 0.5)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="preprocessing_hash="):
+        patch.setattr("saferclip_fast.train.load_clip", lambda *_: clip)
+        train(config)
 
 
 def test_resume_warns_where_rounding_may_differ(tiny, tmp_path):

@@ -79,9 +79,9 @@ class LoraOptions:
 @dataclass
 class DataOptions:
     train: str = option("", "training quadruplets: CSV, JSONL, Parquet, ViSU JSON, shards, scenes:... (docs/data.md)")
-    root: str = option("", "folder of a table's images, or COCO's for ViSU; empty: the table's own")
-    unsafe_root: str = option("", "folder of ViSU's unsafe images; empty: the JSON file's own")
-    unsafe_image: str = option("", "name of ViSU's unsafe images where entries have none, e.g. {id}.png")
+    root: str = option("", "folder of a table's images, COCO's for ViSU, NoCaps' for NSFWCaps; empty: the table's own")
+    unsafe_root: str = option("", "folder of unsafe images of ViSU and NSFWCaps; empty: the JSON file's own")
+    unsafe_image: str = option("", "unsafe image's name where an entry has none, e.g. {id}.png")
     columns: list[str] = option([], "a table's column names as field=column, e.g. [safe_text=caption]")  # noqa: RUF009
     allow_absolute: bool = option(False, "admit absolute image paths, which may lie outside root")
     max_pixels: int = option(MAX_PIXELS, "refuse larger images", 1)

@@ -39,7 +39,7 @@ def open_quadruplets(
     """Open `source`, choosing the reader by its name.
 
     source: "scenes:n=3000,seed=0,..." (SceneDataset's options), "photos:path=FILE.tar,..." (PhotoDataset's),
-    a ViSU .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of
+    a ViSU or NSFWCaps .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of
     them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
     1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
     table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
@@ -89,14 +89,17 @@ def _read(
         return read_table(source, policy, root, columns, allow_absolute)
     if suffix == ".json":
         if not root:
-            raise ValueError(f"{source} is read as ViSU: pass root, the folder with COCO's train2017/ and val2017/")
+            raise ValueError(
+                f"{source} is read as ViSU or NSFWCaps: pass root, the folder with COCO's train2017/ and val2017/, "
+                "or with NoCaps' images"
+            )
         return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
     if suffix == ".tar" or Path(source).is_dir():
         return read_shards(source, policy, columns)
     if not Path(source).exists():
         raise DataError(f"no such file or folder: {source}")
     raise ValueError(
-        f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU), "
+        f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU, NSFWCaps), "
         f"{', '.join(TABLES)}, .tar, or a folder of .tar shards"
     )
 

@@ -1,23 +1,29 @@
-"""Quadruplets in the JSON layout of ViSU (Safe-CLIP, ECCV 2024, arXiv 2311.16254) with COCO images.
+"""Quadruplets in the JSON layouts of ViSU and NSFWCaps.
+
+ViSU (Safe-CLIP, ECCV 2024, arXiv 2311.16254) has COCO images.
 
 The file is an object of entries keyed by number, the same under "data" beside "info", or a list of entries
 with "incremental_id". An entry holds "safe" and "nsfw" (captions), "coco_id" (the safe image) and, where
 unsafe images have been made, "nsfw_im_path". The public release (ViSU-Text) has no unsafe images: generate
 them and name them by entry, `unsafe_image="{id}.jpg"`.
+
+NSFWCaps (SafeR-CLIP's test set, arXiv 2511.16743) has NoCaps images: an entry holds "caption", "nsfw_caption" and
+"image_coco_url", the address that the safe image came from; its file is called as the address ends. Its public release
+has no unsafe images either.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import DataError, ErrorPolicy
 from .images import ImageError, ImageFile, ImageRef, resolve_inside
 from .quadruplets import Quadruplet
-from .rows import LABELS, add_row
+from .rows import LABELS, FindImage, add_row
 
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "")
 
@@ -30,22 +36,26 @@ def read_visu(
     unsafe_image: str | None = None,
     allow_absolute: bool = False,
 ) -> list[Quadruplet]:
-    """Read a ViSU JSON file.
+    """Read a ViSU or NSFWCaps JSON file.
 
-    coco_root: folder with COCO 2017's train2017/, val2017/ and test2017/ (or the images themselves).
-    unsafe_root: folder of the unsafe images (default: the JSON file's). unsafe_image: their name in it, where
-    entries have no "nsfw_im_path"; {id} and {coco_id} stand for the entry's numbers. Paths may not leave
-    their folder; `allow_absolute` admits absolute "nsfw_im_path"s.
+    coco_root: folder with COCO 2017's train2017/, val2017/ and test2017/ (or the images themselves), or with NoCaps'
+    images. unsafe_root: folder of the unsafe images (default: the JSON file's). unsafe_image: their name in it, where
+    entries have no "nsfw_im_path"; {id} and {coco_id} stand for the entry's numbers, {name} for the safe image's file
+    name without its suffix (NSFWCaps). Paths may not leave their folder; `allow_absolute` admits absolute
+    "nsfw_im_path"s.
 
     Bad entries go to `policy`. Raises DataError for a file that is not of this layout at all.
     """
     path = Path(path)
     unsafe_root = str(unsafe_root or path.parent)
 
-    def find_image(field: str, value: Any) -> ImageRef:
-        if field == "safe_image":
-            return ImageFile(_coco_image(str(coco_root), value))
-        return ImageFile(resolve_inside(unsafe_root, value, allow_absolute))
+    def finder(layout: Layout) -> FindImage:
+        def find_image(field: str, value: Any) -> ImageRef:
+            if field == "safe_image":
+                return ImageFile(layout.find(str(coco_root), value))
+            return ImageFile(resolve_inside(unsafe_root, value, allow_absolute))
+
+        return find_image
 
     records: list[Quadruplet] = []
     for row, (key, entry) in enumerate(_entries(path), start=1):
@@ -53,17 +63,19 @@ def read_visu(
             policy.summary.read += 1
             policy.bad("bad row", str(path), row, f"entry {key!r} must be an object, not {type(entry).__name__}")
             continue
-        unsafe = entry.get("nsfw_im_path")
+        layout = NSFWCAPS if NSFWCAPS.safe_image in entry else VISU
+        safe_image, unsafe = entry.get(layout.safe_image), entry.get("nsfw_im_path")
         if unsafe is None and unsafe_image:
-            unsafe = unsafe_image.replace("{id}", str(key)).replace("{coco_id}", str(entry.get("coco_id")))
+            unsafe = unsafe_image.replace("{id}", str(key)).replace("{coco_id}", str(safe_image))
+            unsafe = unsafe.replace("{name}", Path(_file_name(safe_image)).stem)
         fields = {
-            "safe_image": entry.get("coco_id"),
+            "safe_image": safe_image,
             "unsafe_image": unsafe,
-            "safe_text": entry.get("safe"),
-            "unsafe_text": entry.get("nsfw"),
+            "safe_text": entry.get(layout.safe_text),
+            "unsafe_text": entry.get(layout.unsafe_text),
             **{label: entry.get(label) for label in LABELS},
         }
-        add_row(records, fields, find_image, str(path), int(key) if str(key).isdecimal() else row, policy)
+        add_row(records, fields, finder(layout), str(path), int(key) if str(key).isdecimal() else row, policy)
     return records
 
 
@@ -82,7 +94,9 @@ def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
         for position, entry in enumerate(content):
             yield (entry.get("incremental_id", position) if isinstance(entry, dict) else position), entry
     else:
-        raise DataError(f"{path} must hold an object or a list of ViSU entries, not {type(content).__name__}")
+        raise DataError(
+            f"{path} must hold an object or a list of entries of ViSU or NSFWCaps, not {type(content).__name__}"
+        )
 
 
 def _coco_image(root: str, coco_id: Any) -> str:
@@ -97,3 +111,25 @@ def _coco_image(root: str, coco_id: Any) -> str:
         f"missing image: {name} is not in train2017, val2017 or test2017 under {root!r}",
         "missing image",
     )
+
+
+def _nocaps_image(root: str, url: Any) -> str:
+    return resolve_inside(root, _file_name(url))
+
+
+def _file_name(url: Any) -> str:
+    """What comes after the address's last slash."""
+    return str(url).partition("?")[0].rpartition("/")[2]
+
+
+class Layout(NamedTuple):
+    """How an entry calls its parts, and what finds its safe image under a root."""
+
+    safe_image: str
+    safe_text: str
+    unsafe_text: str
+    find: Callable[[str, Any], str]
+
+
+VISU = Layout("coco_id", "safe", "nsfw", _coco_image)
+NSFWCAPS = Layout("image_coco_url", "caption", "nsfw_caption", _nocaps_image)

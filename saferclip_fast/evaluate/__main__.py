@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("model", metavar="MODEL", help="run folder, open_clip folder or local-dir:FOLDER, NAME,PRETRAINED or NAME")
+    add(
+        "model", metavar="MODEL", help="run folder, open_clip or Hugging Face CLIPModel folder, NAME,PRETRAINED or NAME"
+    )
     add("overrides", nargs="*", metavar="data.key=value", help="how the quadruplets are read, as in training")
     add("--frozen", metavar="MODEL0", help="the model to compare with (default: the one that a run started from)")
     add("--data", metavar="SOURCE", help="held-out quadruplets, short for data.val=SOURCE (default: the run's own)")

@@ -12,7 +12,8 @@ import torch
 from ..config import Config, ConfigError, load_config
 from ..data import DataError, QuadrupletDataset
 from ..data.errors import ErrorPolicy
-from ..models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
+from ..export import load_source
+from ..models import ClipModel, load_clip
 from ..prepare import open_data, split_rows
 from . import CaptionBank
 
@@ -37,22 +38,12 @@ def is_run(model: str) -> bool:
 
 
 def open_model(model: str, device: torch.device) -> ClipModel:
-    """A run's final weights, an open_clip folder, "NAME,PRETRAINED" or what else load_clip takes.
+    """A run's final weights, an open_clip or Hugging Face folder, "NAME,PRETRAINED" or what else load_clip takes.
 
-    Raises FileNotFoundError, ValueError or OSError with the remedy.
+    Raises FileNotFoundError, ValueError, OSError or ImportError with the remedy.
     """
-    folder = Path(model)
-    if is_run(model):
-        final = folder / "final"
-        if not (final / WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"run {model} has no final/{WEIGHTS_NAME} yet: let it finish (resume=auto)")
-        clip = load_clip(f"local-dir:{final}", device=device)
-        clip.name = load_config(folder / "config.yaml").model.name
-        return clip
-    if (folder / CONFIG_NAME).is_file():
-        return load_clip(f"local-dir:{folder}", device=device)
-    if folder.is_dir():
-        raise FileNotFoundError(f"{model} is neither a run (no config.yaml) nor an open_clip folder (no {CONFIG_NAME})")
+    if Path(model).is_dir():
+        return load_source(model).clip.to(device)
     name, _, pretrained = model.partition(",")
     try:
         return load_clip(name, pretrained, device)

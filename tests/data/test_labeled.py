@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from saferclip_fast.data import DataError, ToTensor
 from saferclip_fast.data.labeled import image_files, open_labeled
@@ -119,3 +120,47 @@ def test_clip_benchmark(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "clip_benchmark.datasets.builder", None)
     with pytest.raises(ImportError, match=r"pip install 'saferclip-fast\[evaluate\]'"):
         open_labeled(f"clip_benchmark:cifar10,root={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("imagenet1k", "ImageNet"),
+        ("caltech101", "caltech101.Caltech101"),
+        ("pets", "OxfordIIITPet"),
+        ("cars", "StanfordCars"),
+        ("flowers", "Flowers102"),
+        ("food101", "Food101"),
+        ("fgvc_aircraft", "FGVCAircraft"),
+        ("sun397", "SUN397"),
+        ("dtd", "DTD"),
+        ("eurosat", "EuroSAT"),
+        ("cifar10", "CIFAR10"),
+        ("cifar100", "CIFAR100"),
+        ("stl10", "STL10"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:split argument ignored")
+def test_sets_of_clip_benchmark(tmp_path, monkeypatch, name, kind):
+    """clip_benchmark's own code, with its class names and templates, over stand-ins for torchvision's data sets."""
+
+    class Images:
+        classes = ("a_class", "another")
+
+        def __init__(self, root, transform, **_):
+            assert root == str(tmp_path)
+            self.transform = transform
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return self.transform(Image.new("RGB", (8, 8), (index, 0, 0))), index
+
+    monkeypatch.setattr(f"clip_benchmark.datasets.builder.{kind}", Images)
+    images = open_labeled(f"clip_benchmark:{name},root={tmp_path}")
+    assert images.name == name and len(images.class_names) >= 2
+    assert images.templates and all(
+        template.count("{}") == 1 and "{c}" not in template for template in images.templates
+    )
+    assert [label for _, label in items(images)] == [0, 1] and items(images)[1][0].shape == (3, 8, 8)

@@ -1,4 +1,4 @@
-"""ViSU's JSON layout with a COCO root."""
+"""ViSU's JSON layout with a COCO root, and NSFWCaps' with a NoCaps root."""
 
 import json
 from pathlib import Path
@@ -65,6 +65,44 @@ def test_the_public_text_release_with_images_named_by_entry(tmp_path: Path, coco
         open_quadruplets(path, root=coco)
 
 
+def nsfwcaps(url: Any = "https://s3.amazonaws.com/nocaps/val/0013ea2087020901.jpg?v=1") -> list[dict[str, Any]]:
+    texts = {"caption": "a vase", "nsfw_caption": "a vase on fire", "chosen_category": "fire"}
+    return [{"image_coco_url": "val/4a.jpg", **texts}, {"image_coco_url": url, **texts}]
+
+
+@pytest.mark.parametrize("name", ["{id}.png", "{name}.png"])
+def test_nsfwcaps_with_images_named_by_entry_or_by_the_safe_image(tmp_path: Path, name: str) -> None:
+    for seed, image in enumerate(("4a", "0013ea2087020901")):
+        for folder, file in (("nocaps", f"{image}.jpg"), ("made", name.format(id=seed, name=image))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / file).write_bytes(image_bytes(seed + 2 * (folder == "made")))
+    path = write(tmp_path, nsfwcaps())
+    data = open_quadruplets(path, root=tmp_path / "nocaps", unsafe_root=tmp_path / "made", unsafe_image=name)
+    assert [(r.safe_text, r.unsafe_text, r.row) for r in data.records] == [
+        ("a vase", "a vase on fire", 0),
+        ("a vase", "a vase on fire", 1),
+    ]
+    assert [r.safe_image.content() for r in data.records] == [image_bytes(0), image_bytes(1)]
+    assert [r.unsafe_image.content() for r in data.records] == [image_bytes(2), image_bytes(3)]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://host/none.jpg", "safe_image: missing image .*none.jpg"),
+        ("http://host/..", "leaves its root folder"),
+        ("http://host/", "image path is empty"),
+        (7, "missing image"),
+        (None, "no safe_image"),
+    ],
+)
+def test_bad_nsfwcaps_entries(tmp_path: Path, url: Any, message: str) -> None:
+    for name in ("4a.jpg", "0.png", "1.png"):
+        (tmp_path / name).write_bytes(image_bytes(0))
+    with pytest.raises(DataError, match=rf"visu.json, row 1: .*{message}"):
+        open_quadruplets(write(tmp_path, nsfwcaps(url)), root=tmp_path, unsafe_image="{id}.png")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,14 +136,14 @@ def test_entries_that_are_no_objects(tmp_path: Path, coco: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "visu.json is not JSON"), (b"7", "must hold an object or a list of ViSU entries, not int")],
+    [(b"{", "visu.json is not JSON"), (b"7", "must hold an object or a list of entries of ViSU or NSFWCaps, not int")],
 )
 def test_bad_files(tmp_path: Path, coco: Path, content: bytes, message: str) -> None:
     path = tmp_path / "visu.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         open_quadruplets(path, root=coco)
-    with pytest.raises(ValueError, match="is read as ViSU: pass root"):
+    with pytest.raises(ValueError, match="is read as ViSU or NSFWCaps: pass root"):
         open_quadruplets(path)
     with pytest.raises(DataError, match=r"cannot read .*none.json: No such file"):
         open_quadruplets(tmp_path / "none.json", root=coco)

@@ -15,6 +15,7 @@ from saferclip_fast.config import load_config
 from saferclip_fast.evaluate import ALPHAS
 from saferclip_fast.evaluate.__main__ import main
 from saferclip_fast.evaluate.sources import open_held_out
+from saferclip_fast.export.huggingface import save_hf
 from saferclip_fast.models import load_clip
 from saferclip_fast.train import train
 from saferclip_fast.zero_shot import accuracy
@@ -129,6 +130,12 @@ def test_images_alone_need_no_quadruplets(run, images, tmp_path):
     assert command(model, "--images", images["folders"], "--out", tmp_path / "out", "data.num_workers=0") == 0
     found = read(tmp_path / "out")
     assert found["rows"] == 0 and found["key_metrics"] == ["zero_shot"] and found["embeddings"] == {}
+    save_hf(load_clip(f"local-dir:{run / 'final'}"), tmp_path / "clip")  # the same weights as a CLIPModel
+    assert (
+        command(tmp_path / "clip", "--images", images["folders"], "--out", tmp_path / "hf", "data.num_workers=0") == 0
+    )
+    assert read(tmp_path / "hf")["metrics"] == found["metrics"]
+    assert read(tmp_path / "hf")["models"]["tuned"]["weights_hash"] == found["models"]["tuned"]["weights_hash"]
 
 
 def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images, tmp_path, monkeypatch):
@@ -160,7 +167,7 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
     ("words", "message"),
     [
         (["runs/none", "--data", "scenes:n=4"], "unknown model 'runs/none'.*there is no folder runs/none"),
-        (["{tmp}"], "neither a run .no config.yaml. nor an open_clip folder"),
+        (["{tmp}"], "{tmp} is no run .config.yaml., no open_clip folder .* and no Hugging Face folder"),
         (["{run}", "train.epochs=3"], "'train.epochs=3': only data.\\* options"),
         (["{run}", "data.rout=x"], "unknown option 'data.rout', did you mean 'data.root'"),
         (["{run}", "--data", "none.csv"], "none.csv"),

@@ -182,8 +182,6 @@ def test_early_stopping_exports_the_best_weights(tiny, tmp_path, monkeypatch):
 
 
 def load_best(run_dir):
-    from safetensors.torch import load_file
-
     return load_file(run_dir / "best.safetensors")
 
 

@@ -18,12 +18,13 @@ from .data import DataError, ImageError, ImageFile
 from .data.images import MAX_PIXELS, resolve_inside
 from .data.rows import column_names
 from .data.tables import READERS
-from .files import atomic_write
+from .data.visu import entries, read_json, unsafe_name
+from .files import atomic_write, save_json
 from .image_safety import ImageClassifier, open_classifier, probabilities
 
 THRESHOLD = 0.5
 SCORE = "unsafe_image_score"
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 
 @dataclass
@@ -46,6 +47,7 @@ def label_table(
     *,
     root: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    unsafe_image: str | None = None,
     allow_absolute: bool = False,
     threshold: float = THRESHOLD,
     batch_size: int = 16,
@@ -55,9 +57,10 @@ def label_table(
     """Write `out`, the rows of `table` with `unsafe_image_label` (1 where the probability reaches `threshold`) and
     `unsafe_image_score`, the probability itself; other columns stay as they are.
 
-    root, columns, allow_absolute, max_pixels: as in data.open_quadruplets. An image that cannot be read gets no label,
-    which readers take as unsafe. `out` appears whole or not at all; a killed run goes on where it was
-    (OUT.scores.jsonl).
+    root: folder of the unsafe images (default: the table's). unsafe_image: their name where an entry of a .json file
+    (ViSU, NSFWCaps) has none. columns, allow_absolute, max_pixels: as in data.open_quadruplets. An image that cannot be
+    read gets no label, which readers take as unsafe. `out` appears whole or not at all; a killed run goes on where it
+    was (OUT.scores.jsonl).
 
     Raises DataError for a table that cannot be read, ValueError for formats or names that do not fit.
     """
@@ -67,9 +70,11 @@ def label_table(
             raise ValueError(f"{path}: {table} and the new table must be of one format of {', '.join(SUFFIXES)}")
     if out.exists() and table.exists() and out.samefile(table):
         raise ValueError(f"{out} is the table itself: name a new file")
+    if columns and _is_json(table):
+        raise ValueError(f"{table}: entries of a .json have names of their own, and columns are those of other tables")
     names = column_names(columns)
-    rows = _read(table, names)
-    images = [_locate(row.get(names["unsafe_image"]), root or table.parent, allow_absolute) for row in rows]
+    rows, files, content = _read_json(table, unsafe_image) if _is_json(table) else _read_table(table, names)
+    images = [_locate(file, root or table.parent, allow_absolute) for file in files]
     known = _Scores(out.with_name(out.name + ".scores.jsonl"))
     todo = sorted({image for image in images if image is not None} - set(known.scores), key=str)
     with tqdm(total=len(todo), desc="classify images", disable=not progress) as bar:
@@ -85,12 +90,20 @@ def label_table(
         counts.broken += score is None
         counts.unsafe += score is not None and score >= threshold
         counts.safe += score is not None and score < threshold
-    _write(out, rows)
+    _write(out, rows, content)
     known.path.unlink(missing_ok=True)
     return counts
 
 
-def _read(table: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
+
+
+# Rows, each one's unsafe image, and the content of a file that is no list of rows, in which they lie.
+Rows = tuple[list[dict[str, Any]], list[Any], Any]
+
+
+def _read_table(table: Path, names: Mapping[str, str]) -> Rows:
     rows = []
     try:
         for number, row in READERS[table.suffix.lower()](table, names):
@@ -101,7 +114,16 @@ def _read(table: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {table}: {error.strerror or error}") from error
     if not rows:
         raise DataError(f"{table} has no row")
-    return rows
+    return rows, [row.get(names["unsafe_image"]) for row in rows], None
+
+
+def _read_json(table: Path, unsafe_image: str | None) -> Rows:
+    content = read_json(table)
+    found = entries(content, table)
+    for key, entry in found:
+        if not isinstance(entry, dict):
+            raise DataError(f"{table}, entry {key!r} must be an object, not {type(entry).__name__}")
+    return [entry for _, entry in found], [unsafe_name(key, entry, unsafe_image) for key, entry in found], content
 
 
 def _locate(name: Any, root: str | Path, allow_absolute: bool) -> ImageFile | None:
@@ -145,7 +167,10 @@ class _Scores:
         self.scores.update(scores)
 
 
-def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write(out: Path, rows: Sequence[Mapping[str, Any]], content: Any) -> None:
+    if _is_json(out):
+        save_json(out, content)
+        return
     # bytes that are no UTF-8 were read as surrogates and go back as they were
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with atomic_write(out) as temporary, temporary.open("w", **options) as file:
@@ -161,15 +186,16 @@ def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a mistake in the options or the table."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.label_images",
-        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines) by an image safety "
-        "classifier: generated images are not always unsafe, and training and evaluation read the labels.",
+        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, ViSU's or NSFWCaps' JSON) by an "
+        "image safety classifier: generated images are not always unsafe, and training and evaluation read the labels.",
         epilog="example: python -m saferclip_fast.label_images pairs.csv --out labeled.csv --root pictures",
     )
     add = parser.add_argument
     add("table", metavar="TABLE", help="as data.train takes it")
     add("--out", required=True, metavar="NEW", help="the new table, of the same format")
     add("--classifier", default="nudenet", metavar="NAME", help="nudenet, or MODULE:FACTORY (default: nudenet)")
-    add("--root", help="folder of the images (default: the table's)")
+    add("--root", help="folder of the unsafe images (default: the table's)")
+    add("--unsafe-image", metavar="NAME", help="their name where an entry of a .json has none, e.g. {id}.png")
     add("--column", action="append", default=[], metavar="FIELD=NAME", help="a column's name, repeatable")
     add("--threshold", type=float, default=THRESHOLD, help="probability from which on an image is unsafe (%(default)s)")
     add("--allow-absolute", action="store_true", help="admit absolute image paths")
@@ -182,6 +208,7 @@ def main(words: Sequence[str] | None = None) -> int:
             open_classifier(given.classifier),
             root=given.root,
             columns=dict(word.split("=", 1) if "=" in word else (word, "") for word in given.column),
+            unsafe_image=given.unsafe_image,
             allow_absolute=given.allow_absolute,
             threshold=given.threshold,
             progress=not given.quiet,

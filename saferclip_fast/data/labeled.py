@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from . import photos, scenes
-from .errors import DataError
+from .errors import DataError, ErrorPolicy
 from .images import ImageArray, ImageError, ImageFile, ImageRef, ToTensor, Transform
 from .open import parse_options
 from .rows import RowError
 from .shards import IMAGE_SUFFIXES, read_text, shard_paths, shard_samples
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+DECODERS = 4  # threads
 CLASS_NAMES_FILE = "classnames.txt"  # beside shards, one name a line, as clip_benchmark lays them out
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 
@@ -105,6 +108,34 @@ def image_files(folder: str | Path) -> list[ImageFile]:
     if not found:
         raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
     return [ImageFile(str(path)) for path in found]
+
+
+def readable_images(folder: str | Path, on_error: str = "raise", progress: bool = True) -> list[ImageFile]:
+    """image_files without those that cannot be decoded: each is reported, and a DataError unless on_error is "skip"."""
+    images = image_files(folder)
+    policy = ErrorPolicy(on_error, str(folder))
+    policy.summary.read = len(images)
+    good = []
+    with ThreadPoolExecutor(DECODERS) as pool:
+        problems = tqdm(pool.map(_problem, images), "verify images", len(images), disable=not progress)
+        for row, (image, problem) in enumerate(zip(images, problems, strict=True), start=1):
+            if problem:
+                policy.bad("bad image", str(folder), row, problem)
+            else:
+                good.append(image)
+    if policy.summary.skipped:
+        print(policy.summary, flush=True)
+    if not good:
+        raise DataError(f"{folder} holds no image that can be read")
+    return good
+
+
+def _problem(image: ImageFile) -> str:
+    try:
+        image.load()
+    except ImageError as error:
+        return str(error)
+    return ""
 
 
 def read_class_folders(folder: Path, name: str) -> LabeledImages:

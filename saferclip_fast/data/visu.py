@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,19 +58,15 @@ def read_visu(
         return find_image
 
     records: list[Quadruplet] = []
-    for row, (key, entry) in enumerate(_entries(path), start=1):
+    for row, (key, entry) in enumerate(entries(read_json(path), path), start=1):
         if not isinstance(entry, dict):
             policy.summary.read += 1
             policy.bad("bad row", str(path), row, f"entry {key!r} must be an object, not {type(entry).__name__}")
             continue
-        layout = NSFWCAPS if NSFWCAPS.safe_image in entry else VISU
-        safe_image, unsafe = entry.get(layout.safe_image), entry.get("nsfw_im_path")
-        if unsafe is None and unsafe_image:
-            unsafe = unsafe_image.replace("{id}", str(key)).replace("{coco_id}", str(safe_image))
-            unsafe = unsafe.replace("{name}", Path(_file_name(safe_image)).stem)
+        layout = _layout(entry)
         fields = {
-            "safe_image": safe_image,
-            "unsafe_image": unsafe,
+            "safe_image": entry.get(layout.safe_image),
+            "unsafe_image": unsafe_name(key, entry, unsafe_image),
             "safe_text": entry.get(layout.safe_text),
             "unsafe_text": entry.get(layout.unsafe_text),
             **{label: entry.get(label) for label in LABELS},
@@ -79,24 +75,43 @@ def read_visu(
     return records
 
 
-def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises DataError, naming the file, where it cannot be read."""
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def entries(content: Any, path: Path) -> list[tuple[Any, Any]]:
+    """(number, entry) of all entries in the content of the file `path`. Raises DataError for another layout."""
     if isinstance(content, dict) and isinstance(content.get("data"), (dict, list)):
         content = content["data"]
     if isinstance(content, dict):
-        yield from content.items()
-    elif isinstance(content, list):
-        for position, entry in enumerate(content):
-            yield (entry.get("incremental_id", position) if isinstance(entry, dict) else position), entry
-    else:
+        return list(content.items())
+    if not isinstance(content, list):
         raise DataError(
             f"{path} must hold an object or a list of entries of ViSU or NSFWCaps, not {type(content).__name__}"
         )
+    return [
+        (entry.get("incremental_id", position) if isinstance(entry, dict) else position, entry)
+        for position, entry in enumerate(content)
+    ]
+
+
+def unsafe_name(key: Any, entry: Mapping[str, Any], pattern: str | None) -> Any:
+    """How the entry's unsafe image is called: by the entry itself, else by read_visu's `unsafe_image` pattern."""
+    name, safe_image = entry.get("nsfw_im_path"), entry.get(_layout(entry).safe_image)
+    if name is not None or not pattern:
+        return name
+    pattern = pattern.replace("{id}", str(key)).replace("{coco_id}", str(safe_image))
+    return pattern.replace("{name}", Path(_file_name(safe_image)).stem)
+
+
+def _layout(entry: Mapping[str, Any]) -> Layout:
+    return NSFWCAPS if NSFWCAPS.safe_image in entry else VISU
 
 
 def _coco_image(root: str, coco_id: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import bootstrap
 from ..config import Config, ConfigError, load_config
-from ..data.labeled import image_files, open_labeled
+from ..data.labeled import open_labeled, readable_images
 from ..device import set_up_torch
 from ..figures import draw_dial
 from ..models import ClipModel
@@ -146,7 +146,11 @@ def read_task(given: argparse.Namespace, config: Config, clip: ClipModel) -> Tas
     """What to measure on; all of it is opened before anything is embedded."""
     templates = read_templates(given.templates) if given.templates else None
     labeled = named(given.images, "--images", open_labeled)
-    images = named(given.caption_images, "--caption-images", lambda source, name: image_files(source))
+    images = named(
+        given.caption_images,
+        "--caption-images",
+        lambda folder, name: readable_images(folder, config.data.on_error, not given.quiet),
+    )
     held_out = open_held_out(config, clip)
     if held_out is None and images:
         raise ConfigError("--caption-images are matched with the captions of quadruplets: name some with --data SOURCE")

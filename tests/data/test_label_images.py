@@ -64,6 +64,26 @@ def test_jsonl_and_csv_are_labelled_and_else_unchanged(rows, tmp_path):
     assert [record.unsafe_image_label for record in found] == [1, 0, 1, 0, 1, 0] and found[2].safe_text == "a, 2"
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named by the entries", "named by a pattern"])
+def test_visus_json_is_labelled_and_else_unchanged(rows, tmp_path, named):
+    content = {"info": {"é": 1}, "data": {}}
+    for i in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:012d}.jpg")
+        content["data"][str(i)] = {"safe": "a", "nsfw": "b", "coco_id": i, "tag": "c"}
+        content["data"][str(i)] |= {"nsfw_im_path": f"{i}.png"} if named else {}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    command = [str(tmp_path / "t.json"), "--out", str(tmp_path / "new.json"), "--quiet"]
+    command += [] if named else ["--unsafe-image", "{id}.png"]
+    assert main([*command, "--classifier", f"{__name__}:Redness"]) == 0
+    new = json.loads((tmp_path / "new.json").read_text())
+    found = data.open_quadruplets(tmp_path / "new.json", root=tmp_path, unsafe_image="{id}.png").records
+    assert [record.unsafe_image_label for record in found] == [1, 0, 1, 0, 1, 0]
+    assert [entry.pop("unsafe_image_score") for entry in new["data"].values()] == [1, 0] * 3
+    for entry in new["data"].values():
+        del entry["unsafe_image_label"]
+    assert new == content
+
+
 def test_a_broken_image_has_no_label_and_the_rest_goes_on(rows, tmp_path, capsys):
     (tmp_path / "3.png").write_bytes(b"GIF89a?")
     rows[5]["unsafe_image"] = "../5.png"
@@ -99,6 +119,8 @@ def test_a_killed_run_goes_on_and_never_leaves_half_a_table(rows, tmp_path):
         (["t.parquet", "--out", "new.parquet"], "must be of one format of .csv"),
         (["t.jsonl", "--out", "new.jsonl", "--column", "image=x"], r"columns renames \['image'\]"),
         (["bad.jsonl", "--out", "new.jsonl"], "bad.jsonl, row 2: not JSON"),
+        (["bad.json", "--out", "new.json"], "bad.json, entry 0 must be an object, not int"),
+        (["bad.json", "--out", "new.json", "--column", "unsafe_image=x"], "names of their own"),
         (["t.jsonl", "--out", "new.jsonl", "--classifier", "redness"], "write nudenet, or MODULE:FACTORY"),
         (["t.jsonl", "--out", "new.jsonl", "--classifier", "json:redness"], "has no attribute 'redness'"),
         (["t.jsonl", "--out", "new.jsonl", "--classifier", f"{__name__}:twos"], "not a probability each"),
@@ -108,12 +130,13 @@ def test_mistakes_are_one_line_and_exit_code_2(rows, tmp_path, words, message, c
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "t.jsonl", rows)
     (tmp_path / "bad.jsonl").write_text((tmp_path / "t.jsonl").read_text().splitlines()[0] + "\n{\n")
+    (tmp_path / "bad.json").write_text("[1]")
     before = (tmp_path / "t.jsonl").read_bytes()
     own = [] if "--classifier" in words else ["--classifier", f"{__name__}:Redness"]
     assert main([*words, *own, "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and re.search(message, error), error
-    assert (tmp_path / "t.jsonl").read_bytes() == before and not list(tmp_path.glob("new.*l"))
+    assert (tmp_path / "t.jsonl").read_bytes() == before and not list(tmp_path.glob("new.*"))
 
 
 def twos():

@@ -92,6 +92,7 @@ def test_a_run_beside_its_frozen_model_on_what_it_held_out(run, capsys):
 def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(images["folders"] / "cat", photos / "deep")
+    (photos / "broken.jpg").write_bytes(b"GIF89a?")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a {}\nmy {}\n")
     words = [f"local-dir:{run / 'final'}", "--data", HELD_OUT, f"data.cache_dir={tmp_path}", "data.num_workers=0"]
@@ -117,10 +118,10 @@ def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
         pixels = torch.stack([clip.preprocess(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
         best = (clip.encode_image(pixels) @ bank.T).argmax(1)
     assert 0 < unsafe.mean() < 0.5 and metrics["images.real.unsafe_caption"]["tuned"]["value"] == unsafe[best].mean()
+    assert f"{photos}: 3 rows read, 2 kept, 1 skipped (1 bad image)" in (shown := capsys.readouterr().out)
     # mixed scenes: each combination of labels apart, adding up to all
     parts = {(part["unsafe_text"], part["unsafe_image"]): part["rows"] for part in found["safe_unsafe_table"]}
     assert set(parts) > {(1, 1)} and sum(parts.values()) == 32
-    shown = capsys.readouterr().out
     assert "unsafe text, safe image" in shown and "real images find an unsafe caption" in shown
     assert "in its top 20" in shown, "--all prints every metric"
 
@@ -175,7 +176,9 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
         (["{run}", "--images", "{tmp}"], "a folder of images for each of at least two classes"),
         (["{run}", "--images", "scenes:n=4", "--images", "scenes:n=5"], "two of --images are called 'scenes'"),
         (["{run}", "--caption-images", "{tmp}/none"], "no such folder of images: {tmp}/none"),
-        (["{run}", "--caption-images", "{tmp}"], "holds no image"),
+        (["{run}", "--caption-images", "{run}"], "holds no image"),
+        (["{run}", "--caption-images", "{tmp}/bad"], "holds no image that can be read"),
+        (["{run}", "--caption-images", "{tmp}/bad", "data.on_error=raise"], "broken image .*x.png"),
         (["{run}", "--templates", "mine"], "templates 'mine': neither openai nor simple nor a text file"),
         (["{run}", "--device", "abacus"], "device='abacus' is none"),
         (["{run}", "--frozen", "ViT-small-8-64"], "embeds into .* dimensions"),
@@ -188,6 +191,8 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
 )
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, message, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"GIF89a?")
     filled = [word.format(run=run, tmp=tmp_path) for word in words]
     filled += ["--out", str(tmp_path / "out")]
     assert main([*filled, "--quiet", *([] if "--device" in words else ["--device", "cpu"])]) == 2

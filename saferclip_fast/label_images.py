@@ -31,8 +31,8 @@ examples:
   A table, by NudeNet's detector.
     python -m saferclip_fast.label_images pairs.csv --out labeled.csv --root pictures
 
-  ViSU, whose unsafe images were generated, by a classifier of your own: a function in mine.py that takes images and
-  gives the probability that each is unsafe, from a function without arguments.
+  ViSU with images of yours, by a classifier of yours: mine.make_classifier() returns a function that takes RGB images
+  and returns the probability that each is unsafe.
     python -m saferclip_fast.label_images visu/test.json --out visu/test-labeled.json \\
         --root visu/unsafe --unsafe-image '{id}.png' --classifier mine:make_classifier
 """
@@ -197,9 +197,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a mistake in the options or the table."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.label_images",
-        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, ViSU's or NSFWCaps' JSON) "
-        "by an image safety classifier: generated images are not always unsafe, and training and evaluation read the "
-        "labels.",
+        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, ViSU's or NSFWCaps' "
+        "JSON) by an image safety classifier: generated images are not always unsafe, and training and evaluation read "
+        "the labels.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

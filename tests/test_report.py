@@ -380,7 +380,8 @@ def test_mistakes_are_named(tmp_path, capsys):
         assert not (tmp_path / "page.html").exists()
         return capsys.readouterr().err
 
-    assert "has no evaluation.json" in refused(tmp_path)
+    assert f"python -m saferclip_fast.evaluate {tmp_path}, or" in refused(tmp_path)
+    assert f"there is no folder {tmp_path}/none" in refused(tmp_path / "none")
     assert "named twice" in refused(run, run)
     (run / "evaluation.json").write_text(good[:50])
     assert "evaluation.json is damaged" in refused(run)

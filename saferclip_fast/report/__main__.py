@@ -9,15 +9,28 @@ from pathlib import Path
 
 from . import write
 
+EXAMPLES = """
+examples:
+  One run, evaluated first; the page is runs/visu/report.html.
+    python -m saferclip_fast.evaluate runs/visu --dial
+    python -m saferclip_fast.report runs/visu
+
+  Two runs side by side.
+    python -m saferclip_fast.report runs/visu runs/safe-clip --out both.html
+
+A run is a folder with evaluation.json. Losses, safety dial and config are shown where log.jsonl, dial.json and
+config.yaml lie beside it. What the page shows: docs/report.md.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 2 a run that cannot be read or a page that cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.report",
-        description="Write one HTML page on a run, or on several side by side, that opens without a network.",
-        epilog="A run is a folder with evaluation.json (saferclip_fast.evaluate, saferclip_fast.demo). The losses, the "
-        "safety dial and the config are shown where log.jsonl, dial.json and config.yaml lie beside it. Unsafe text "
-        "and images stay hidden until clicked.",
+        description="Write one HTML page on a run, or on several side by side, that opens in any browser without a "
+        "network: what changed, by how much, how sure that is. Unsafe text and images stay hidden until clicked.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of an evaluated run")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")

@@ -55,9 +55,11 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 
 def _load(folder: Path, name: str) -> Run:
     if not (folder / "evaluation.json").is_file():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}: give a run's folder, as evaluated")
         raise ValueError(
-            f"{folder} has no evaluation.json: give a run's folder that saferclip_fast.evaluate or saferclip_fast.demo "
-            "has written"
+            f"{folder} has no evaluation.json: write it with python -m saferclip_fast.evaluate {folder}, or give the "
+            "folder that its --out named"
         )
     evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, ("models", "metrics", "key_metrics"))
     dial = folder / "dial.json"

@@ -236,7 +236,7 @@ def test_first_screen_says_what_changed_by_how_much_and_how_sure(page):
         "Of 1,000 unsafe captions, 900 found an unsafe image before; 110 do now (95 % interval 80 to 140). "
         "Change: −79.0 percentage points (−82.0 to −76.0)."
     ) in text
-    assert "Much safer; redirects much more often to the right content; no loss of usefulness seen." in text
+    assert "Much safer; finds the right safe content much more often; no loss of usefulness seen." in text
     assert text.index("Of 1,000 unsafe captions") < text.index("Key figures")
     assert "No clear change: somewhere between −3.0 and +3.0 percentage points." in text
 
@@ -292,6 +292,22 @@ def test_the_largest_clear_change_gives_the_size():
     assert said["Usefulness"] == ("Slightly less useful", "bad")
 
 
+def test_what_decided_a_verdict_comes_first():
+    """Or a reader of several runs, who sees one sentence on each verdict, would read "less safe: no clear change"."""
+    names = ("unsafe_text_finds_unsafe_image@1", "unsafe_image_finds_unsafe_text@1", "safe_image_finds_unsafe_text@1")
+    metrics = {
+        name: entry("", "falls", before, after) | {"change": estimate(after - before, width)}
+        for name, before, after, width in zip(names, (0.9, 0.1, 0.0), (0.2, 0.1, 0.5), (0.8, 0.01, 0.01), strict=True)
+    }
+    (card,) = words.statements({"metrics": metrics})
+    assert card.verdict == "Much less safe"
+    assert [sentence.split()[2:4] for sentence in card.sentences] == [
+        ["safe", "images,"],
+        ["unsafe", "captions,"],
+        ["unsafe", "images,"],
+    ]
+
+
 def test_mixed_verdicts_say_which_way_each_part_went():
     changes = {"unsafe_text_finds_unsafe_image@1": -0.6, "unsafe_image_finds_unsafe_text@1": -0.1}
     changes |= {"safe_text_finds_unsafe_image@1": 0.04, "safe_image_finds_unsafe_text@1": (0.0, 0.02)}
@@ -300,8 +316,8 @@ def test_mixed_verdicts_say_which_way_each_part_went():
     assert said == {
         "Safety": ("Much safer for unsafe captions and unsafe images, slightly less safe for safe captions", "bad"),
         "Redirection": (
-            "Redirects more often to the right content for unsafe captions, "
-            "redirects slightly less often to the right content for unsafe images",
+            "Finds the right safe content more often for unsafe captions, "
+            "finds the right safe content slightly less often for unsafe images",
             "bad",
         ),
         "Usefulness": ("Slightly more useful for safe captions, much less useful for labelled pictures", "bad"),

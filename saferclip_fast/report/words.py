@@ -93,13 +93,14 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
 }
 VERDICTS = {  # topic -> where metrics clearly went the right way, and the wrong way
     "Safety": ("{}safer", "{}less safe"),
-    "Redirection": ("redirects {}more often to the right content", "redirects {}less often to the right content"),
+    "Redirection": ("finds the right safe content {}more often", "finds the right safe content {}less often"),
     "Usefulness": ("{}more useful", "{}less useful"),
 }
 
 
 def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
-    """The first screen's cards: safety, redirection, usefulness, as far as they were measured."""
+    """The first screen's cards: safety, redirection, usefulness, as far as they were measured; what decided a verdict
+    comes first in its card."""
     metrics = evaluation["metrics"]
     confidence = evaluation.get("settings", {}).get("confidence", 0.95)
     sets = sum(name.startswith("zero_shot.") for name in metrics)
@@ -107,6 +108,7 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
     for topic, asked in TOPICS.items():
         known = [name for name in asked if name in metrics]
         if known:
+            known.sort(key=lambda name: -_points(metrics[name]) if direction(metrics[name]) else 0.0)
             sentences = [_sentence(name, metrics[name], *asked[name], confidence, sets) for name in known]
             word, tone = _overall(topic, [(asked[name][0], metrics[name]) for name in known])
             cards.append(Statement(topic, word, tone, sentences))

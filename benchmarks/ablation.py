@@ -20,7 +20,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,10 +264,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    lines = [f"| objective | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
+def table(rows: Iterable[dict[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
+    lines = [f"| objective | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
-        found = [row["metrics"][column] for column in COLUMNS]
+        found = [row["metrics"][column] for column in columns]
         spread = len(found[0]["seeds"]) > 1
         cells = [f"{m['mean']:.3f}" + (f" ± {m['std']:.3f}" if spread else "") for m in found]
         lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
@@ -299,6 +299,7 @@ def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> None:
         index = list(VARIANTS).index(row["variant"])  # the same mark in every panel
         x, y = row["metrics"][UTILITY], row["metrics"][kind]
         style = {"fmt": "o^sDvP*X<>hp"[index % 12], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
+        style["zorder"] = 4 if row["variant"] == "default" else 3
         axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["variant"], **style)
     frozen = next(row["metrics"] for row in rows if row["variant"] == FROZEN)
     axes.axvline(frozen[UTILITY]["mean"], color="gray", ls="--", lw=1, label=FROZEN)

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import ablation  # noqa: E402
 import bank  # noqa: E402
 import compare  # noqa: E402
 import nearest_safe  # noqa: E402
@@ -48,6 +49,15 @@ def test_figures_show_the_committed_results():
         for theme in render.THEMES:
             drawn = (ROOT / "docs" / "pictures" / f"{name}-{theme}.svg").read_text(encoding="utf-8")
             assert f"<dc:description>{render.digest(RESULTS)}<" in drawn, "run python benchmarks/render.py"
+
+
+def test_ablation_tables_are_the_committed_results():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "ablation.json").read_text())["rows"]
+    method, readme = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/method.md", "README.md"))
+    for data in ("scenes", "photos"):
+        assert ablation.table(row for row in rows if row["data"] == data) in method
+    seven = dict(list(ablation.COLUMNS.items())[:7])
+    assert ablation.table((row for row in rows if row["data"] == "scenes"), seven) in readme
 
 
 def test_a_page_without_markers_is_named():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import row_file
@@ -22,7 +22,6 @@ from .device import autocast
 from .distributed import Ranks
 from .models import ClipModel
 from .objectives import QuadrupletEmbeddings
-from .stop import ignore_stop_signals
 
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
@@ -78,25 +77,23 @@ def embed_quadruplets(
         "precision": precision,
         "rows": str(len(dataset)),
     }
-    key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
-    path = Path(cache_dir) / f"embeddings-{key}.safetensors"
-
-    def loader(rows: list[int]) -> DataLoader:
-        return DataLoader(
-            Subset(dataset, rows),
-            batch_size,
-            collate_fn=collate(clip.tokenizer),
-            num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),  # leaves the global generator alone
-        )
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         with clip.frozen():
             return embed_batch(clip, batch, precision)._asdict()
 
-    row_file.fill(
-        path, metadata, len(dataset), loader, compute, title="frozen embeddings", progress=progress, ranks=ranks
+    path = row_file.fill(
+        cache_dir,
+        "embeddings",
+        metadata,
+        dataset,
+        collate(clip.tokenizer),
+        compute,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        title="frozen embeddings",
+        progress=progress,
+        ranks=ranks,
     )
     return load_embeddings(path, metadata)
 
@@ -112,6 +109,8 @@ def load_embeddings(path: str | Path, expect: Mapping[str, str] | None = None) -
     if not path.is_file():
         raise FileNotFoundError(f"no embeddings at {path}; embed_quadruplets makes them")
     tensors, metadata = row_file.read(path, NAMES, expect)
+    if len({x.shape for x in tensors.values()}) > 1 or tensors[NAMES[0]].dim() != 2:
+        raise ValueError(f"{path} is damaged (its tensors do not fit together); delete it to make it again")
     return FrozenEmbeddings(QuadrupletEmbeddings(**tensors), metadata, path)
 
 

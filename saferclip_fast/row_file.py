@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from .distributed import Ranks
 from .files import save_json, sync
+from .stop import ignore_stop_signals
 
 _TYPES = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
 _SYNC_BYTES = 1 << 26  # at most so much is made again after a kill
@@ -77,37 +80,56 @@ class RowFile:
 
 
 def fill(
-    path: Path,
+    cache_dir: str | Path,
+    kind: str,
     metadata: Mapping[str, str],
-    rows: int,
-    loader: Callable[[list[int]], Iterable[Mapping[str, Any]]],
+    dataset: Dataset,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
     compute: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
     *,
+    batch_size: int,
+    num_workers: int,
     title: str,
-    progress: bool = True,
-    ranks: Ranks = Ranks(),  # noqa: B008 - it is immutable
-) -> None:
-    """Make a file of `rows` rows, unless it is there: each is computed once, though runs are killed on the way.
+    progress: bool,
+    ranks: Ranks,
+) -> Path:
+    """Make CACHE_DIR/KIND-HASH.safetensors, a row for each sample of `dataset`, unless it is there; returns its path.
 
-    A second run waits for the first one and then finds its file.
+    Each row is computed once, though runs are killed on the way. A second run waits for the first one and then finds
+    its file.
 
     Args:
-        path: the file, in a folder that all ranks see.
-        metadata: of its header.
-        loader: batches of the rows asked for, in order; "index" holds their numbers, int64 [n].
+        cache_dir: a folder that all ranks see.
+        metadata: of the file's header, "rows" among it; everything that the rows depend on, for HASH is of it.
+        collate: samples of `dataset` to a batch; "index" holds their numbers, int64 [n].
         compute: tensors [n, ...] of a batch, by name.
+        batch_size, num_workers: of the loader.
         title, progress: of the bar.
         ranks: the processes that share the work.
 
     Raises OSError where there is no room (found out with the first batch), or it cannot be written.
     """
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
+    path = Path(cache_dir) / f"{kind}-{digest}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def loader(rows: list[int]) -> DataLoader:
+        return DataLoader(
+            Subset(dataset, rows),
+            batch_size,
+            collate_fn=collate,
+            num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),  # leaves the global generator alone
+        )
+
     # the first rank waits for other runs, the others wait for what it finds
     with _lock(path.with_suffix(".lock")) if ranks.first else nullcontext():
         if ranks.largest(ranks.first and not path.is_file()):
-            _make(path, metadata, rows, loader, compute, title, progress, ranks)
+            _make(path, metadata, loader, compute, title, progress, ranks)
     if not path.is_file():
         raise FileNotFoundError(f"rank {ranks.rank} does not see {path}: data.cache_dir must be shared by all machines")
+    return path
 
 
 def read(
@@ -122,8 +144,12 @@ def read(
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+            rows = int(metadata["rows"])
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: also of an element type that torch lacks
         raise ValueError(f"{path} is damaged ({error}); delete it to make it again") from error
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != (rows,):
+            raise ValueError(f"{path} is damaged ({name} has not {rows} rows); delete it to make it again")
     for key, wanted in (expect or {}).items():
         if metadata.get(key) != wanted:
             raise ValueError(
@@ -133,7 +159,8 @@ def read(
     return tensors, metadata
 
 
-def _make(path, metadata, rows, loader, compute, title, progress, ranks) -> None:
+def _make(path, metadata, loader, compute, title, progress, ranks) -> None:
+    rows = int(metadata["rows"])
     partial, done = path.with_suffix(".partial"), _rows_done(path, rows)
     ranks.wait()  # until all have read what is done
     if ranks.first and not done.any():

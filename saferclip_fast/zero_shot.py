@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.labeled import LabeledImages
+from .data.labeled import LabeledImages, template_lines
 from .embeddings import embed_images, embed_texts
 from .metrics import Metric, zero_shot_hits
 from .models import ClipModel
@@ -25,19 +25,16 @@ TEMPLATES: dict[str, Sequence[Template]] = {
 
 
 def read_templates(name: str) -> Sequence[Template]:
-    """Prompt templates by name ("openai", "simple"), or the lines of a text file, each with {} for the class name."""
+    """Prompt templates by name ("openai", "simple"), or the lines of a text file, each with {} for the class name.
+
+    Raises FileNotFoundError, or DataError for a line without {}.
+    """
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"templates {name!r}: neither {' nor '.join(TEMPLATES)} nor a text file")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        if line.count("{}") != 1:
-            raise ValueError(f"{path}, template {number}: write {{}} once, where the class name goes, not {line!r:.60}")
-    if not lines:
-        raise ValueError(f"{path} holds no template")
-    return lines
+    return template_lines(path)
 
 
 def class_embeddings(clip: ClipModel, names: Sequence[str], templates: Sequence[Template], **options: Any) -> Tensor:
@@ -46,7 +43,9 @@ def class_embeddings(clip: ClipModel, names: Sequence[str], templates: Sequence[
     options: batch_size, precision, progress and name of embeddings.embed_texts.
     """
     prompts = [
-        template(name) if callable(template) else template.format(name) for name in names for template in templates
+        template(name) if callable(template) else template.replace("{}", name)  # format() would read other braces
+        for name in names
+        for template in templates
     ]
     rows = F.normalize(embed_texts(clip, prompts, **options), dim=-1).view(len(names), len(templates), -1)
     return F.normalize(rows.mean(1), dim=-1)

@@ -1,6 +1,8 @@
 """The report, as text and in a real browser: what it says, that it draws, hides, escapes and fetches nothing."""
 
+import functools
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from saferclip_fast.report import load_runs, render, words
+from saferclip_fast.report import write as write_page
 from saferclip_fast.report.__main__ import main
 from saferclip_fast.report.charts import nice_ticks
 from saferclip_fast.report.load import PARTS
 
 from .browser import CHROMIUM, chromium
+from .report_files import case, entry, estimate
 
 browsed = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -29,33 +33,6 @@ FAMILIES = {
     "U-G.text_to_image": ("unsafe text finds a right unsafe image", None, 0.7, 0.2),
 }
 FIGURES = 1 + len(FAMILIES) + 2 + 2  # safety against usefulness, retrieval, two losses, two maps
-
-
-def estimate(value, width=0.03):
-    return {"value": value, "low": value - width, "high": value + width}
-
-
-def entry(label, wanted, before, after, samples=1000):
-    change = estimate(after - before)
-    return {"label": label, "wanted": wanted, "samples": samples} | {
-        "frozen": estimate(before),
-        "tuned": estimate(after),
-        "change": change,
-    }
-
-
-def case(row, text):
-    found = [
-        {"kind": kind, "side": kind, "row": row, "text": f"{kind} found {row}", "score": 0.5}
-        for kind in ("unsafe", "safe")
-    ]
-    return {
-        "row": row,
-        "unsafe_text": text,
-        "nearest_safe": {"row": row, "text": f"harmless {row} <b>&amp;", "score": 0.75},
-        "frozen": {"margin": 0.2, "found": found},
-        "tuned": {"margin": -0.1, "found": found},
-    }
 
 
 def evaluation_of(after_shift=0.0, data_hash="d"):
@@ -408,3 +385,52 @@ def test_mistakes_are_named(tmp_path, capsys):
     (run / "evaluation.json").write_text(good)
     (run / "embeddings-tuned.safetensors").write_bytes(b"junk")
     assert "cannot read" in refused(run)
+
+
+def places(value, path=()):
+    """Every place in JSON, as the keys that lead there."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, key))
+
+
+NESTED = json.loads("[" * 400 + "]" * 400)
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "dial.json"])
+def test_json_of_any_other_shape_is_an_error_that_names_the_place(tmp_path, file):
+    """Whatever stands in the place of a part, the page is drawn or a ValueError says what is wrong; nothing else."""
+    run = write_run(tmp_path / "run", small(evaluation_of()))
+    (run / "log.jsonl").unlink()  # drawing it takes time
+    good = (run / file).read_text()
+    refused = drawn = 0
+    for *path, key in places(json.loads(good)):
+        for wrong in (None, [], {}, 1e300, 10**400, float("nan"), "\ud800", NESTED, "missing"):
+            whole = json.loads(good)
+            part = functools.reduce(operator.getitem, path, whole)
+            if wrong == "missing":
+                del part[key]
+            else:
+                part[key] = wrong
+            (run / file).write_text(json.dumps(whole))
+            try:
+                write_page([run], tmp_path / "page.html")
+                drawn += 1
+            except ValueError as error:
+                assert file in str(error), str(error)
+                refused += 1
+    assert refused > drawn > 5
+
+
+def small(evaluation):
+    """With few of everything."""
+    kept = ("unsafe_text_finds_unsafe_image@1", "zero_shot")
+    evaluation["metrics"] = {name: evaluation["metrics"][name] for name in kept}
+    evaluation |= {
+        "key_metrics": [kept[0]],
+        "examples": evaluation["examples"][:1],
+        "worst_cases": [],
+        "embeddings": {},
+    }
+    return evaluation

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -21,11 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from .. import row_file
 from ..distributed import Ranks
-from ..stop import ignore_stop_signals
 from .errors import DataError
 from .images import MAX_PIXELS, ImageRef, ToTensor, Transform
 from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
@@ -72,25 +69,15 @@ def decode_images(
         "probe": _probe(resized),
         "rows": str(len(dataset)),
     }
-    key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
-    path = Path(cache_dir) / f"decoded-{key}.safetensors"
-
-    def loader(rows: list[int]) -> DataLoader:
-        return DataLoader(
-            Subset(resized, rows),
-            _BATCH,
-            collate_fn=_stack,
-            num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),  # leaves the global generator alone
-        )
-
-    row_file.fill(
-        path,
+    path = row_file.fill(
+        cache_dir,
+        "decoded",
         metadata,
-        len(dataset),
-        loader,
+        resized,
+        _stack,
         lambda batch: {name: batch[name] for name in TENSORS},
+        batch_size=_BATCH,
+        num_workers=num_workers,
         title="decode images",
         progress=progress,
         ranks=ranks,
@@ -125,7 +112,12 @@ class DecodedFile:
 
     def _mapped(self) -> dict[str, Tensor]:
         if self.tensors is None:
-            self.tensors, _ = row_file.read(self.path, TENSORS, self.expect)
+            tensors, _ = row_file.read(self.path, TENSORS, self.expect)
+            for side in SIDES:
+                pixels, checksums = tensors[side], tensors[f"{side}_crc32"]
+                if pixels.dtype != torch.uint8 or pixels.shape[3:] != (3,) or checksums.dim() != 1:
+                    raise ValueError(f"{self.path} is damaged (no images of {side}); delete it to make it again")
+            self.tensors = tensors
         return self.tensors
 
 

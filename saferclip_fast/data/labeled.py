@@ -167,25 +167,41 @@ def read_class_shards(source: str, name: str) -> LabeledImages:
                 text = read_text(members["cls"]).strip()
             except (RowError, ImageError) as error:
                 raise DataError(f"{path}, row {row}: sample {key!r}: {error}") from error
-            if not text.isdecimal():
+            if not text.isdecimal() or len(text) > 9:
                 raise DataError(f"{path}, row {row}: cls of sample {key!r} must be a class number, not {text!r:.40}")
             images.append(image)
             labels.append(int(text))
-    class_names = _lines(paths[0], CLASS_NAMES_FILE)
+    class_names = _beside(paths[0], CLASS_NAMES_FILE)
     if class_names is None:
         raise DataError(f"no {CLASS_NAMES_FILE} beside {paths[0]} or one folder above: one class name a line")
-    templates = _lines(paths[0], TEMPLATES_FILE)
-    return LabeledImages.of(
-        name, images, labels, class_names, templates and [t.replace("{c}", "{}") for t in templates]
-    )
+    templates = _beside(paths[0], TEMPLATES_FILE)
+    return LabeledImages.of(name, images, labels, _lines(class_names), template_lines(templates) if templates else None)
 
 
-def _lines(shard: str, file: str) -> list[str] | None:
+def template_lines(path: Path) -> list[str]:
+    """The prompt templates of a text file, one a line, each with {} or {c} (returned as {}) for the class name.
+
+    Raises DataError for another line, and for a file without any.
+    """
+    lines = [line.replace("{c}", "{}") for line in _lines(path)]
+    for number, line in enumerate(lines, start=1):
+        if line.count("{}") != 1:
+            raise DataError(f"{path}, template {number}: write {{}} once, where the class name goes, not {line!r:.60}")
+    if not lines:
+        raise DataError(f"{path} holds no template")
+    return lines
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _beside(shard: str, name: str) -> Path | None:
     folder = Path(shard).resolve().parent
-    for path in (folder / file, folder.parent / file):
-        if path.is_file():
-            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return None
+    return next((path for path in (folder / name, folder.parent / name) if path.is_file()), None)
 
 
 def of_scenes(dataset: scenes.SceneDataset, kind: str = "color shape") -> LabeledImages:

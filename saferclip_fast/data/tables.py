@@ -118,7 +118,7 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     row += 1
                     yield row, values
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 

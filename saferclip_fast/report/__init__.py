@@ -7,6 +7,7 @@ The page fetches nothing: style, script, figures and data are inside, and its Co
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -32,23 +33,16 @@ def write(folders: Sequence[str | Path] | Mapping[str, str | Path], out: str | P
     """
     page = render(load_runs(folders))
     with atomic_write(out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold lone surrogates
 
 
 def render(runs: Sequence[Run]) -> str:
     """The page. Raises ValueError where `runs` is empty."""
     if not runs:
         raise ValueError("there is no run to report on")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
+    return _template().render(
         runs=runs,
         words=words,
         color=figures.color,
@@ -64,6 +58,18 @@ def render(runs: Sequence[Run]) -> str:
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
 
 
 def _cases(run: Run) -> dict[str, Any]:

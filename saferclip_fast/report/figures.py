@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .charts import Chart, Point, padded
 from .load import PARTS, Run
+from .shape import is_number
 
 MAP_POINTS = 400  # rows of each part that a map shows: enough to see the clouds
 LINE_POINTS = 300  # of a loss curve, means of what lies between
@@ -58,7 +59,7 @@ def _series(runs: Sequence[Run]) -> tuple[list[tuple[int, str, str]], Legend]:
 
 def same_data(runs: Sequence[Run]) -> bool:
     """Whether all runs were measured on the same samples."""
-    return len({(run.evaluation.get("settings", {}).get("data_hash"), run.evaluation.get("rows")) for run in runs}) == 1
+    return len({(run.evaluation["settings"].get("data_hash"), run.evaluation.get("rows")) for run in runs}) == 1
 
 
 def same_frozen(runs: Sequence[Run]) -> bool:
@@ -151,7 +152,7 @@ def _loss(runs: Sequence[Run], name: str) -> Markup | None:
 
 def _values(log: Iterable[dict[str, Any]], kind: str, name: str) -> list[Point]:
     found = [(line["step"], line[name]) for line in log if line.get("kind") == kind and name in line]
-    return [(float(x), float(y)) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
+    return [(float(x), float(y)) for x, y in found if is_number(y) and not math.isnan(y)]
 
 
 def _thinned(points: list[Point]) -> list[Point]:

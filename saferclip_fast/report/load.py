@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .shape import DEEPEST, dial_shape, evaluation_shape, is_number, misfits, nesting
 
 EVALUATION_FORMAT = "saferclip_fast.evaluation.v1"
 DIAL_FORMAT = "saferclip_fast.dial.v1"
@@ -61,31 +63,32 @@ def _load(folder: Path, name: str) -> Run:
             f"{folder} has no evaluation.json: write it with python -m saferclip_fast.evaluate {folder}, or give the "
             "folder that its --out named"
         )
-    evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, ("models", "metrics", "key_metrics"))
+    evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, evaluation_shape)
     dial = folder / "dial.json"
     config, picture = folder / "config.yaml", folder / "figure.png"
     return Run(
         name=name,
         evaluation=evaluation,
-        dial=_json(dial, DIAL_FORMAT, ("points", "safety", "utility")) if dial.is_file() else None,
+        dial=_json(dial, DIAL_FORMAT, dial_shape) if dial.is_file() else None,
         log=_log(folder / "log.jsonl"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-        embeddings={side: _embeddings(folder, file) for side, file in evaluation.get("embeddings", {}).items()},
+        embeddings={side: _embeddings(folder, file) for side, file in evaluation["embeddings"].items()},
         picture=picture.read_bytes() if picture.is_file() else None,
     )
 
 
-def _json(path: Path, form: str, keys: Sequence[str]) -> dict[str, Any]:
+def _json(path: Path, form: str, shape: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also text that is not UTF-8
+        if nesting(value) > DEEPEST:
+            raise ValueError("nested too deeply")
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
         raise ValueError(f"{path} is damaged ({error}): write it again") from error
     found = value.get("format") if isinstance(value, dict) else None
     if found != form:
-        raise ValueError(f"{path} has format {found!r}, and this version reads {form!r}: write it again")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: write it again")
+        raise ValueError(f"{path} has format {found!r:.60}, and this version reads {form!r}: write it again")
+    for misfit in misfits(value, shape(value), "it"):
+        raise ValueError(f"{path} is damaged ({misfit}): write it again")
     return value
 
 
@@ -95,9 +98,9 @@ def _log(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
+        if isinstance(value, dict) and is_number(value.get("step"), int):
             lines.append(value)
     return lines
 
@@ -110,7 +113,7 @@ def _embeddings(folder: Path, file: str) -> dict[str, Tensor]:
         rows = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path} ({error}): evaluate again") from error
-    missing = [part for part in PARTS if part not in rows]
+    missing = [part for part in PARTS if part not in rows or rows[part].dim() != 2]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: evaluate again")
+        raise ValueError(f"{path} holds no rows of {', '.join(missing)}: evaluate again")
     return {part: rows[part].float() for part in PARTS}

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from saferclip_fast import BackendError, SafeBank, nearest_safe
 from saferclip_fast.checkpoint import CheckpointError, CheckpointFolder
 from saferclip_fast.config import ConfigError, load_config
 from saferclip_fast.data import DataError, open_quadruplets
+from saferclip_fast.data.decoded import TENSORS, DecodedFile
 from saferclip_fast.data.images import FORMATS, ImageError, decode
+from saferclip_fast.data.labeled import CLASS_NAMES_FILE, TEMPLATES_FILE, open_labeled
 from saferclip_fast.data.open import parse_options
+from saferclip_fast.embeddings import NAMES, load_embeddings
+from saferclip_fast.label_images import label_table
+from saferclip_fast.report import load_runs, render
+from saferclip_fast.row_file import RowFile
+from saferclip_fast.zero_shot import read_templates
 
 from ..data.quadruplet_files import image_bytes, write_tar
+from ..report_files import case, entry, estimate
 
 # One small image that every table may name. Nothing above this folder may be read.
 IMAGE = "a.png"
@@ -76,6 +88,48 @@ def _read_source(path: Path) -> None:
         open_quadruplets("scenes:" + path.read_text("utf-8", "replace"), progress=False)
 
 
+def _read_labeled(path: Path) -> None:
+    if path.suffix == ".tar":
+        (path.parent / CLASS_NAMES_FILE).write_text("cat\ndog\n")
+        shard = path
+    else:  # the two text files beside shards
+        shard = path.with_suffix(".tar")
+        shard.write_bytes(_class_shard_seeds()[0])
+        (path.parent / CLASS_NAMES_FILE).write_bytes(path.read_bytes())
+        (path.parent / TEMPLATES_FILE).write_bytes(path.read_bytes())
+    data = open_labeled(str(shard))
+    assert all(template.count("{}") == 1 for template in data.templates or ())
+    images = data.open(lambda image: image.size)
+    for index in range(len(images)):
+        images[index]
+
+
+def _relabel(path: Path) -> None:
+    new = path.with_name(f"new{path.suffix}")
+    label_table(path, new, lambda images: [0.5] * len(images), max_pixels=10_000, progress=False)
+    open_quadruplets(new, on_error="skip", max_pixels=10_000, progress=False)  # what was written can be read
+
+
+def _read_run(name: str) -> Callable[[Path], None]:
+    """Reads the report's input of that name, the other ones being whole."""
+
+    def read(path: Path) -> None:
+        (path.parent / "evaluation.json").write_bytes(_evaluation_seeds()[0])
+        path.rename(path.with_name(name))
+        render(load_runs([path.parent])).encode("utf-8", "replace")
+
+    return read
+
+
+def _read_cache(path: Path) -> None:
+    if b"safe_image_crc32" in path.read_bytes():
+        file = DecodedFile(path, {})
+        for side in ("safe_image", "unsafe_image"):
+            file.image(side, 1)
+    else:
+        load_embeddings(path).rows.safe_text.sum()
+
+
 def _image_seeds() -> list[bytes]:
     return [image_bytes(1, fmt=name) for name in FORMATS]
 
@@ -90,6 +144,17 @@ def _jsonl_seeds() -> list[bytes]:
     return [json.dumps(row).encode() + b"\n", json.dumps(row | {"unsafe_image_label": 0}).encode() + b"\n\n{}"]
 
 
+def _parquet_seeds() -> list[bytes]:
+    fields = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
+    table = pa.table({**{field: [IMAGE, IMAGE] for field in fields}, "unsafe_text_label": [0, 1]})
+    seeds = []
+    for options in ({}, {"compression": "gzip", "use_dictionary": False}):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, **options)
+        seeds.append(buffer.getvalue())
+    return seeds
+
+
 def _visu_seeds() -> list[bytes]:
     entry = {"safe": "a cat", "nsfw": "a hazard", "coco_id": 9, "nsfw_im_path": IMAGE}
     return [json.dumps({"1": entry}).encode(), json.dumps({"info": {}, "data": [entry]}).encode()]
@@ -100,6 +165,58 @@ def _shard_seeds() -> list[bytes]:
     members = {"0.safe_image.png": _IMAGE_BYTES, "0.unsafe_image.png": _IMAGE_BYTES, "0.json": texts}
     with tempfile.TemporaryDirectory() as folder:
         return [write_tar(Path(folder) / "s.tar", members).read_bytes()]
+
+
+def _class_shard_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        members = {"0.png": _IMAGE_BYTES, "0.cls": b"1", "1.png": _IMAGE_BYTES, "1.cls": b"0"}
+        return [write_tar(Path(folder) / "s.tar", members).read_bytes()]
+
+
+def _evaluation_seeds() -> list[bytes]:
+    metrics = {
+        name: entry(name, "falls", 0.9, 0.1) for name in ("unsafe_text_finds_unsafe_image@1", "zero_shot", "S-V@5")
+    }
+    part = {"unsafe_text": 1, "unsafe_image": 0, "rows": 9, "metrics": {"zero_shot": metrics["zero_shot"]}}
+    evaluation = {
+        "format": "saferclip_fast.evaluation.v1",
+        "models": {side: {"name": "m", "weights_hash": side} for side in ("frozen", "tuned")},
+        "rows": 40,
+        "key_metrics": list(metrics),
+        "metrics": metrics,
+        "safe_unsafe_table": [part],
+        "examples": [case(0, "hazard")],
+        "worst_cases": [],
+        "settings": {"confidence": 0.95, "data_hash": "d"},
+        "embeddings": {},
+    }
+    return [json.dumps(evaluation).encode()]
+
+
+def _dial_seeds() -> list[bytes]:
+    metrics = dict.fromkeys(("unsafe_text_finds_unsafe_image@1", "zero_shot"), estimate(0.5))
+    points = [{"alpha": alpha, "metrics": metrics} for alpha in (0.0, 0.5, 1.0)]
+    return [json.dumps({"format": "saferclip_fast.dial.v1", "points": points}).encode()]
+
+
+def _log_seeds() -> list[bytes]:
+    lines = [{"kind": kind, "step": step, "loss": 1 / step} for step in (1, 2) for kind in ("train", "val")]
+    return ["".join(json.dumps(line) + "\n" for line in lines).encode()]
+
+
+def _cache_seeds() -> list[bytes]:
+    pictures = {side: torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).view(2, 4, 4, 3) for side in TENSORS[:2]}
+    checksums = {side: torch.tensor([zlib.crc32(p.numpy().data) for p in pictures[side[:-6]]]) for side in TENSORS[2:]}
+    seeds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, tensors in enumerate((pictures | checksums, dict.fromkeys(NAMES, torch.ones(2, 3)))):
+            path = Path(folder) / str(number)
+            file = RowFile(path, {name: (x.dtype, x.shape) for name, x in tensors.items()}, {"rows": "2"})
+            for name, rows in tensors.items():
+                file.write(name, 0, rows)
+            file.close()
+            seeds.append(path.read_bytes())
+    return seeds
 
 
 def _bank_seeds() -> list[bytes]:
@@ -127,10 +244,20 @@ TARGETS = [
     Target("csv", ".csv", _read_quadruplets, (DataError,), _table_seeds),
     Target("jsonl", ".jsonl", _read_quadruplets, (DataError,), _jsonl_seeds),
     Target("visu", ".json", _read_quadruplets, (DataError,), _visu_seeds),
+    Target("parquet", ".parquet", _read_quadruplets, (DataError,), _parquet_seeds),
     Target("shards", ".tar", _read_quadruplets, (DataError,), _shard_seeds),
+    Target("class-shards", ".tar", _read_labeled, (DataError,), _class_shard_seeds),
+    Target("class-names", ".txt", _read_labeled, (DataError,), lambda: [b"a {}\nno {}, not\n", b"{}\r\n\n{}"]),
+    Target("templates", ".txt", lambda path: read_templates(str(path)), (ValueError,), lambda: [b"a {}\nno {}.\n"]),
+    Target("label-csv", ".csv", _relabel, (ValueError,), _table_seeds),
+    Target("label-jsonl", ".jsonl", _relabel, (ValueError,), _jsonl_seeds),
     Target("image", ".bin", lambda path: decode(path.read_bytes(), "input", 10_000), (ImageError,), _image_seeds),
     Target("bank", ".safetensors", _read_bank, (ValueError, BackendError), _bank_seeds),
     Target("checkpoint", ".safetensors", _read_checkpoint, (CheckpointError,), _checkpoint_seeds),
+    Target("cache", ".safetensors", _read_cache, (ValueError,), _cache_seeds),
+    Target("evaluation", ".json", _read_run("evaluation.json"), (ValueError,), _evaluation_seeds),
+    Target("dial", ".json", _read_run("dial.json"), (ValueError,), _dial_seeds),
+    Target("log", ".jsonl", _read_run("log.jsonl"), (ValueError,), _log_seeds),
     Target("config", ".yaml", load_config, (ConfigError,), _config_seeds),
     Target("source", ".txt", _read_source, (ValueError,), lambda: [b"n=3,seed=0", b"n=2,mismatch=0.5,size=16"]),
 ]

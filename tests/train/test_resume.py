@@ -5,14 +5,20 @@ import random
 import signal
 import time
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import saferclip_fast.checkpoint
 import saferclip_fast.embeddings
 import saferclip_fast.files
 import saferclip_fast.runlog
 from saferclip_fast.checkpoint import read_checkpoint
+from saferclip_fast.distributed import Ranks
+from saferclip_fast.resume import restore_rank
+from saferclip_fast.runlog import Meter
 from saferclip_fast.train import Trainer, train
 
 from .conftest import PROCESSES, final_weights, log_lines, run_child, train_child
@@ -225,3 +231,15 @@ def test_loader_processes_do_not_change_the_result(tiny, tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     train(tiny(run_dir, "data.num_workers=2"))
     assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_other_ranks_than_before_share_the_sums_and_say_so(rank):
+    """Two ranks saved, three go on: the first takes what the two had summed, and no rank takes another's dropout."""
+    run = SimpleNamespace(ranks=Ranks(rank, 3), meter=Meter(), device=torch.device("cpu"))
+    saved = {"meter.total": torch.tensor([[1.0, 2.0], [10.0, 20.0]]), "rng.torch": torch.zeros(2, 8, dtype=torch.uint8)}
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="2 ranks before, 3 now") if rank == 0 else nullcontext():
+        restore_rank(run, saved, 2)
+    assert run.meter.total.tolist() == ([11, 22] if rank == 0 else [0, 0])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -209,7 +209,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--classifier", default="nudenet", metavar="NAME", help="nudenet, or MODULE:FACTORY (default: nudenet)")
     add("--root", help="folder of the unsafe images (default: the table's)")
     add("--unsafe-image", metavar="NAME", help="their name where an entry of a .json has none, e.g. {id}.png")
-    add("--column", action="append", default=[], metavar="FIELD=NAME", help="a column's name, repeatable")
+    add("--column", action="append", default=[], metavar="FIELD=NAME", help="a column's name, e.g. unsafe_image=file")
     add("--threshold", type=float, default=THRESHOLD, help="probability from which on an image is unsafe (%(default)s)")
     add("--allow-absolute", action="store_true", help="admit absolute image paths")
     add("--quiet", action="store_true", help="no progress bar")

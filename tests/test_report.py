@@ -374,7 +374,8 @@ def test_mistakes_are_named(tmp_path, capsys):
         return capsys.readouterr().err
 
     assert f"python -m saferclip_fast.evaluate {tmp_path}, or" in refused(tmp_path)
-    assert f"there is no folder {tmp_path}/none" in refused(tmp_path / "none")
+    for name in ("none", "run/evaluation.json"):
+        assert f"{tmp_path}/{name} is no folder: give that of a run" in refused(tmp_path / name)
     assert "named twice" in refused(run, run)
     (run / "evaluation.json").write_text(good[:50])
     assert "evaluation.json is damaged" in refused(run)

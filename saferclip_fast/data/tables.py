@@ -54,7 +54,8 @@ def _check_columns(path: Path, found: Iterable[str], names: Mapping[str, str]) -
     if missing:
         raise DataError(
             f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}. "
-            f'Name them with columns, e.g. columns={{"{REQUIRED[0]}": "..."}}'
+            f'Name them: columns={{"{REQUIRED[0]}": "..."}}, or in a command data.columns=[{REQUIRED[0]}=...] '
+            f"(label_images: --column {REQUIRED[0]}=...)"
         )
 
 

@@ -140,6 +140,7 @@ def run(given: argparse.Namespace) -> None:
         assert frozen is not None
         draw_dial(out / "dial", dial_curve(tuned, frozen, task, settings, out, known=known))
         print(f"safety dial: {out / 'dial.json'}, {out / 'dial.png'}, {out / 'dial.svg'}")
+    print(f"as a page: python -m saferclip_fast.report {out}")
 
 
 def read_task(given: argparse.Namespace, config: Config, clip: ClipModel) -> Task:

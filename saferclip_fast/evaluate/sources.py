@@ -48,8 +48,8 @@ def open_model(model: str, device: torch.device) -> ClipModel:
     try:
         return load_clip(name, pretrained, device)
     except ValueError as error:
-        hint = f"; and there is no folder {model}" if str(error).startswith("unknown model") else ""
-        raise ValueError(f"{error}{hint}") from error
+        hint = f"there is no folder {model}, and " if str(error).startswith("unknown model") else ""
+        raise ValueError(f"{hint}{error}") from error
 
 
 def frozen_of(model: str, device: torch.device) -> ClipModel:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of an evaluated run")
-    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the first RUN)")
     given = parser.parse_args(arguments)
     out = given.out or given.runs[0] / "report.html"
     try:

@@ -58,7 +58,7 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 def _load(folder: Path, name: str) -> Run:
     if not (folder / "evaluation.json").is_file():
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}: give a run's folder, as evaluated")
+            raise FileNotFoundError(f"{folder} is no folder: give that of a run that has been evaluated")
         raise ValueError(
             f"{folder} has no evaluation.json: write it with python -m saferclip_fast.evaluate {folder}, or give the "
             "folder that its --out named"

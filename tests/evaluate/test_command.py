@@ -82,7 +82,8 @@ def test_a_run_beside_its_frozen_model_on_what_it_held_out(run, capsys):
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:10].sort().values.tolist()
     texts = {dataset.records[row].unsafe_text for row in order}
     assert {case["unsafe_text"] for case in found["examples"]} == texts
-    assert str(run / "evaluation.json") in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert str(run / "evaluation.json") in shown and f"python -m saferclip_fast.report {run}" in shown
     written = (run / "evaluation.json").stat().st_mtime_ns
     assert command(run) == 2 and (run / "evaluation.json").stat().st_mtime_ns == written
     assert f"--out {run} to replace it" in capsys.readouterr().err
@@ -165,7 +166,7 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["runs/none", "--data", "scenes:n=4"], "unknown model 'runs/none'.*there is no folder runs/none"),
+        (["runs/none", "--data", "scenes:n=4"], "there is no folder runs/none, and unknown model 'runs/none'"),
         (["{tmp}"], "{tmp} is no run .config.yaml., no open_clip folder .* and no Hugging Face folder"),
         (["{run}", "train.epochs=3"], "'train.epochs=3': only data.\\* options"),
         (["{run}", "data.rout=x"], "unknown option 'data.rout', did you mean 'data.root'"),

@@ -288,16 +288,19 @@ def test_what_decided_a_verdict_comes_first():
 def test_mixed_verdicts_say_which_way_each_part_went():
     changes = {"unsafe_text_finds_unsafe_image@1": -0.6, "unsafe_image_finds_unsafe_text@1": -0.1}
     changes |= {"safe_text_finds_unsafe_image@1": 0.04, "safe_image_finds_unsafe_text@1": (0.0, 0.02)}
+    assert verdicts(changes | {"safe_image_finds_unsafe_text@1": -0.01})["Safety"][0] == (
+        "Much safer for unsafe captions, unsafe images and safe images, but slightly less safe for safe captions"
+    )
     changes |= {"unsafe_text_finds_right_image@1": 0.1, "unsafe_image_finds_right_text@1": -0.03}
     said = verdicts(changes | {"S-V.text_to_image@1": 0.03, "zero_shot": -0.9})
     assert said == {
-        "Safety": ("Much safer for unsafe captions and unsafe images, slightly less safe for safe captions", "bad"),
+        "Safety": ("Much safer for unsafe captions and unsafe images, but slightly less safe for safe captions", "bad"),
         "Redirection": (
             "Finds the right safe content more often for unsafe captions, "
-            "finds the right safe content slightly less often for unsafe images",
+            "but finds the right safe content slightly less often for unsafe images",
             "bad",
         ),
-        "Usefulness": ("Slightly more useful for safe captions, much less useful for labelled pictures", "bad"),
+        "Usefulness": ("Slightly more useful for safe captions, but much less useful for labelled pictures", "bad"),
     }
 
 

@@ -122,24 +122,25 @@ def _overall(topic: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> tupl
     """
     if not all("change" in entry for _, entry in parts):
         return "Measured, not compared", "even"
+    right = -1 if topic == "Safety" else 1  # the way that its metrics should go; what should stay may rise
     said, askers = [], []
-    for way, phrase in zip((1, -1), VERDICTS[topic], strict=True):
-        moved = [(who, entry) for who, entry in parts if _gain(entry) == way]
+    for way, phrase in zip((right, -right), VERDICTS[topic], strict=True):
+        moved = [(who, entry) for who, entry in parts if direction(entry) == way]
         if moved:
             said.append(phrase.format(_size(max(_points(entry) for _, entry in moved))))
-            askers.append(" and ".join(who for who, _ in moved))
+            askers.append(_listed([who for who, _ in moved]))
     if not said:
         kept = topic == "Usefulness" and all(100 * entry["change"]["low"] > -SLIGHT for _, entry in parts)
         return ("No loss of usefulness seen", "good") if kept else (f"No clear change in {topic.lower()}", "even")
     if len(said) == 2:
         said = [f"{phrase} for {who}" for phrase, who in zip(said, askers, strict=True)]
-    text = ", ".join(said)
-    return text[0].upper() + text[1:], "bad" if any(_gain(entry) < 0 for _, entry in parts) else "good"
+    text = ", but ".join(said)
+    return text[0].upper() + text[1:], "bad" if any(direction(entry) == -right for _, entry in parts) else "good"
 
 
-def _gain(entry: Mapping[str, Any]) -> int:
-    """1 where a metric clearly went the right way, -1 the wrong way, else 0; what should stay may rise."""
-    return direction(entry) * (-1 if entry["wanted"] == "falls" else 1)
+def _listed(words: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confidence: float, sets: int) -> str:

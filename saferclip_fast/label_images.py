@@ -194,7 +194,7 @@ def _write(out: Path, rows: Sequence[Mapping[str, Any]], content: Any) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 a mistake in the options or the table."""
+    """Returns the exit code: 0 done, 2 a mistake in the options or the table, 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.label_images",
         description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, ViSU's or NSFWCaps' "
@@ -229,6 +229,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except (DataError, ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what was classified is kept, the same command goes on", file=sys.stderr)
+        return 130
     print(f"{counts}; written to {given.out}")
     return 0
 

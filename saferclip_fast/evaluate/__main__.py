@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .. import bootstrap
 from ..config import Config, ConfigError, load_config
 from ..data.labeled import open_labeled, readable_images
@@ -92,6 +94,12 @@ def main(words: Sequence[str] | None = None) -> int:
         run(given)
     except (*MISTAKES, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {error}\nthe same figures in less memory: --batch-size {max(1, given.batch_size // 4)}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped; embeddings of finished quadruplets are kept, the same command takes them up", file=sys.stderr)

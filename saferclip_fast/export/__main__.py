@@ -28,7 +28,8 @@ What each format can hold: docs/export.md.
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 done, 2 a mistake in what was asked for, 1 a wrong export."""
+    """Command line; returns the exit code: 0 done, 2 a mistake in what was asked for, 1 a wrong export,
+    130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.export",
         description="Write a fine-tuned CLIP for open_clip, Hugging Face transformers, peft or ONNX. Each format is "
@@ -71,6 +72,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except (*MISTAKES, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; formats that were finished are kept", file=sys.stderr)
+        return 130
     for name, difference in differences.items():
         print(f"{name}: {given.out / name} (read back, embeddings differ by at most {difference:.1e})")
     return min(failures, default=0)

@@ -95,11 +95,17 @@ def test_a_broken_image_has_no_label_and_the_rest_goes_on(rows, tmp_path, capsys
     assert written == [1, 0, 1, "", 1, ""]
 
 
-def test_a_killed_run_goes_on_and_never_leaves_half_a_table(rows, tmp_path):
+def stopped():
+    return Redness(stop_after=0)
+
+
+def test_a_killed_run_goes_on_and_never_leaves_half_a_table(rows, tmp_path, capsys):
     write_rows(tmp_path / "t.jsonl", rows)
     out = tmp_path / "new.jsonl"
     with pytest.raises(KeyboardInterrupt):
         label_table(tmp_path / "t.jsonl", out, Redness(stop_after=4), batch_size=2, progress=False)
+    words = [str(tmp_path / "t.jsonl"), "--out", str(out), "--classifier", f"{__name__}:stopped", "--quiet"]
+    assert main(words) == 130 and "the same command goes on" in capsys.readouterr().err
     assert not out.exists()
     scores = tmp_path / "new.jsonl.scores.jsonl"
     scores.write_text(scores.read_text()[:-9])  # torn in its last line

@@ -213,6 +213,18 @@ def test_a_run_that_has_not_finished_and_broken_weights(run, tmp_path, capsys):
     assert "do not fit model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [(torch.OutOfMemoryError("no memory"), 2, "--batch-size 16"), (KeyboardInterrupt(), 130, "takes them up")],
+)
+def test_out_of_memory_and_ctrl_c(run, monkeypatch, capsys, fault, code, said):
+    def raises(*_):
+        raise fault
+
+    monkeypatch.setattr("saferclip_fast.evaluate.__main__.run", raises)
+    assert main([str(run), "--batch-size", "64"]) == code and said in capsys.readouterr().err
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

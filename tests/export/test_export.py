@@ -279,6 +279,7 @@ def test_overwriting_keeps_the_old_folder_until_the_new_one_is_there(run, tmp_pa
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             export(source, ["open_clip"], tmp_path, overwrite=True)
+        assert main([str(run), "--format", "open_clip", "--out", str(tmp_path), "--overwrite"]) == 130
     with pytest.raises(FileExistsError):  # and has put it back
         export(source, ["open_clip"], tmp_path)
     assert mark.exists()

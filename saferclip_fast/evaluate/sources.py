@@ -12,7 +12,7 @@ import torch
 from ..config import Config, ConfigError, load_config
 from ..data import DataError, QuadrupletDataset
 from ..data.errors import ErrorPolicy
-from ..export import load_source
+from ..export.source import load_frozen, load_source
 from ..models import ClipModel, load_clip
 from ..prepare import open_data, split_rows
 from . import CaptionBank
@@ -54,8 +54,8 @@ def open_model(model: str, device: torch.device) -> ClipModel:
 
 def frozen_of(model: str, device: torch.device) -> ClipModel:
     """The model that the run `model` started from."""
-    options = load_config(Path(model) / "config.yaml").model
-    return load_clip(options.name, options.pretrained, device)
+    folder = Path(model)
+    return load_frozen(folder, load_config(folder / "config.yaml"), device)
 
 
 class HeldOut(NamedTuple):

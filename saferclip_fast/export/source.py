@@ -48,8 +48,8 @@ class Source:
 
     def frozen(self) -> ClipModel:
         """The pre-trained model that the run started from."""
-        assert self.config is not None, "only a run has frozen weights"
-        return load_clip(self.config.model.name, self.config.model.pretrained)
+        assert self.run_dir is not None and self.config is not None, "only a run has frozen weights"
+        return load_frozen(self.run_dir, self.config)
 
     def adapted(self) -> ClipModel:
         """The pre-trained model with the adapters that final/ was merged from, whatever the dial.
@@ -132,6 +132,20 @@ def _from_run(path: Path, alpha: float) -> Source:
         source.clip = mix(source.frozen(), source.clip, alpha)
     _named(source.clip, config.model.name)
     return source
+
+
+def load_frozen(run_dir: Path, config: Config, device: str | torch.device = "cpu") -> ClipModel:
+    """The pre-trained model that a run started from.
+
+    Raises FileNotFoundError, saying where to write the new place, for weights that have moved.
+    """
+    try:
+        return load_clip(config.model.name, config.model.pretrained, device)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}: the run started from it; where it has moved to goes into {run_dir / 'config.yaml'}, under "
+            "model.pretrained"
+        ) from error
 
 
 def without_folders(value: str) -> str:

@@ -200,6 +200,17 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, message, ca
     assert re.search(message.replace("{tmp}", re.escape(str(tmp_path))), error[0]), error[0]
 
 
+def test_a_run_whose_frozen_weights_have_moved_says_where_to_write_that(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    config.write_text(re.sub("pretrained: .*", "pretrained: none.safetensors", text))
+    assert command(tmp_path / "run", "--out", tmp_path / "out") == 2
+    assert f"none.safetensors not found: the run started from it; where it has moved to goes into {config}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_run_that_has_not_finished_and_broken_weights(run, tmp_path, capsys):
     shutil.copy(run / "config.yaml", tmp_path)
     assert command(tmp_path) == 2

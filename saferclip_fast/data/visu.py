@@ -71,7 +71,8 @@ def read_visu(
             "unsafe_text": entry.get(layout.unsafe_text),
             **{label: entry.get(label) for label in LABELS},
         }
-        add_row(records, fields, finder(layout), str(path), int(key) if str(key).isdecimal() else row, policy)
+        number = int(key) if str(key).isdecimal() and len(str(key)) <= 12 else row
+        add_row(records, fields, finder(layout), str(path), number, policy)
     return records
 
 

@@ -128,6 +128,12 @@ def test_bad_entries_name_file_and_key(tmp_path: Path, coco: Path, change: dict,
     assert len(data) == 1 and data.summary.skipped == 1
 
 
+def test_a_key_that_is_no_number_of_an_entry_counts_as_none(tmp_path: Path, coco: Path) -> None:
+    path = write(tmp_path, {"9" * 5000: entries()["1"]})  # more digits than Python turns into a number
+    data = open_quadruplets(path, root=coco, unsafe_root=tmp_path / "made")
+    assert [record.row for record in data.records] == [1]
+
+
 def test_entries_that_are_no_objects(tmp_path: Path, coco: Path) -> None:
     path = write(tmp_path, {**entries(), "2": ["a"]})
     with pytest.raises(DataError, match="row 3: entry '2' must be an object, not list"):

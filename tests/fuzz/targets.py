@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,9 +60,12 @@ class Target:
 _IMAGE_BYTES = image_bytes(0)
 
 
+def _visu_options(path: Path) -> dict[str, Any]:
+    return {"root": path.parent, "unsafe_image": IMAGE} if path.suffix == ".json" else {}
+
+
 def _read_quadruplets(path: Path) -> None:
-    options = {"root": path.parent, "unsafe_image": IMAGE} if path.suffix == ".json" else {}
-    data = open_quadruplets(path, on_error="skip", max_pixels=10_000, progress=False, **options)
+    data = open_quadruplets(path, on_error="skip", max_pixels=10_000, progress=False, **_visu_options(path))
     assert data.summary.kept == len(data)
     "".join(data.summary.problems).encode()
     for index in range(len(data)):
@@ -106,8 +110,9 @@ def _read_labeled(path: Path) -> None:
 
 def _relabel(path: Path) -> None:
     new = path.with_name(f"new{path.suffix}")
-    label_table(path, new, lambda images: [0.5] * len(images), max_pixels=10_000, progress=False)
-    open_quadruplets(new, on_error="skip", max_pixels=10_000, progress=False)  # what was written can be read
+    options = {"max_pixels": 10_000, "progress": False, **_visu_options(path)}
+    label_table(path, new, lambda images: [0.5] * len(images), **options)
+    open_quadruplets(new, on_error="skip", **options)  # what was written can be read
 
 
 def _read_run(name: str) -> Callable[[Path], None]:
@@ -157,7 +162,8 @@ def _parquet_seeds() -> list[bytes]:
 
 def _visu_seeds() -> list[bytes]:
     entry = {"safe": "a cat", "nsfw": "a hazard", "coco_id": 9, "nsfw_im_path": IMAGE}
-    return [json.dumps({"1": entry}).encode(), json.dumps({"info": {}, "data": [entry]}).encode()]
+    nsfwcaps = {"caption": "a cat", "nsfw_caption": "a hazard", "image_coco_url": f"http://host/{IMAGE}"}
+    return [json.dumps(file).encode() for file in ({"1": entry}, {"info": {}, "data": [entry]}, [nsfwcaps])]
 
 
 def _shard_seeds() -> list[bytes]:
@@ -251,6 +257,7 @@ TARGETS = [
     Target("templates", ".txt", lambda path: read_templates(str(path)), (ValueError,), lambda: [b"a {}\nno {}.\n"]),
     Target("label-csv", ".csv", _relabel, (ValueError,), _table_seeds),
     Target("label-jsonl", ".jsonl", _relabel, (ValueError,), _jsonl_seeds),
+    Target("label-visu", ".json", _relabel, (ValueError,), _visu_seeds),
     Target("image", ".bin", lambda path: decode(path.read_bytes(), "input", 10_000), (ImageError,), _image_seeds),
     Target("bank", ".safetensors", _read_bank, (ValueError, BackendError), _bank_seeds),
     Target("checkpoint", ".safetensors", _read_checkpoint, (CheckpointError,), _checkpoint_seeds),

@@ -118,6 +118,10 @@ def test_every_figure_is_drawn_and_nothing_is_fetched(browser, page, width, dark
     assert browser.run("document.querySelectorAll('svg').length") == FIGURES
     assert browser.run("document.documentElement.dataset.figures") == str(FIGURES)
     assert browser.run("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    first = "[...document.querySelectorAll('.lead, .card .verdict ~ p')].slice(0, 2)"
+    told = browser.run(f"{first}.filter(item => item.getBoundingClientRect().bottom < 844).map(item => item.innerText)")
+    assert told[0].startswith("Much safer"), "a phone's first screen says what changed"
+    assert "Change:" in told[1] and "interval" in told[1], "and by how much, and how sure that is"
     assert {re.match(r"\w+:", url)[0] for url in browser.requests()} == {"file:", "data:"}
     assert sum(url.startswith("file:") for url in browser.requests()) == 1
     assert browser.complaints() == []

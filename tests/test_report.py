@@ -289,6 +289,13 @@ def test_what_decided_a_verdict_comes_first():
     ]
 
 
+def test_real_images_count_for_safety():
+    metrics = {"images.my.set.unsafe_caption": entry("", "falls", 0.9, 0.3, samples=50)}
+    (card,) = words.statements({"metrics": metrics})
+    assert (card.topic, card.verdict) == ("Safety", "Much safer")
+    assert card.sentences[0].startswith("Of 50 my.set images, 45 found an unsafe caption before; 15 do now")
+
+
 def test_mixed_verdicts_say_which_way_each_part_went():
     changes = {"unsafe_text_finds_unsafe_image@1": -0.6, "unsafe_image_finds_unsafe_text@1": -0.1}
     changes |= {"safe_text_finds_unsafe_image@1": 0.04, "safe_image_finds_unsafe_text@1": (0.0, 0.02)}

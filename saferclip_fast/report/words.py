@@ -105,7 +105,7 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
     confidence = evaluation.get("settings", {}).get("confidence", 0.95)
     sets = sum(name.startswith("zero_shot.") for name in metrics)
     cards = []
-    for topic, asked in TOPICS.items():
+    for topic, asked in {**TOPICS, "Safety": TOPICS["Safety"] | _real_images(metrics)}.items():
         known = [name for name in asked if name in metrics]
         if known:
             known.sort(key=lambda name: -_points(metrics[name]) if direction(metrics[name]) else 0.0)
@@ -113,6 +113,12 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
             word, tone = _overall(topic, [(asked[name][0], metrics[name]) for name in known])
             cards.append(Statement(topic, word, tone, sentences))
     return cards
+
+
+def _real_images(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """images.SET.unsafe_caption of every set, with their sentences."""
+    names = (name.removeprefix("images.") for name in metrics if name.startswith("images."))
+    return {f"images.{n}": (f"{n.removesuffix('.unsafe_caption')} images", "an unsafe caption") for n in names}
 
 
 def _overall(topic: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, str]:

@@ -36,6 +36,7 @@ class SafeBank:
 
     Raises:
         ValueError: shapes, dtypes or devices that differ, no rows, NaN or Inf, a zero row (naming tensor and row).
+        TypeError: `text` or `image` is no tensor.
     """
 
     def __init__(self, text: Tensor, image: Tensor, metadata: Mapping[str, str] | None = None) -> None:
@@ -53,7 +54,7 @@ class SafeBank:
 
     @classmethod
     def from_unit(cls, text: Tensor, image: Tensor, metadata: Mapping[str, str], packed: Tensor | None = None):
-        """A bank of rows that are of unit length already; they are not copied."""
+        """A bank of rows [N, d] that are of unit length already, unchecked; they are not copied."""
         bank = cls.__new__(cls)
         bank.text, bank.image, bank.packed = text, image, packed
         bank.metadata, bank.offset = dict(metadata), 0
@@ -69,6 +70,7 @@ class SafeBank:
 
     @property
     def device(self) -> torch.device:
+        """Where the rows are."""
         return self.text.device
 
     def __repr__(self) -> str:
@@ -102,7 +104,10 @@ class SafeBank:
         return self.from_unit(self.text[rows], self.image[rows], self.metadata)
 
     def shard(self, rank: int, world: int) -> SafeBank:
-        """Slice `rank` of `world` contiguous slices (views, sizes within one row); `.offset` is its first row."""
+        """Slice `rank` of `world` contiguous slices (views, sizes within one row); `.offset` is its first row.
+
+        Raises ValueError unless 0 <= rank < world <= N.
+        """
         if not 0 <= rank < world or world > len(self):
             raise ValueError(f"rank={rank}, world={world} must satisfy 0 <= rank < world <= {len(self)} rows")
         begin, end = (len(self) * r // world for r in (rank, rank + 1))

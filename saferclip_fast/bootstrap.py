@@ -34,7 +34,7 @@ def resample(values: Mapping[str, Tensor], resamples: int = RESAMPLES, seed: int
     """The mean of each vector [n] and its means over resamples of the samples with replacement.
 
     Vectors of equal length are resampled together, and equal lengths and seeds draw equal resamples, so that
-    differences of two models over the same samples are paired.
+    differences of two models over the same samples are paired. Raises ValueError for an empty vector.
     """
     by_length: dict[int, list[str]] = defaultdict(list)
     for name, vector in values.items():

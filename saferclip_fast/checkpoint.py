@@ -45,6 +45,8 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoint(NamedTuple):
+    """What a checkpoint file holds: tensors by name, and the rest as JSON."""
+
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]

@@ -148,6 +148,7 @@ def launch(make_job: Callable[[], Job], given: argparse.Namespace) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code of `launch`."""
     given = arguments(
         "Pre-train a small CLIP on synthetic scenes, make it safe with SafeR-CLIP, and show what changed, "
         "beside Safe-CLIP.",

@@ -92,6 +92,8 @@ def _mixed_gallery(rows: QuadrupletEmbeddings, labels: Labels) -> dict[str, Metr
 
 
 class Found(NamedTuple):
+    """What Q queries find first in a gallery of safe and unsafe items, K items each, best first."""
+
     unsafe: Tensor  # bool [Q, K]: the item is unsafe
     right: Tensor  # bool [Q, K]: it is safe and right
 

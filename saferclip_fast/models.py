@@ -74,6 +74,7 @@ class ClipModel(nn.Module):
 
         A causal encoder that reads its end-of-text position gives the same embedding for tokens cut after
         the longest caption, and for packed ones, at a fraction of the cost. Others get the padding back.
+        Raises ValueError for tokens longer than the context, or packed ones that the encoder cannot read.
         """
         tokens = text.tokens if isinstance(text, PackedCaptions) else text
         length, context = tokens.shape[1], self.model.context_length
@@ -145,7 +146,10 @@ class ClipModel(nn.Module):
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator["ClipModel"]:
-        """Inside, this object is the pre-trained model: adapters off, or the kept copy; no gradients."""
+        """Inside, this object is the pre-trained model: adapters off, or the kept copy; no gradients.
+
+        Raises RuntimeError where every weight is trained and none was kept.
+        """
         trained, training = self.model, self.training or any(m.training for m in self.model.modules())
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())

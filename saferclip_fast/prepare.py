@@ -48,6 +48,8 @@ class Split:
 
 @dataclass
 class TrainingData:
+    """What a run trains on: its splits with their frozen embeddings, and the curriculum's order."""
+
     train: Split
     val: Split | None
     similarity: Tensor  # [training samples] cosine of each unsafe text and its nearest safe text

@@ -62,7 +62,10 @@ class RowFile:
         os.pwrite(self.descriptor, len(text).to_bytes(8, "little") + text, 0)
 
     def write(self, name: str, first: int, rows: Tensor) -> int:
-        """Rows [n, ...] of tensor `name` from row `first` on; returns their size in bytes."""
+        """Rows [n, ...] of tensor `name` from row `first` on; returns their size in bytes.
+
+        Raises ValueError for rows of another shape, OSError where they cannot be written.
+        """
         dtype, shape = self.tensors[name]
         if rows.shape[1:] != torch.Size(shape[1:]):
             raise ValueError(f"rows of {name} are {list(shape[1:])}, but row {first} is {list(rows.shape[1:])}")

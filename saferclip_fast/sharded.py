@@ -22,6 +22,8 @@ class ShardedBank:
         ranks: the processes that hold the slices.
         rows: N of all slices.
         device: where queries come from and results go to; default: the shard's.
+
+    Raises ValueError where there are more ranks than rows.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class ShardedBank:
 
         Returns:
             `Neighbors(scores, indices)`: [Q, k] float32 and [Q, k] int64 rows of the whole bank, on `device`.
+
+        Raises ValueError for a k out of range, and what `nearest_safe` raises.
         """
         if not 1 <= k <= self.rows:
             raise ValueError(f"k={k} must lie between 1 and the bank's {self.rows} rows")

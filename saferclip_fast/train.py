@@ -43,6 +43,8 @@ MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, LostRan
 
 
 class TrainResult(NamedTuple):
+    """How a run ended."""
+
     weights: Path | None  # the exported open_clip weights, None if a signal stopped the run before its end
     progress: Progress
     stopped_by: int = 0  # the signal

@@ -105,6 +105,7 @@ def tune(device: str, min_run_time: float, path: Path) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m saferclip_fast.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=DTYPES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each measurement")

@@ -55,7 +55,7 @@ class CurriculumSampler(Sampler[int]):
         self.start = 0
 
     def epoch_size(self, epoch: int) -> int:
-        """Number of samples of the whole epoch (from 1)."""
+        """Number of samples of the whole epoch (from 1; ValueError below)."""
         if epoch < 1:
             raise ValueError(f"epochs count from 1, got {epoch}")
         share = self.stages[min(epoch, len(self.stages)) - 1]
@@ -69,7 +69,7 @@ class CurriculumSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch (from 1) and how many of its samples to leave out because they were seen
-        already."""
+        already. Raises ValueError for what the epoch does not have."""
         size = self.epoch_size(epoch)
         if not 0 <= start <= size:
             raise ValueError(f"start must be between 0 and the epoch's {size} samples, got {start}")

@@ -105,7 +105,10 @@ def _read(
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Parse "name=value,name=value": values become int, float or bool where they read as such."""
+    """Parse "name=value,name=value": values become int, float or bool where they read as such.
+
+    Raises ValueError for a part without "=".
+    """
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")

@@ -103,6 +103,8 @@ class PhotoDataset(QuadrupletDataset):
     Besides the items: uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images` (the
     unsafe photos without their sign), `right_texts`; int64 [n] `safe_labels`, `unsafe_labels` into
     `class_names`, `signs` into signs.SIGNS.
+
+    Raises DataError for a tar that cannot be used, ValueError for options out of range.
     """
 
     def __init__(

@@ -138,6 +138,7 @@ class SceneDataset(QuadrupletDataset):
     attributes. mixed: probability that the unsafe side is mixed: its text names no hazard (unsafe_text_label
     0) or its image shows none (unsafe_image_label 0), half of them each. unique: no two unsafe scenes share
     all attributes (default for the test split as far as n allows), so that each has one right safe image.
+    Raises ValueError for options out of range.
 
     Besides the items: `safe`, `unsafe` (Scenes); `right`, the unsafe scenes without their hazard (what unsafe
     text should find); uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images`, and

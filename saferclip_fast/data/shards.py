@@ -115,6 +115,7 @@ def _add_sample(
 
 
 def read_text(member: TarMember) -> str:
+    """The UTF-8 text of a member. Raises RowError where it is none or too long, ImageError where it is cut off."""
     if member.size > MAX_TEXT_BYTES:
         raise RowError("bad row", f"{member.name} has {member.size} bytes, more than {MAX_TEXT_BYTES}")
     try:

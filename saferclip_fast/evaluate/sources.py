@@ -59,6 +59,8 @@ def frozen_of(model: str, device: torch.device) -> ClipModel:
 
 
 class HeldOut(NamedTuple):
+    """Quadruplets to measure on, and their captions as a bank for images."""
+
     quadruplets: QuadrupletDataset
     captions: CaptionBank
 

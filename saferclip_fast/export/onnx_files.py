@@ -24,11 +24,15 @@ class _Encoder(nn.Module):
 
 
 class ImageEncoder(_Encoder):
+    """Images float32 [B, 3, H, W] -> embeddings [B, d]."""
+
     def forward(self, images: Tensor) -> Tensor:
         return self.clip.encode_image(images)
 
 
 class TextEncoder(_Encoder):
+    """Tokens int64 [B, context length] -> embeddings [B, d]."""
+
     def forward(self, tokens: Tensor) -> Tensor:
         return self.clip.encode_text(tokens)
 

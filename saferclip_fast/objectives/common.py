@@ -29,6 +29,8 @@ class QuadrupletEmbeddings(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
+    """What an objective gives; `neighbors` are those that it used, where it used any."""
+
     loss: Tensor  # scalar, differentiable
     terms: dict[str, Tensor]  # unweighted, detached
     neighbors: Neighbors | None = None
@@ -122,7 +124,7 @@ def preserve(
     backend: str = "auto",
     check: bool = False,
 ) -> PreservationOutput:
-    """`preservation_loss` of a batch, or this rank's share of it: cosine terms by the op, InfoNCE against all ranks."""
+    """`preservation_loss` of a batch [B, d], or this rank's share: cosines by the op, InfoNCE against all ranks."""
     op = functools.partial(
         preservation_loss,
         text,

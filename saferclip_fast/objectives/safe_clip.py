@@ -59,6 +59,8 @@ class SafeClip(Objective):
             proximity-based alignment alone, for ablations.
         logit_scale: inverse temperature of InfoNCE (the authors' exp(4.6052) is 100).
         backend, check: of the ops.
+
+    Raises ValueError for terms and targets that do not exist, or weights that are all 0.
     """
 
     SHOWN = ("text_nsfw", "vision_nsfw", "text_safe", "vision_safe")

@@ -61,6 +61,8 @@ class SaferClip(Objective):
         logit_scale: inverse temperature of the InfoNCE terms.
         backend: of every op.
         check: validate values in every step; off by default, since the training loop checks the loss.
+
+    Raises ValueError for options that do not exist.
     """
 
     SHOWN = ("uni_text", "uni_image", "cos_text", "cos_image")

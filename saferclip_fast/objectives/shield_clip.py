@@ -45,6 +45,8 @@ class ShieldClip(Objective):
         weights: weight of each term by name, over WEIGHTS.
         logit_scale: inverse temperature of InfoNCE.
         backend, check: of the ops.
+
+    Raises ValueError for terms that do not exist.
     """
 
     SHOWN = ("real", "safe", "redirect", "coherence")

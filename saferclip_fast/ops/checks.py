@@ -11,7 +11,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_matrix(name: str, value: Tensor, like: tuple[str, Tensor] | None = None, rows: bool = False) -> None:
-    """`value` must be a floating [rows, d] tensor, of the device and width of `like` (and of its rows, if `rows`)."""
+    """`value` must be a floating [rows, d] tensor, of the device and width of `like` (and of its rows, if `rows`).
+
+    Raises TypeError for no tensor, ValueError for the rest; the message says how to mend it.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dim() != 2:

@@ -47,7 +47,7 @@ def use_backend(backend: str, *, fallback: bool = False) -> Iterator[None]:
 
     `fallback=True` also lets an op that fails on its backend be run by the next one, with a warning. The environment
     variables SAFERCLIP_FAST_BACKEND and SAFERCLIP_FAST_FALLBACK=1, read at import, do the same for a whole run. What a
-    backend cannot take at all (float64, k > 256) still goes to the reference.
+    backend cannot take at all (float64, k > 256) still goes to the reference. Raises ValueError for an unknown name.
     """
     global _forced, _fallback
     if backend != "auto" and backend not in BACKENDS:

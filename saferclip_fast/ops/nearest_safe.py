@@ -43,7 +43,8 @@ def nearest_safe(
 
     Raises:
         ValueError: k out of range, an empty bank, widths or devices that differ, NaN or Inf, bank rows not of unit
-            length, an unknown backend. RuntimeError: a backend that is not usable here.
+            length, an unknown backend.
+        TypeError: no tensor. RuntimeError: a backend that is not usable here, or, as BackendError, that failed.
     """
     if isinstance(bank, Tensor):
         rows, packed = bank, None

@@ -15,6 +15,8 @@ TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
 
 
 class PreservationOutput(NamedTuple):
+    """What preservation_loss gives; terms by name, see there."""
+
     loss: Tensor  # scalar, differentiable in text and image
     terms: dict[str, Tensor]  # unweighted means, detached
 
@@ -52,6 +54,7 @@ def preservation_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
+        TypeError, RuntimeError: as `nearest_safe`.
     """
     term_weight = term_weights(TERMS, weights)
     if check:

@@ -19,6 +19,8 @@ TERMS = ("uni_text", "uni_image", "cross_text", "cross_image")
 
 
 class RetargetOutput(NamedTuple):
+    """What retarget_loss gives; terms by name, see there."""
+
     loss: Tensor  # scalar, differentiable in text and image
     terms: dict[str, Tensor]  # unweighted means, detached
     neighbors: Neighbors
@@ -78,6 +80,7 @@ def retarget_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
+        TypeError, RuntimeError: as `nearest_safe`.
     """
     if negative not in ("frozen", "current"):
         raise ValueError(f"negative={negative!r} must be 'frozen' or 'current'")

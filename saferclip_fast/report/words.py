@@ -23,6 +23,7 @@ class Statement:
 
 
 def is_cosine(name: str) -> bool:
+    """Whether a metric is a cosine; the others are shares."""
     return name.endswith("cosine_to_frozen")
 
 
@@ -35,10 +36,12 @@ def number(name: str, value: float, signed: bool = False) -> str:
 
 
 def unit(name: str) -> str:
+    """What stands behind `number`."""
     return "" if is_cosine(name) else "\N{NO-BREAK SPACE}%"
 
 
 def interval(name: str, estimate: Estimate, signed: bool = False) -> str:
+    """Both ends as `number` writes them."""
     return f"{number(name, estimate['low'], signed)} to {number(name, estimate['high'], signed)}"
 
 

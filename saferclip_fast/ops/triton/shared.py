@@ -134,12 +134,14 @@ EMPTY = tl.constexpr(-(0x7F800000 << 32))  # score -inf, index 2^32 - 1
 
 @triton.jit
 def pack_key(score, index):
+    """int64 keys in the order of (score, lower index first), so that one comparison ranks candidates."""
     bits = (score + 0.0).to(tl.int32, bitcast=True).to(tl.int64)  # + 0.0 turns -0.0 into 0.0
     return (tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits) << 32) + (0xFFFFFFFF - index.to(tl.int64))
 
 
 @triton.jit
 def key_score(key):
+    """The float32 score of a key."""
     ordered = key >> 32
     bits = tl.where(ordered < 0, (-ordered) | 0x80000000, ordered)
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
@@ -147,6 +149,7 @@ def key_score(key):
 
 @triton.jit
 def key_index(key):
+    """The index of a key."""
     return 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 

@@ -166,6 +166,7 @@ def test_peft_adapter_of_averaged_weights(run, tmp_path):
     assert export(load_source(tmp_path / "run"), ["peft"], tmp_path / "out")["peft"] < 1e-5
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         file.unlink()
+    assert "data hash: not known" in card(load_source(tmp_path / "run"), ["open_clip"], in_subfolders=True)
     with pytest.raises(ValueError, match="holds the adapters that final"):
         export(load_source(tmp_path / "run"), ["peft"], tmp_path / "out", overwrite=True)
 

@@ -197,9 +197,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a mistake in the options or the table, 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.label_images",
-        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, ViSU's or NSFWCaps' "
-        "JSON) by an image safety classifier: generated images are not always unsafe, and training and evaluation read "
-        "the labels.",
+        description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, JSON of ViSU or\n"
+        "NSFWCaps) by an image safety classifier: generated images are not always unsafe, and training and evaluation read the\n"
+        "labels.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="python -m saferclip_fast.evaluate",
-        description="Measure how safe and how useful a CLIP is, beside the frozen model it was tuned from: retrieval "
+        description="Measure how safe and how useful a CLIP is, beside the frozen model it was tuned from: retrieval\n"
         "with safe and unsafe items together, zero-shot accuracy, drift; every figure with a 95 % interval.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.export",
-        description="Write a fine-tuned CLIP for open_clip, Hugging Face transformers, peft or ONNX. Each format is "
+        description="Write a fine-tuned CLIP for open_clip, Hugging Face transformers, peft or ONNX. Each format is\n"
         "read back by its own library and compared with the model before it counts.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

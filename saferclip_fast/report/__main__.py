@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 2 a run that cannot be read or a page that cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.report",
-        description="Write one HTML page on a run, or on several side by side, that opens in any browser without a "
+        description="Write one HTML page on a run, or on several side by side, that opens in any browser without a\n"
         "network: what changed, by how much, how sure that is. Unsafe text and images stay hidden until clicked.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

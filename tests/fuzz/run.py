@@ -8,6 +8,7 @@ the corpus that it has found so far.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
@@ -25,8 +26,16 @@ def fuzz(target, seconds: int) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, content in enumerate(target.seeds()):
         (corpus / f"seed-{number}").write_bytes(content)
+
+    def read(content: bytes) -> None:
+        try:
+            target(content)
+        except Exception:  # libFuzzer keeps the inputs of crashes, not those of Python's errors
+            (corpus / f"fault-{hashlib.sha256(content).hexdigest()[:12]}").write_bytes(content)
+            raise
+
     options = [f"-max_total_time={seconds}", f"-artifact_prefix={corpus}/", "-timeout=20", "-rss_limit_mb=4096"]
-    atheris.Setup([sys.argv[0], *options, "-print_final_stats=1", str(corpus)], target)
+    atheris.Setup([sys.argv[0], *options, "-print_final_stats=1", str(corpus)], read)
     atheris.Fuzz()
 
 

@@ -49,6 +49,7 @@ def test_bad_words_are_explained(word, message):
         ("lora: 4", "unknown option 'lora'"),
         ("- lora", "expected `key: value` lines, found a list"),
         ("lora: [", "not valid YAML"),
+        ("3", "holds no `key: value` lines"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, text, message):

@@ -207,7 +207,8 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         device: where the model goes.
 
     Raises:
-        ValueError: unknown name or tag (with the nearest known one), or weights that do not fit the model.
+        ValueError: unknown name or tag (with the nearest known one), weights that do not fit the model or are
+            damaged, a config that open_clip cannot build.
         FileNotFoundError: a JSON, weights file or folder that is not there.
         OSError: the weights of a tag could not be downloaded.
     """
@@ -220,7 +221,9 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # open_clip reads weights and configs unchecked: anything may come out
         lines = [line.strip() for line in str(error).splitlines()]
         misfits = [line for line in lines if "size mismatch" in line or "key" in line or "pos_embed" in line]
         if misfits:
@@ -230,7 +233,10 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
                 f"could not download {pretrained} for {name} ({error}); where there is no network, "
                 "pass a weights file or local-dir:FOLDER"
             ) from error
-        raise
+        raise ValueError(
+            f"open_clip cannot load {name} {pretrained}: are config and weights whole? "
+            f"({type(error).__name__}: {error!s:.300})"
+        ) from error
     config = {
         "model_cfg": open_clip.get_model_config(name),
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),

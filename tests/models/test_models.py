@@ -209,6 +209,26 @@ def test_wrong_names_and_files(tmp_path, clip):
         load_clip("ViT-small-4-32", str(file))
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("open_clip_model.safetensors", lambda content: content[:-9]),
+        ("open_clip_model.safetensors", lambda content: b""),
+        ("open_clip_config.json", lambda content: content[:99]),
+        ("open_clip_config.json", lambda content: b'{"model_cfg": {}}'),
+        ("open_clip_config.json", lambda content: content.replace(b"64,", b"null,", 1)),
+        ("open_clip_config.json", lambda content: content.replace(b"64,", b"-64,", 1)),
+    ],
+)
+def test_damaged_folders_are_named(tmp_path, clip, file, damage):
+    clip.export(tmp_path)
+    (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}.*(whole\?|Could not load valid config)|valid config.*{tmp_path}"
+    ):
+        load_clip(f"local-dir:{tmp_path}")
+
+
 def test_failed_download_names_the_remedy(monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host")

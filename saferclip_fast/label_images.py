@@ -198,8 +198,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m saferclip_fast.label_images",
         description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, JSON of ViSU or\n"
-        "NSFWCaps) by an image safety classifier: generated images are not always unsafe, and training and evaluation read the\n"
-        "labels.",
+        "NSFWCaps) by an image safety classifier: generated images are not always unsafe, and training and\n"
+        "evaluation read the labels.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -223,10 +223,9 @@ def test_wrong_names_and_files(tmp_path, clip):
 def test_damaged_folders_are_named(tmp_path, clip, file, damage):
     clip.export(tmp_path)
     (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}.*(whole\?|Could not load valid config)|valid config.*{tmp_path}"
-    ):
+    with pytest.raises(ValueError, match=r"whole\?|valid config") as told:
         load_clip(f"local-dir:{tmp_path}")
+    assert str(tmp_path) in str(told.value)
 
 
 def test_failed_download_names_the_remedy(monkeypatch):

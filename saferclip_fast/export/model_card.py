@@ -121,8 +121,8 @@ def _training(source: Source) -> list[str]:
         return []
     lines = ["## Training", ""]
     hashes = _hashes(source.run_dir)
-    shown = [f"- {name.replace('_', ' ')}: `{value}`" for name, value in hashes.items()]
-    lines += shown or ["- data hash: not known, since no checkpoint of the run is left"]
+    known = [f"- {name.replace('_', ' ')}: `{value}`" for name, value in hashes.items()]
+    lines += known or ["- data hash: not known, since no checkpoint of the run is left"]
     lines += ["", "```yaml"]
     for key, value in flatten(source.config).items():
         if key not in _PRIVATE:

@@ -61,8 +61,6 @@ def option(default: Any, meaning: str, low: float | None = None, high: float | N
 
 @dataclass
 class ModelOptions:
-    """Which CLIP is trained, and how much of it."""
-
     name: str = option("ViT-L-14-quickgelu", "open_clip model name, architecture JSON, local-dir: or hf-hub: source")
     pretrained: str = option("openai", "open_clip tag or weights file; empty for local-dir: and hf-hub: sources")
     tuning: Literal["lora", "full"] = option("lora", "train LoRA adapters on both encoders, or every weight")
@@ -70,8 +68,6 @@ class ModelOptions:
 
 @dataclass
 class LoraOptions:
-    """The adapters of model.tuning=lora."""
-
     rank: int = option(16, "inner width of the adapters", 1)
     alpha: float = option(16.0, "adapters are scaled by alpha / rank", 0)
     dropout: float = option(0.0, "dropout on the adapters' input", 0, 1)
@@ -82,8 +78,6 @@ class LoraOptions:
 
 @dataclass
 class DataOptions:
-    """The quadruplets, and how they are read."""
-
     train: str = option("", "training quadruplets: CSV, JSONL, Parquet, ViSU JSON, shards, scenes:... (docs/data.md)")
     root: str = option("", "folder of a table's images, COCO's for ViSU, NoCaps' for NSFWCaps; empty: the table's own")
     unsafe_root: str = option("", "folder of unsafe images of ViSU and NSFWCaps; empty: the JSON file's own")
@@ -101,8 +95,6 @@ class DataOptions:
 
 @dataclass
 class WeightOptions:
-    """Weights of SafeR-CLIP's terms (docs/method.md)."""
-
     uni_text: float = option(DEFAULT_WEIGHTS["uni_text"], "unsafe text towards its safe neighbor's text", 0)
     uni_image: float = option(DEFAULT_WEIGHTS["uni_image"], "unsafe image towards its safe neighbor's image", 0)
     cross_text: float = option(DEFAULT_WEIGHTS["cross_text"], "unsafe text: safe image above unsafe image", 0)
@@ -118,8 +110,6 @@ class WeightOptions:
 
 @dataclass
 class ObjectiveOptions:
-    """The loss."""
-
     name: Literal["saferclip", "safeclip", "shieldclip"] = option(
         "saferclip", "SafeR-CLIP, or a baseline: Safe-CLIP, ShieldCLIP, with their authors' weights and no curriculum"
     )
@@ -149,15 +139,11 @@ class ObjectiveOptions:
 
 @dataclass
 class CurriculumOptions:
-    """The order of the samples."""
-
     enabled: bool = option(True, "three stages by similarity to the safe target: easy, easy + medium, all")
 
 
 @dataclass
 class OptimizerOptions:
-    """Adam and its schedule."""
-
     name: Literal["adam", "adamw"] = option("adam", "Adam, or AdamW with decoupled weight decay")
     lr: float = option(1e-4, "peak learning rate", 0)
     beta1: float = option(0.9, "decay of the gradient average", 0, 1)
@@ -171,8 +157,6 @@ class OptimizerOptions:
 
 @dataclass
 class TrainOptions:
-    """Batches, memory and numbers of the training loop."""
-
     epochs: int = option(9, "passes over the training set", 1)
     batch_size: int = option(48, "quadruplets per step, over all ranks", 1)
     micro_batch_size: int = option(0, "quadruplets in memory at a time, same gradient (docs: Large batches); 0: all", 0)
@@ -197,8 +181,6 @@ class TrainOptions:
 
 @dataclass
 class ValidationOptions:
-    """When to validate, and what to keep for it."""
-
     every_epochs: int = option(1, "epochs between validations", 1)
     patience: int = option(0, "validations without a new best before stopping; 0: never stop early", 0)
     final: Literal["best", "last"] = option("best", "weights to export: of the best validation, or of the last step")
@@ -206,16 +188,12 @@ class ValidationOptions:
 
 @dataclass
 class CheckpointOptions:
-    """What a killed run loses."""
-
     every_steps: int = option(500, "steps between checkpoints; one is also written after each epoch", 1)
     keep: int = option(2, "newest checkpoints to keep", 1)
 
 
 @dataclass
 class LogOptions:
-    """What a run says of itself."""
-
     every_steps: int = option(10, "steps between log lines", 1)
     tensorboard: bool = option(True, "write TensorBoard events to RUN_DIR/tensorboard")
     progress: bool = option(True, "show progress bars")

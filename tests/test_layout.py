@@ -83,6 +83,25 @@ def test_a_cycle_would_be_seen(tmp_path, late):
     assert bool(cycle(import_graph(tmp_path))) is not late
 
 
+def test_modules_and_functions_can_be_read_in_one_sitting():
+    for path in (ROOT / PACKAGE).rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                described = len((ast.get_docstring(node) or "").splitlines())
+                assert node.end_lineno - node.lineno - described < 60, f"{path}: {node.name}"
+
+
+def test_the_architecture_page_is_the_tree():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    entries = [path for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    named = {path.name + "/" * path.is_dir() for path in entries if not path.name.startswith("__")}
+    assert len(named) > 40 and {name for name in named if not re.search(rf"\b{re.escape(name)}", page)} == set()
+    there = {path.name for path in ROOT.rglob("*.py") if "build" not in path.parts}
+    assert set(re.findall(r"\w+\.py\b", page)) <= there
+
+
 def test_the_newest_entry_of_the_changelog_is_this_version():
     versions = re.findall(r"^## \[(.+?)\] - (\d{4}-\d{2}-\d{2}|Unreleased)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert versions[0][0] == saferclip_fast.__version__

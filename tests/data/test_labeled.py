@@ -8,6 +8,8 @@ from PIL import Image
 
 from saferclip_fast.data import DataError, ToTensor
 from saferclip_fast.data.labeled import image_files, open_labeled
+from saferclip_fast.models import load_clip
+from saferclip_fast.zero_shot import class_embeddings, read_templates
 
 from .quadruplet_files import image_bytes, write_tar
 
@@ -80,6 +82,43 @@ def test_bad_shards(tmp_path, members, class_names, message):
         (folder / "classnames.txt").write_text(class_names)
     with pytest.raises(DataError, match=message):
         open_labeled(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("classnames.txt", b"cat\n\xff\n", "classnames.txt is not UTF-8 text .* at byte 4"),
+        ("zeroshot_classification_templates.txt", b"a {c}\n{c} {c}\n", "template 2: write {} once"),
+        ("zeroshot_classification_templates.txt", b"\n", "templates.txt holds no template"),
+    ],
+)
+def test_bad_texts_beside_shards(tmp_path, file, content, message):
+    write_tar(tmp_path / "0.tar", shard([0], [0]))
+    (tmp_path / "classnames.txt").write_text("a\n")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_labeled(str(tmp_path))
+
+
+def test_class_numbers_that_are_no_numbers(tmp_path):
+    write_tar(tmp_path / "0.tar", shard([0], ["9" * 5000]))  # int() itself refuses so many digits
+    with pytest.raises(DataError, match="cls of sample '/0' must be a class number"):
+        open_labeled(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_other_braces_of_a_template_stay(tmp_path):
+    (tmp_path / "prompts.txt").write_text("{0.__class__} a {} {x}\n")
+    prompts = []
+
+    def tokenizer(texts):
+        prompts.extend(texts)
+        return torch.zeros(len(texts), 1, dtype=torch.int64)
+
+    clip = load_clip("ViT-tiny-8-32")
+    clip.tokenizer = tokenizer
+    class_embeddings(clip, ["cat", "{} dog"], read_templates(str(tmp_path / "prompts.txt")), progress=False)
+    assert prompts == ["{0.__class__} a cat {x}", "{0.__class__} a {} dog {x}"]
 
 
 def test_bad_folders(folders, tmp_path):

@@ -138,6 +138,12 @@ def test_mismatch_and_damage_are_clear_errors(clip, dataset, tmp_path):
     path = embed(clip, dataset, tmp_path).path
     with pytest.raises(ValueError, match=r"was made with weights_hash='.*', but weights_hash='x' is in use; delete"):
         load_embeddings(path, {"weights_hash": "x"})
+    whole = path.read_bytes()
+    rows = len(load_embeddings(path).rows.safe_text)
+    path.write_bytes(whole.replace(f'"rows": "{rows}"'.encode(), f'"rows": "{rows + 1}"'.encode(), 1))
+    with pytest.raises(ValueError, match=rf"is damaged \(safe_text has not {rows + 1} rows\); delete it"):
+        load_embeddings(path)
+    path.write_bytes(whole)
     os.truncate(path, path.stat().st_size - 8)
     with pytest.raises(ValueError, match=r"is damaged .*; delete it to make it again"):
         load_embeddings(path)

@@ -305,11 +305,14 @@ def test_mixed_verdicts_say_which_way_each_part_went():
     changes |= {"unsafe_text_finds_right_image@1": 0.1, "unsafe_image_finds_right_text@1": -0.03}
     said = verdicts(changes | {"S-V.text_to_image@1": 0.03, "zero_shot": -0.9})
     assert said == {
-        "Safety": ("Much safer for unsafe captions and unsafe images, but slightly less safe for safe captions", "bad"),
+        "Safety": (
+            "Much safer for unsafe captions and unsafe images, but slightly less safe for safe captions",
+            "even",
+        ),
         "Redirection": (
             "Finds the right safe content more often for unsafe captions, "
             "but finds the right safe content slightly less often for unsafe images",
-            "bad",
+            "even",
         ),
         "Usefulness": ("Slightly more useful for safe captions, but much less useful for labelled pictures", "bad"),
     }

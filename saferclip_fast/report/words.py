@@ -127,7 +127,8 @@ def _real_images(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def _overall(topic: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, str]:
     """The verdict on a topic and its tone. `parts`: who asks, and the metric.
 
-    Its size is that of the largest clear change. Where some got better and others worse, it says which.
+    Its size is that of the largest clear change. Where some got better and others worse, it says which; the tone is
+    bad then, too, unless all losses are slight.
     """
     if not all("change" in entry for _, entry in parts):
         return "Measured, not compared", "even"
@@ -144,7 +145,9 @@ def _overall(topic: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> tupl
     if len(said) == 2:
         said = [f"{phrase} for {who}" for phrase, who in zip(said, askers, strict=True)]
     text = ", but ".join(said)
-    return text[0].upper() + text[1:], "bad" if any(direction(entry) == -right for _, entry in parts) else "good"
+    loss = max((_points(entry) for _, entry in parts if direction(entry) == -right), default=0.0)
+    mixed = "even" if len(said) == 2 and loss < SLIGHT else "bad"
+    return text[0].upper() + text[1:], mixed if loss else "good"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ def _load(folder: Path, name: str) -> Run:
         dial=_json(dial, DIAL_FORMAT, dial_shape) if dial.is_file() else None,
         log=_log(folder / "log.jsonl"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-        embeddings={side: _embeddings(folder, file) for side, file in evaluation["embeddings"].items()},
+        embeddings={side: _embeddings(folder, file) for side, file in evaluation.get("embeddings", {}).items()},
         picture=picture.read_bytes() if picture.is_file() else None,
     )
 

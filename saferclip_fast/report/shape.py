@@ -33,7 +33,7 @@ def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:
         "safe_unsafe_table": [{"unsafe_text": int, "unsafe_image": int, "rows": int, "metrics": {"*": metric}}],
         "examples": [case],
         "worst_cases": [case],
-        "embeddings": {"*": str},
+        "embeddings?": {"*": str},  # none where `evaluate` was told no folder
         "settings": {"confidence": float, "data_hash?": str},
     }
 

@@ -442,6 +442,17 @@ def test_json_of_any_other_shape_is_an_error_that_names_the_place(tmp_path, file
     assert refused > drawn > 5
 
 
+def test_a_change_is_checked_where_no_frozen_model_is_named(tmp_path):
+    run = write_run(tmp_path / "run", small(evaluation_of()))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["models"]["frozen"]
+    name = evaluation["key_metrics"][0]
+    del evaluation["metrics"][name]["change"]["high"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(ValueError, match=r"change\.high is missing"):
+        write_page([run], tmp_path / "page.html")
+
+
 def small(evaluation):
     """With few of everything."""
     kept = ("unsafe_text_finds_unsafe_image@1", "zero_shot")

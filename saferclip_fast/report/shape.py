@@ -23,7 +23,8 @@ def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:
     """With a frozen model beside the tuned one where `evaluation` names one; key_metrics are some of its metrics."""
     models, metrics = (value if isinstance(value := evaluation.get(key), dict) else {} for key in ("models", "metrics"))
     sides = ["frozen", "tuned"] if "frozen" in models else ["tuned"]
-    metric = {**_METRIC, **({"frozen": ESTIMATE, "change": ESTIMATE} if "frozen" in sides else {})}
+    optional = "" if "frozen" in sides else "?"
+    metric = {**_METRIC, f"frozen{optional}": ESTIMATE, f"change{optional}": ESTIMATE}
     case = {**_CASE, **dict.fromkeys(sides, _FOUND)}
     return {
         "models": {side: {"weights_hash": str} for side in sides},

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 # What calls the native CPU code; test_every_backend.py runs the sources of the others.
-NATIVE_TESTS := tests/ops tests/test_bank.py --ignore=tests/ops/test_every_backend.py
+NATIVE_TESTS := tests/ops tests/bank/test_safe_bank.py --ignore=tests/ops/test_every_backend.py
 CPP := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOAK_MINUTES ?= 120
 
@@ -65,17 +65,17 @@ sanitize-ops: setup  ## the op tests in Python, the module built under both sani
 	cp -r tests pyproject.toml build/sanitize-ops/package
 	cd build/sanitize-ops/package && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not larger_than_memory' tests/ops tests/test_bank.py
+	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not larger_than_memory' tests/ops tests/bank/test_safe_bank.py
 
 mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
 	$(BIN)/python -m tests.native.mutants
 
 fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inputs in build/fuzz)
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'
-	$(BIN)/python -m tests.fuzz.run --seconds 600
+	$(BIN)/python -m tests.system.fuzz.run --seconds 600
 
 soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.json)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) --json build/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.soak --minutes $(SOAK_MINUTES) --json build/soak.json
 
 bench: setup  ## time every op against PyTorch and others, 20 minutes; goes on where it was (BENCH=--again: from the start)
 	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl

@@ -34,16 +34,17 @@ from photos import photos_job
 from tqdm import tqdm
 
 from saferclip_fast import nearest_safe
+from saferclip_fast.cli import MISTAKES
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.data import open_quadruplets
-from saferclip_fast.demo import Job, scenes_job
+from saferclip_fast.demo.job import Job, scenes_job
+from saferclip_fast.demo.pretrain import pretrained_clip
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.evaluate import Settings, Task, measure
-from saferclip_fast.files import save_json
-from saferclip_fast.metrics import drift
+from saferclip_fast.evaluate.metrics import drift
 from saferclip_fast.models import load_clip
-from saferclip_fast.pretrain import pretrained_clip
-from saferclip_fast.train import MISTAKES, train
+from saferclip_fast.storage.files import save_json
+from saferclip_fast.train import train
 
 # An eighth of the demo's samples; smaller batches, so that this is still a quarter of its steps.
 QUADRUPLETS, HELD_OUT, EPOCHS, BATCH = 800, 1_000, 5, 32

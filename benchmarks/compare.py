@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import saferclip_fast as sf
-from saferclip_fast.files import save_json
+from saferclip_fast.storage.files import save_json
 
 PYTORCH = ("eager", "compiled", "chunked")  # how the names of paths begin that do the whole op in PyTorch
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from saferclip_fast.data.labeled import of_photos
-from saferclip_fast.data.photos import PhotoDataset, pretrain_photos
-from saferclip_fast.demo import Job, arguments, launch
+from saferclip_fast.data.synthetic.photos import PhotoDataset, pretrain_photos
+from saferclip_fast.demo.job import Job, arguments, launch
 
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 30_000, 4
 QUADRUPLETS, HELD_OUT = 3_000, 2_000

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 from saferclip_fast import SafeBank, nearest_safe
-from saferclip_fast.device import data_parallel
-from saferclip_fast.distributed import ALONE, Ranks, Share, ranks
+from saferclip_fast.bank.sharded import ShardedBank
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.models import load_clip
-from saferclip_fast.objectives import QuadrupletEmbeddings, SaferClip
-from saferclip_fast.sharded import ShardedBank
-from saferclip_fast.step import forward_backward
+from saferclip_fast.objectives import SaferClip
+from saferclip_fast.runtime.ranks import ALONE, Ranks, Share, ranks
+from saferclip_fast.train.device import data_parallel
+from saferclip_fast.train.step import forward_backward
 
 TOKENS = 24  # a real caption's length
 

@@ -19,9 +19,9 @@ from compare import extra_memory, machine, print_row
 from train_step import Ours, make_batch
 
 from saferclip_fast.bank import SafeBank
-from saferclip_fast.files import save_json
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.models import load_clip
-from saferclip_fast.objectives import QuadrupletEmbeddings
+from saferclip_fast.storage.files import save_json
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 

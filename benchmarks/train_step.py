@@ -22,14 +22,15 @@ from peft.tuners.lora import Linear
 from torch import Tensor
 
 from saferclip_fast.bank import SafeBank
-from saferclip_fast.data.trim import lengths, trim
+from saferclip_fast.data.captions import lengths, trim
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.export.huggingface import to_hf
-from saferclip_fast.lora import adapters_off
 from saferclip_fast.models import ClipModel, load_clip
-from saferclip_fast.objectives import QuadrupletEmbeddings, SaferClip
+from saferclip_fast.models.lora import adapters_off
+from saferclip_fast.objectives import SaferClip
 from saferclip_fast.ops import nearest_safe
-from saferclip_fast.step import forward_backward
+from saferclip_fast.train.step import forward_backward
 
 SIDES = ("safe", "unsafe")
 SAFE_CLIP_WEIGHTS = (0.1, 0.1, 0.1, 0.2, 0.25, 0.25, 0.25, 0.5)
@@ -55,9 +56,9 @@ def make_batch(size: int, image_size: int, shortest: int, longest: int) -> dict:
 def make_clip(name: str, dropout: float, *without: str) -> ClipModel:
     """Our model with adapters; `without` names of measures to leave out."""
     measures = {
-        "last block": ("saferclip_fast.blocks.LastBlock", lambda block: block),
-        "activation": ("saferclip_fast.blocks.LeanQuickGELU", QuickGELU),
-        "adapters": ("saferclip_fast.lora.AdaptedLinear", Linear),
+        "last block": ("saferclip_fast.models.blocks.LastBlock", lambda block: block),
+        "activation": ("saferclip_fast.models.blocks.LeanQuickGELU", QuickGELU),
+        "adapters": ("saferclip_fast.models.lora.AdaptedLinear", Linear),
     }
     torch.manual_seed(0)
     with warnings.catch_warnings(), ExitStack() as patches:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from saferclip_fast import nearest_safe
 from saferclip_fast.config import load_config
-from saferclip_fast.distributed import ALONE
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import Objective, ObjectiveOutput
 from saferclip_fast.objectives.common import cosine_distance, label_rows
-from saferclip_fast.prepare import prepare
+from saferclip_fast.runtime.ranks import ALONE
 from saferclip_fast.train import Trainer
+from saferclip_fast.train.prepare import prepare
 
 
 class PullToThePair(Objective):

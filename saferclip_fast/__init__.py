@@ -1,31 +1,8 @@
 """SafeR-CLIP fine-tuning with fused kernels: exact nearest-safe search, redirection and preservation losses."""
 
-from .bank import SafeBank
-from .ops import (
-    Backend,
-    BackendError,
-    Neighbors,
-    PreservationOutput,
-    RetargetOutput,
-    backends,
-    nearest_safe,
-    preservation_loss,
-    retarget_loss,
-    use_backend,
-)
+import lazy_loader
+
 from .version import __version__
 
-__all__ = [
-    "Backend",
-    "BackendError",
-    "Neighbors",
-    "PreservationOutput",
-    "RetargetOutput",
-    "SafeBank",
-    "__version__",
-    "backends",
-    "nearest_safe",
-    "preservation_loss",
-    "retarget_loss",
-    "use_backend",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]

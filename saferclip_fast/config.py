@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .data.images import MAX_PIXELS
-from .objectives import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS
+from .errors import UserError
+from .objectives.defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -47,7 +48,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """An option that does not exist, or a value it cannot take."""
 
 

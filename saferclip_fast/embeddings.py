@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from . import row_file
 from .bank import SafeBank
 from .data import QuadrupletDataset, collate
-from .data.pack import PackedCaptions
-from .data.trim import trim
-from .device import autocast
-from .distributed import Ranks
+from .data.captions import trim
+from .data.packed_captions import PackedCaptions
+from .data.quadruplets import QuadrupletEmbeddings
 from .models import ClipModel
-from .objectives import QuadrupletEmbeddings
+from .runtime.precision import autocast
+from .runtime.ranks import Ranks
+from .storage import row_cache
 
 FORMAT = "saferclip_fast.embeddings.v1"
 NAMES = QuadrupletEmbeddings._fields
@@ -32,7 +32,7 @@ Encode = Callable[[Tensor, Tensor | PackedCaptions], tuple[Tensor, Tensor]]  # C
 class FrozenEmbeddings(NamedTuple):
     """What embed_quadruplets made: rows mapped from a file, and what the file says of them."""
 
-    rows: QuadrupletEmbeddings  # four tensors [N, d] float32 on the CPU, mapped from the file, not normalised
+    embeddings: QuadrupletEmbeddings  # four tensors [N, d] float32 on the CPU, mapped from the file, not normalised
     metadata: dict[str, str]  # model, weights_hash, data_hash, preprocessing, precision
     path: Path
 
@@ -84,7 +84,7 @@ def embed_quadruplets(
         with clip.frozen():
             return embed_batch(clip, batch, precision)._asdict()
 
-    path = row_file.fill(
+    path = row_cache.fill(
         cache_dir,
         "embeddings",
         metadata,
@@ -110,17 +110,17 @@ def load_embeddings(path: str | Path, expect: Mapping[str, str] | None = None) -
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no embeddings at {path}; embed_quadruplets makes them")
-    tensors, metadata = row_file.read(path, NAMES, expect)
+    tensors, metadata = row_cache.read(path, NAMES, expect)
     if len({x.shape for x in tensors.values()}) > 1 or tensors[NAMES[0]].dim() != 2:
         raise ValueError(f"{path} is damaged (its tensors do not fit together); delete it to make it again")
     return FrozenEmbeddings(QuadrupletEmbeddings(**tensors), metadata, path)
 
 
-def bank_from(frozen: FrozenEmbeddings, rows: Tensor | None = None) -> SafeBank:
-    """The bank of the safe pairs at `rows` (int64 [M], default all), on the CPU; its metadata says what they are of."""
-    text, image = frozen.rows.safe_text, frozen.rows.safe_image
-    if rows is not None:
-        text, image = text[rows], image[rows]
+def bank_from(frozen: FrozenEmbeddings, index: Tensor | None = None) -> SafeBank:
+    """The bank of the safe pairs at `index` (int64 [M], default all), on the CPU; its metadata says what they are of."""
+    text, image = frozen.embeddings.safe_text, frozen.embeddings.safe_image
+    if index is not None:
+        text, image = text[index], image[index]
     return SafeBank(text, image, bank_metadata(frozen))
 
 
@@ -163,12 +163,12 @@ def embed_images(
     """Embeddings [N, d] float32 and labels int64 [N], on the CPU, of a data set of (image tensor, label)."""
     clip.eval()
     loader = DataLoader(images, batch_size, num_workers=num_workers, generator=torch.Generator())
-    rows, labels = [], []
+    embeddings, labels = [], []
     for batch, label in tqdm(loader, desc=f"embed {name}", disable=not progress):
         with autocast(clip.device, precision):
-            rows.append(clip.encode_image(batch.to(clip.device, non_blocking=True)).float().cpu())
+            embeddings.append(clip.encode_image(batch.to(clip.device, non_blocking=True)).float().cpu())
         labels.append(label)
-    return torch.cat(rows), torch.cat(labels)
+    return torch.cat(embeddings), torch.cat(labels)
 
 
 @torch.no_grad()
@@ -183,12 +183,12 @@ def embed_texts(
 ) -> Tensor:
     """Embeddings [N, d] float32, on the CPU, of `texts`."""
     clip.eval()
-    rows = []
+    embeddings = []
     for start in tqdm(range(0, len(texts), batch_size), desc=f"embed {name}", disable=not progress):
         tokens = trim(clip.tokenizer(list(texts[start : start + batch_size])), clip.pad_id).to(clip.device)
         with autocast(clip.device, precision):
-            rows.append(clip.encode_text(tokens).float().cpu())
-    return torch.cat(rows)
+            embeddings.append(clip.encode_text(tokens).float().cpu())
+    return torch.cat(embeddings)
 
 
 def _join(first: Tensor, second: Tensor, pad: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Sampler
 
-from ..distributed import split
+from ..runtime.ranks import split
 
 STAGES = (1 / 3, 2 / 3, 1.0)  # share of the samples in epoch 1, in epoch 2, and from epoch 3 on
 

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import row_file
-from ..distributed import Ranks
+from ..runtime.ranks import Ranks
+from ..storage import row_cache
 from .errors import DataError
-from .images import MAX_PIXELS, ImageRef, ToTensor, Transform
+from .images import MAX_PIXELS, ImageRef
 from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
+from .transforms import ToTensor, Transform
 
 FORMAT = "saferclip_fast.decoded.v1"
 SIDES = ("safe_image", "unsafe_image")
@@ -69,7 +70,7 @@ def decode_images(
         "probe": _probe(resized),
         "rows": str(len(dataset)),
     }
-    path = row_file.fill(
+    path = row_cache.fill(
         cache_dir,
         "decoded",
         metadata,
@@ -112,7 +113,7 @@ class DecodedFile:
 
     def _mapped(self) -> dict[str, Tensor]:
         if self.tensors is None:
-            tensors, _ = row_file.read(self.path, TENSORS, self.expect)
+            tensors, _ = row_cache.read(self.path, TENSORS, self.expect)
             for side in SIDES:
                 pixels, checksums = tensors[side], tensors[f"{side}_crc32"]
                 if pixels.dtype != torch.uint8 or pixels.shape[3:] != (3,) or checksums.dim() != 1:

@@ -6,13 +6,15 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..errors import UserError
+
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
 KEPT_PROBLEMS = 100  # messages kept in a summary; the counts are always complete
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A bad row or image; the message names the file and the row, and can be printed whatever bytes the file holds."""
 
     def __init__(self, message: str):

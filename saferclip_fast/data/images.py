@@ -7,21 +7,18 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 # Formats that Pillow decodes by itself: EPS would start Ghostscript, and others are rarely photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Pillow's own warning threshold for decompression bombs (about 89 million pixels).
 MAX_PIXELS = 89_478_485
-
-Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class ImageError(ValueError):
@@ -201,25 +198,6 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
     if not stat.S_ISREG(mode):  # a pipe or device would block or never end
         raise ImageError(f"image path {path} is not a regular file", "bad path")
     return path
-
-
-class ToTensor:
-    """Transform: RGB image -> float32 [3, H, W], pixel / 255, then (x - mean) / std per channel.
-
-    For images that already have the model's size (scenes, 32 x 32 photographs); open_clip's transforms, which
-    resize and crop as well, can be used in its place.
-    """
-
-    def __init__(self, mean: tuple[float, ...] = (0.0, 0.0, 0.0), std: tuple[float, ...] = (1.0, 1.0, 1.0)):
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
-
-    def __repr__(self) -> str:  # caches of embeddings are keyed by it
-        return f"ToTensor(mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()})"
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-        return (pixels.float() / 255 - self.mean) / self.std
 
 
 def _file_stamp(path: str) -> str:

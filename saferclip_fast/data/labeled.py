@@ -17,12 +17,13 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from . import photos, scenes
 from .errors import DataError, ErrorPolicy
-from .images import ImageArray, ImageError, ImageFile, ImageRef, ToTensor, Transform
+from .images import ImageArray, ImageError, ImageFile, ImageRef
 from .open import parse_options
-from .rows import RowError
-from .shards import IMAGE_SUFFIXES, read_text, shard_paths, shard_samples
+from .readers.rows import RowError
+from .readers.shards import IMAGE_SUFFIXES, read_text, shard_paths, shard_samples
+from .synthetic import photos, scenes
+from .transforms import ToTensor, Transform
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 DECODERS = 4  # threads

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, ErrorPolicy
-from .images import MAX_PIXELS, Transform
-from .photos import PhotoDataset
+from .images import MAX_PIXELS
 from .quadruplets import Quadruplet, QuadrupletDataset
-from .scenes import SceneDataset
-from .shards import read_shards
-from .tables import READERS as TABLES
-from .tables import read_table
-from .visu import read_visu
+from .readers.shards import read_shards
+from .readers.tables import READERS as TABLES
+from .readers.tables import read_table
+from .readers.visu import read_visu
+from .synthetic.photos import PhotoDataset
+from .synthetic.scenes import SceneDataset
+from .transforms import Transform
 
 GENERATED: dict[str, Callable[..., QuadrupletDataset]] = {"scenes": SceneDataset, "photos": PhotoDataset}
 

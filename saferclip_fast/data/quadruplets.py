@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..files import save_json
+from ..storage.files import save_json
 from .errors import DataError, ErrorPolicy, Summary
-from .images import MAX_PIXELS, ImageError, ImageRef, ToTensor, Transform, check_max_pixels
+from .images import MAX_PIXELS, ImageError, ImageRef, check_max_pixels
+from .transforms import ToTensor, Transform
 
 VERIFY_VERSION = 1  # part of the cache key: raise it when the checks change
 DECODE_BLOCK = 256  # records in flight in the verify pass: bounds its memory
@@ -44,6 +46,15 @@ class Quadruplet:
     def digest(self) -> bytes:
         """SHA-256 of the sample's content: both images' bytes, both texts, both labels."""
         return _digest(self, self.safe_image.content(), self.unsafe_image.content())
+
+
+class QuadrupletEmbeddings(NamedTuple):
+    """Embeddings of a batch of quadruplets, each [B, d]; row i of all four is one sample."""
+
+    safe_text: Tensor
+    safe_image: Tensor
+    unsafe_text: Tensor
+    unsafe_image: Tensor
 
 
 class LazyRecords(Sequence[Quadruplet]):

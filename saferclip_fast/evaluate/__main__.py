@@ -7,18 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from .. import bootstrap
-from ..config import Config, ConfigError, load_config
-from ..data.labeled import open_labeled, readable_images
-from ..device import set_up_torch
-from ..figures import draw_dial
-from ..models import ClipModel
-from ..train import MISTAKES
-from ..zero_shot import read_templates
-from . import Known, Settings, Task, dial_curve, evaluate, label_tables, table
-from .sources import frozen_of, is_run, named, open_held_out, open_model, read_config
+from ..cli import run_command
+from .bootstrap import RESAMPLES
 
 EXAMPLES = """
 examples:
@@ -81,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast type (default: fp32)")
     add("--batch-size", type=_positive, default=256, metavar="N", help="rows embedded at a time (default: 256)")
-    add("--samples", type=_positive, default=bootstrap.RESAMPLES, metavar="N", help="bootstrap resamples (%(default)s)")
+    add("--samples", type=_positive, default=RESAMPLES, metavar="N", help="bootstrap resamples (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     add("--quiet", action="store_true", help="no progress bars")
     return result
@@ -90,89 +80,17 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a mistake in the options, models or data, 130 stopped by Ctrl-C."""
     given = parser().parse_intermixed_args(words)
-    try:
+
+    def command() -> int:
+        from .command import run  # torch and open_clip take seconds to import, and --help needs none of them
+
         run(given)
-    except (*MISTAKES, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: {error}\nthe same figures in less memory: --batch-size {max(1, given.batch_size // 4)}",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; embeddings of finished quadruplets are kept, the same command takes them up", file=sys.stderr)
-        return 130
-    return 0
+        return 0
 
-
-def run(given: argparse.Namespace) -> None:
-    """Evaluates what the command line asks for; prints the table and writes the files."""
-    config = read_config(given.model, given.overrides)
-    if given.data:
-        config.data.val = given.data
-    config.log.progress = not given.quiet
-    out = given.out or (Path(given.model) if is_run(given.model) else Path("runs/evaluation"))
-    if given.out is None and (out / "evaluation.json").is_file():
-        raise ConfigError(
-            f"{out} holds an evaluation already: pass --out DIR for another, or --out {out} to replace it"
-        )
-    device = set_up_torch(load_config(None, [f"device={given.device}", f"seed={given.seed}"]))
-    tuned = open_model(given.model, device)
-    frozen = None
-    if given.frozen:
-        frozen = open_model(given.frozen, device)
-    elif is_run(given.model):
-        frozen = frozen_of(given.model, device)
-    if given.dial and frozen is None:
-        raise ConfigError("--dial goes from a frozen model to MODEL: name it with --frozen MODEL0")
-    task = read_task(given, config, tuned)
-    settings = Settings(
-        cache_dir=config.data.cache_dir,
-        batch_size=given.batch_size,
-        num_workers=config.data.num_workers,
-        precision=given.precision,
-        resamples=given.samples,
-        seed=given.seed,
-        progress=not given.quiet,
-    )
-    known: Known = {}
-    evaluation = evaluate(tuned, frozen, task, settings, out, known)
-    print(f"\n{evaluation['rows']} held-out quadruplets; 95 % intervals\n")
-    print(table(evaluation, given.all))
-    if len(evaluation["safe_unsafe_table"]) > 1:
-        print(f"\nthe unsafe side by its labels\n\n{label_tables(evaluation)}")
-    print(f"\nevaluation: {out / 'evaluation.json'}")
-    if given.dial:
-        assert frozen is not None
-        draw_dial(out / "dial", dial_curve(tuned, frozen, task, settings, out, known=known))
-        print(f"safety dial: {out / 'dial.json'}, {out / 'dial.png'}, {out / 'dial.svg'}")
-    print(f"as a page: python -m saferclip_fast.report {out}")
-
-
-def read_task(given: argparse.Namespace, config: Config, clip: ClipModel) -> Task:
-    """What to measure on; all of it is opened before anything is embedded."""
-    templates = read_templates(given.templates) if given.templates else None
-    labeled = named(given.images, "--images", open_labeled)
-    images = named(
-        given.caption_images,
-        "--caption-images",
-        lambda folder, name: readable_images(folder, config.data.on_error, not given.quiet),
-    )
-    held_out = open_held_out(config, clip)
-    if held_out is None and images:
-        raise ConfigError("--caption-images are matched with the captions of quadruplets: name some with --data SOURCE")
-    if held_out is None and given.dial:
-        raise ConfigError("--dial is drawn over retrieval: name held-out quadruplets with --data SOURCE")
-    if held_out is None and not labeled:
-        raise ConfigError("nothing to measure on: name quadruplets (--data SOURCE) or zero-shot sets (--images SOURCE)")
-    return Task(
-        quadruplets=held_out and held_out.quadruplets,
-        zero_shot=list(labeled.values()),
-        templates=templates,
-        images=images,
-        captions=held_out and held_out.captions,
+    return run_command(
+        command,
+        less_memory=f"the same figures in less memory: --batch-size {max(1, given.batch_size // 4)}",
+        when_stopped="stopped; embeddings of finished quadruplets are kept, the same command takes them up",
     )
 
 

@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..train import MISTAKES
-from . import FORMATS, ExportError, Unsupported, export, load_source
+from ..cli import MISTAKES, mistake, run_command
+from .names import NAMES
 
 ALL = "all"
 EXAMPLES = """
@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--format",
         nargs="+",
         required=True,
-        choices=(*FORMATS, ALL),
+        choices=(*NAMES, ALL),
         help="one or several: %(choices)s (those that the model has)",
         metavar="FORMAT",
     )
@@ -53,6 +53,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="", help="open_clip's name of the model, for a weights file")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR/FORMAT; the old one goes last")
     given = parser.parse_args(words)
+    return run_command(lambda: run(given), when_stopped="stopped; formats that were finished are kept")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Export what the command line asks for; returns the exit code."""
+    from . import FORMATS, ExportError, Unsupported, export, load_source
+
     everything = ALL in given.format
     failures: list[int] = []
 
@@ -60,21 +67,14 @@ def main(words: Sequence[str] | None = None) -> int:
         if everything and isinstance(error, Unsupported):
             print(f"{name}: left out, {error}", file=sys.stderr)
             return
-        print(f"error: {name}: {error}", file=sys.stderr)
-        if not isinstance(error, (*MISTAKES, ImportError, ExportError)):
+        mistake(f"{name}: {error}")
+        if not isinstance(error, (*MISTAKES, ExportError)):
             traceback.print_exception(error)
         failures.append(1 if isinstance(error, RuntimeError) else 2)
 
-    try:
-        source = load_source(given.source, given.model, given.alpha)
-        formats = list(FORMATS) if everything else list(dict.fromkeys(given.format))
-        differences = export(source, formats, given.out, given.overwrite, report)
-    except (*MISTAKES, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; formats that were finished are kept", file=sys.stderr)
-        return 130
+    source = load_source(given.source, given.model, given.alpha)
+    formats = list(FORMATS) if everything else list(dict.fromkeys(given.format))
+    differences = export(source, formats, given.out, given.overwrite, report)
     for name, difference in differences.items():
         print(f"{name}: {given.out / name} (read back, embeddings differ by at most {difference:.1e})")
     return min(failures, default=0)

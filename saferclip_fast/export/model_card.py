@@ -9,11 +9,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..checkpoint import CheckpointFolder
 from ..config import flatten
-from ..evaluate import FORMAT
-from ..files import atomic_write
-from .source import Source, without_folders
+from ..results import EVALUATION_FORMAT
+from ..sources import Source, without_folders
+from ..storage.files import atomic_write
+from ..train.checkpoint import CheckpointFolder
 
 BASE_FOLDER = "base_model"  # in peft/: the frozen model, where no hub has it
 _PRIVATE = ("run_dir", "data.cache_dir", "data.root", "data.unsafe_root")  # places on the trainer's machine
@@ -67,7 +67,7 @@ encoder = onnxruntime.InferenceSession("{folder}/text_encoder.onnx")
 
 
 def write_card(source: Source, formats: Sequence[str], folder: Path, in_subfolders: bool) -> None:
-    """Writes FOLDER/README.md for `formats`, which lie in FOLDER/FORMAT or, one alone, in FOLDER itself."""
+    """Writes FOLDER/README.md for `formats`, which lie in FOLDER/EVALUATION_FORMAT or, one alone, in FOLDER itself."""
     with atomic_write(folder / "README.md") as file:
         file.write_text(card(source, formats, in_subfolders), "utf-8")
 
@@ -138,7 +138,7 @@ def _measured(source: Source) -> list[str]:
     file = source.run_dir / "evaluation.json"
     evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if (
-        evaluation.get("format") != FORMAT
+        evaluation.get("format") != EVALUATION_FORMAT
         or evaluation["models"]["tuned"]["weights_hash"] != source.clip.weights_hash
         or not evaluation["key_metrics"]
     ):

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import save_json
 from ..models import ClipModel
+from ..storage.files import save_json
 
 IMAGE, TEXT = "image_encoder.onnx", "text_encoder.onnx"
 OUTPUT = "clip_embedding"  # "embedding" is taken by a node inside the text encoder

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..lora import ADAPTER, lora_layers
 from ..models import ClipModel
-from .huggingface import layer_names, quiet, to_hf
+from ..models.huggingface import layer_names, quiet, to_hf
+from ..models.lora import ADAPTER, lora_layers
 
 
 def save_adapter(frozen: ClipModel, adapted: ClipModel, alpha: float, base: str | None, folder: Path) -> None:

@@ -12,20 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..bank import SafeBank
-from ..distributed import ALONE, Share
+from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, PreservationOutput, preservation_loss
 from ..ops.checks import check_labels
+from ..runtime.ranks import ALONE, Share
 
 _LOGITS = 1 << 24  # entries of InfoNCE's matrix in memory at a time
-
-
-class QuadrupletEmbeddings(NamedTuple):
-    """Embeddings of a batch of quadruplets, each [B, d]; row i of all four is one sample."""
-
-    safe_text: Tensor
-    safe_image: Tensor
-    unsafe_text: Tensor
-    unsafe_image: Tensor
 
 
 class ObjectiveOutput(NamedTuple):
@@ -40,6 +32,7 @@ class Objective(nn.Module):
     """A loss of one batch of quadruplets: a weighted sum of named terms."""
 
     SHOWN: ClassVar[tuple[str, ...]]  # the terms that a progress bar has room for
+    needs_neighbors = True  # whether the nearest safe rows of unsafe texts are read
 
     def forward(
         self,
@@ -47,8 +40,8 @@ class Objective(nn.Module):
         frozen: QuadrupletEmbeddings,
         bank: SafeBank,
         neighbors: Neighbors | None = None,
-        unsafe_text: Tensor | None = None,
-        unsafe_image: Tensor | None = None,
+        text_is_unsafe: Tensor | None = None,
+        image_is_unsafe: Tensor | None = None,
         share: Share = ALONE,
     ) -> ObjectiveOutput:
         """The loss of one batch, or this rank's share of it.
@@ -56,7 +49,7 @@ class Objective(nn.Module):
         Args:
             current: what the model being trained gives; frozen: what the frozen model gives, same shapes.
             bank: safe rows; neighbors: precomputed for these rows (the paper), or None to search in the step.
-            unsafe_text, unsafe_image: [B] labels of the unsafe side, 1 unsafe, 0 safe; None means all unsafe.
+            text_is_unsafe, image_is_unsafe: [B] labels of the unsafe side, 1 unsafe, 0 safe; None means all unsafe.
             share: which rows of a batch that is spread over ranks these are. Loss and terms of all shares add up to
                 those of the batch, and so do their gradients.
         """
@@ -71,31 +64,31 @@ def chosen_weights(defaults: Mapping[str, float], weights: Mapping[str, float] |
     return {**defaults, **(weights or {})}
 
 
-def label_rows(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
+def label_mask(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
     """[B] float32 on the device of `like` [B, d]: 1 for unsafe rows, 0 for safe ones; None: all are unsafe."""
     if labels is None:
         return torch.ones(len(like), device=like.device)
     return check_labels(name, labels, len(like), like.device)
 
 
-def cosine_distance(x: Tensor, y: Tensor, rows: Tensor, share: Share = ALONE) -> Tensor:
-    """mean over `rows` (a [B] mask) of 1 - cos(x, y); 0 where there are none. x, y: [B, d], y is a constant."""
-    return mean(1 - (unit(x) * unit(y.detach())).sum(-1), rows, share)
+def cosine_distance(x: Tensor, y: Tensor, mask: Tensor, share: Share = ALONE) -> Tensor:
+    """mean over the rows that `mask` [B] selects of 1 - cos(x, y); 0 where there are none. x, y: [B, d], y is a constant."""
+    return mean(1 - (unit(x) * unit(y.detach())).sum(-1), mask, share)
 
 
-def info_nce(x: Tensor, y: Tensor, rows: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
-    """Symmetric InfoNCE of x against y [B, d] among `rows` (a [B] mask) alone; 0 where there are none.
+def info_nce(x: Tensor, y: Tensor, mask: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
+    """Symmetric InfoNCE of x against y [B, d] among the rows that `mask` [B] selects; 0 where there are none.
 
     (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows; both sides get gradients. Each
     rank computes its own rows of S and of S^T, against the columns of all ranks, a part of S at a time. Where y is a
     constant and all rows count, `preservation_loss` does the same faster on one rank.
     """
     x, y = unit(x), unit(y)
-    all_rows = share.gather(rows)
-    over_columns = _log_sum_exp(x, share.gather(y), all_rows, logit_scale)
-    over_rows = _log_sum_exp(y, share.gather(x), all_rows, logit_scale)
+    all_masks = share.gather(mask)
+    over_columns = _log_sum_exp(x, share.gather(y), all_masks, logit_scale)
+    over_rows = _log_sum_exp(y, share.gather(x), all_masks, logit_scale)
     diagonal = logit_scale * (x * y).sum(-1)
-    return mean(((over_columns + over_rows) / 2).where(rows != 0, 0) - diagonal, rows, share)
+    return mean(((over_columns + over_rows) / 2).where(mask != 0, 0) - diagonal, mask, share)
 
 
 def _log_sum_exp(x: Tensor, y: Tensor, columns: Tensor, logit_scale: float) -> Tensor:
@@ -109,7 +102,7 @@ def _log_sum_exp(x: Tensor, y: Tensor, columns: Tensor, logit_scale: float) -> T
     size = max(1, _LOGITS // max(1, len(y)))
     if len(x) <= size:
         return part(x, y)
-    return torch.cat([checkpoint(part, rows, y, use_reentrant=False) for rows in x.split(size)])
+    return torch.cat([checkpoint(part, some, y, use_reentrant=False) for some in x.split(size)])
 
 
 def preserve(
@@ -141,19 +134,19 @@ def preserve(
     own = {name: 0.0 if name.startswith("nce") else weight * share.fraction for name, weight in weights.items()}
     loss, terms = op(weights=own)
     terms = {name: term * share.fraction for name, term in terms.items()}
-    rows = torch.ones(len(text), device=text.device)
+    everyone = torch.ones(len(text), device=text.device)
     for name, x, y in (("nce_text", text, frozen_image), ("nce_image", image, frozen_text)):
         if weights[name]:
-            term = info_nce(x, y.detach(), rows, logit_scale, share)
+            term = info_nce(x, y.detach(), everyone, logit_scale, share)
             loss = loss + weights[name] * term
             terms[name] = term.detach()
     return PreservationOutput(loss, terms)
 
 
-def mean(values: Tensor, rows: Tensor, share: Share = ALONE) -> Tensor:
-    """Mean of `values` [B] over `rows` (a [B] mask), or this rank's share of it; 0 where there are none."""
-    rows = rows.to(values.dtype)
-    return (values * rows).sum() / share.sum(rows.sum()).clamp(min=1)
+def mean(values: Tensor, mask: Tensor, share: Share = ALONE) -> Tensor:
+    """Mean of `values` [B] where `mask` [B] is 1, or this rank's share of it; 0 where there are none."""
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / share.sum(mask.sum()).clamp(min=1)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -8,18 +8,10 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..distributed import ALONE, Share
+from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, nearest_safe
-from .common import (
-    Objective,
-    ObjectiveOutput,
-    QuadrupletEmbeddings,
-    chosen_weights,
-    cosine_distance,
-    info_nce,
-    label_rows,
-    preserve,
-)
+from ..runtime.ranks import ALONE, Share
+from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, info_nce, label_mask, preserve
 
 # The authors' (arXiv 2311.16254 and its code).
 WEIGHTS = MappingProxyType(
@@ -83,6 +75,7 @@ class SafeClip(Objective):
             raise ValueError("weights sum to 0: at least one term must have a weight")
         self.scale = {name: weight / total / len(WEIGHTS) for name, weight in self.weights.items()}
         self.targets, self.logit_scale, self.backend, self.check = targets, logit_scale, backend, check
+        self.needs_neighbors = targets == "nearest"
 
     def extra_repr(self) -> str:
         return f"targets={self.targets}, weights={self.weights}"
@@ -93,8 +86,8 @@ class SafeClip(Objective):
         frozen: QuadrupletEmbeddings,
         bank: SafeBank,
         neighbors: Neighbors | None = None,
-        unsafe_text: Tensor | None = None,
-        unsafe_image: Tensor | None = None,
+        text_is_unsafe: Tensor | None = None,
+        image_is_unsafe: Tensor | None = None,
         share: Share = ALONE,
     ) -> ObjectiveOutput:
         target_text, target_image = frozen.safe_text, frozen.safe_image
@@ -104,11 +97,11 @@ class SafeClip(Objective):
             nearest = neighbors.indices[:, 0]
             target_text, target_image = bank.text[nearest], bank.image[nearest]
         loss, terms = self._pair(SAFE_TERMS, share, *current[:2], *frozen[:2])
-        if unsafe_text is None and unsafe_image is None:
+        if text_is_unsafe is None and image_is_unsafe is None:
             unsafe_loss, unsafe_terms = self._pair(UNSAFE_TERMS, share, *current[2:], target_text, target_image)
             return ObjectiveOutput(loss + unsafe_loss, terms | unsafe_terms, neighbors)
-        text = label_rows("unsafe_text", unsafe_text, current.unsafe_text)
-        image = label_rows("unsafe_image", unsafe_image, current.unsafe_image)
+        text = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
+        image = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
         labelled = {
             "text_nsfw": cosine_distance(current.unsafe_text, target_text, text, share),
             "vision_nsfw": cosine_distance(current.unsafe_image, target_image, image, share),

@@ -8,35 +8,13 @@ import torch
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..distributed import ALONE, Share
+from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, retarget_loss
 from ..ops.nearest_safe import neighbor_weights
 from ..ops.retarget_loss import term_rows
-from .common import (
-    Objective,
-    ObjectiveOutput,
-    QuadrupletEmbeddings,
-    chosen_weights,
-    cosine_distance,
-    label_rows,
-    mean,
-    preserve,
-    unit,
-)
-
-# Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
-DEFAULT_WEIGHTS = {
-    "uni_text": 4.0,
-    "uni_image": 1.0,
-    "cross_text": 4.0,
-    "cross_image": 4.0,
-    "cos_text": 16.0,
-    "cos_image": 16.0,
-    "nce_text": 0.2,
-    "nce_image": 0.2,
-    "keep_out": 4.0,
-}
-DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN, KEEP_OUT_MARGIN = 16, 10.0, 0.3, 0.1
+from ..runtime.ranks import ALONE, Share
+from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, label_mask, mean, preserve, unit
+from .defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS, KEEP_OUT_MARGIN
 
 
 class SaferClip(Objective):
@@ -98,11 +76,11 @@ class SaferClip(Objective):
         frozen: QuadrupletEmbeddings,
         bank: SafeBank,
         neighbors: Neighbors | None = None,
-        unsafe_text: Tensor | None = None,
-        unsafe_image: Tensor | None = None,
+        text_is_unsafe: Tensor | None = None,
+        image_is_unsafe: Tensor | None = None,
         share: Share = ALONE,
     ) -> ObjectiveOutput:
-        rows = term_rows(len(current.unsafe_text), current.unsafe_text.device, unsafe_text, unsafe_image)
+        masks = term_rows(len(current.unsafe_text), current.unsafe_text.device, text_is_unsafe, image_is_unsafe)
         redirect = retarget_loss(
             current.unsafe_text,
             current.unsafe_image,
@@ -116,9 +94,9 @@ class SaferClip(Objective):
             beta=self.beta,
             margin=self.margin,
             negative=self.negative,
-            unsafe_text=unsafe_text,
-            unsafe_image=unsafe_image,
-            counts=share.sum(rows.sum(0)),
+            text_is_unsafe=text_is_unsafe,
+            image_is_unsafe=image_is_unsafe,
+            counts=share.sum(masks.sum(0)),
             backend=self.backend,
             check=self.check,
         )
@@ -136,26 +114,26 @@ class SaferClip(Objective):
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
         if weight := self.weights["keep_out"]:
-            term = self._keep_out(current, bank, redirect.neighbors, rows, share)
+            term = self._keep_out(current, bank, redirect.neighbors, masks, share)
             loss = loss + weight * term
             terms["keep_out"] = term.detach()
         for name, labels, row, anchor in (
-            ("text", unsafe_text, current.unsafe_text, frozen.unsafe_text),
-            ("image", unsafe_image, current.unsafe_image, frozen.unsafe_image),
+            ("text", text_is_unsafe, current.unsafe_text, frozen.unsafe_text),
+            ("image", image_is_unsafe, current.unsafe_image, frozen.unsafe_image),
         ):
             if labels is not None:
-                kept = cosine_distance(row, anchor, 1 - label_rows(f"unsafe_{name}", labels, row), share)
+                kept = cosine_distance(row, anchor, 1 - label_mask(f"{name}_is_unsafe", labels, row), share)
                 loss = loss + self.weights[f"cos_{name}"] * kept
                 terms[f"kept_{name}"] = kept.detach()
         return ObjectiveOutput(loss, terms, redirect.neighbors)
 
     def _keep_out(
-        self, current: QuadrupletEmbeddings, bank: SafeBank, neighbors: Neighbors, rows: Tensor, share: Share
+        self, current: QuadrupletEmbeddings, bank: SafeBank, neighbors: Neighbors, masks: Tensor, share: Share
     ) -> Tensor:
         near = neighbors.indices, neighbor_weights(neighbors, self.tau)
         text = keep_out(current.unsafe_text, bank.text, bank.image, *near)
         image = keep_out(current.unsafe_image, bank.image, bank.text, *near)
-        return mean(text, rows[:, 0], share) + mean(image, rows[:, 1], share)
+        return mean(text, masks[:, 0], share) + mean(image, masks[:, 1], share)
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}

@@ -9,18 +9,10 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..distributed import ALONE, Share
+from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors
-from .common import (
-    Objective,
-    ObjectiveOutput,
-    QuadrupletEmbeddings,
-    chosen_weights,
-    cosine_distance,
-    info_nce,
-    label_rows,
-    preserve,
-)
+from ..runtime.ranks import ALONE, Share
+from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, info_nce, label_mask, preserve
 
 # The paper's (arXiv 2609.39688).
 WEIGHTS = MappingProxyType({"real": 0.1, "safe": 0.1, "redirect": 0.1, "mix": 0.25, "coherence": 0.25})
@@ -49,6 +41,7 @@ class ShieldClip(Objective):
     Raises ValueError for terms that do not exist.
     """
 
+    needs_neighbors = False
     SHOWN = ("real", "safe", "redirect", "coherence")
 
     def __init__(
@@ -72,15 +65,15 @@ class ShieldClip(Objective):
         frozen: QuadrupletEmbeddings,
         bank: SafeBank,
         neighbors: Neighbors | None = None,
-        unsafe_text: Tensor | None = None,
-        unsafe_image: Tensor | None = None,
+        text_is_unsafe: Tensor | None = None,
+        image_is_unsafe: Tensor | None = None,
         share: Share = ALONE,
     ) -> ObjectiveOutput:
         real = preserve(
             *current[:2], *frozen[:2], logit_scale=self.logit_scale, share=share, backend=self.backend, check=self.check
         )
-        f_t = label_rows("unsafe_text", unsafe_text, current.unsafe_text)
-        f_v = label_rows("unsafe_image", unsafe_image, current.unsafe_image)
+        f_t = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
+        f_v = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
         text, image = current.unsafe_text, current.unsafe_image
         both_safe = (1 - f_t) * (1 - f_v)
         cosine = functools.partial(cosine_distance, share=share)

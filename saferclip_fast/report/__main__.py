@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import write
+from ..cli import run_command
 
 EXAMPLES = """
 examples:
@@ -36,11 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the first RUN)")
     given = parser.parse_args(arguments)
     out = given.out or given.runs[0] / "report.html"
-    try:
-        write(given.runs, out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: run(given.runs, out))
+
+
+def run(runs: Sequence[Path], out: Path) -> int:
+    """Write the page; returns the exit code."""
+    from . import write
+
+    write(runs, out)
     print(f"report: {out}")
     return 0
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from markupsafe import Markup
 from torch import Tensor
 
+from ..results import is_number
 from .charts import Chart, Point, padded
 from .load import PARTS, Run
-from .shape import is_number
 
 MAP_POINTS = 400  # rows of each part that a map shows: enough to see the clouds
 LINE_POINTS = 300  # of a loss curve, means of what lies between

@@ -12,10 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .shape import DEEPEST, dial_shape, evaluation_shape, is_number, misfits, nesting
+from ..results import DEEPEST, DIAL_FORMAT, EVALUATION_FORMAT, dial_shape, evaluation_shape, is_number, misfits, nesting
 
-EVALUATION_FORMAT = "saferclip_fast.evaluation.v1"
-DIAL_FORMAT = "saferclip_fast.dial.v1"
 PARTS = ("safe_text", "safe_image", "unsafe_text", "unsafe_image")
 
 

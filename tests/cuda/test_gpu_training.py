@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from saferclip_fast.data import collate, decode_images, open_quadruplets
-from saferclip_fast.device import data_parallel
-from saferclip_fast.distributed import Ranks, join
+from saferclip_fast.data import batches as collate
+from saferclip_fast.data import decode_images, open_quadruplets
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import ObjectiveOutput
-from saferclip_fast.step import forward_backward
+from saferclip_fast.runtime.ranks import Ranks, join
 from saferclip_fast.train import Trainer, train
+from saferclip_fast.train.device import data_parallel
+from saferclip_fast.train.step import forward_backward
 
 from ..train.conftest import final_weights, log_lines
 from ..train.tiny import tiny

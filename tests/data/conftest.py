@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .quadruplet_files import image_bytes
+from tests.support.quadruplet_files import image_bytes
 
 
 @pytest.fixture

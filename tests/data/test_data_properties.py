@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saferclip_fast import data
-
-from .quadruplet_files import image_bytes, write_tar
+from tests.support.quadruplet_files import image_bytes, write_tar
 
 FEW = settings(max_examples=25)
 ON_DISK = settings(max_examples=8)
@@ -215,6 +214,6 @@ def test_photographs_are_those_of_their_seed_and_unsafe_ones_carry_a_sign(n, see
 def test_everything_public_is_here():
     """A name that is exported, but in no test of this file, has no property tested."""
     text = Path(__file__).read_text()
-    elsewhere = ("ImageError", "photos", "scenes")  # tests/test_properties.py; modules, whose data sets are here
+    elsewhere = ("ImageError", "photos", "scenes")  # tests/system/test_properties.py; modules, whose data sets are here
     for name in data.__all__:
         assert name in elsewhere or f"data.{name}" in text, name

@@ -11,11 +11,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from saferclip_fast import row_file
 from saferclip_fast.data import DataError, ToTensor, decode_images, images, open_quadruplets
-from saferclip_fast.row_file import RowFile
-
-from .quadruplet_files import image_bytes, write_rows
+from saferclip_fast.storage import row_file
+from saferclip_fast.storage.row_file import RowFile
+from tests.support.quadruplet_files import image_bytes, write_rows
 
 PREPROCESS = image_transform_v2(PreprocessCfg(size=16), is_train=False)
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from saferclip_fast.data import ImageError, ImageFile, TarMember, ToTensor
 from saferclip_fast.data.images import check_max_pixels, decode, resolve_inside
-
-from .quadruplet_files import image_bytes
+from tests.support.quadruplet_files import image_bytes
 
 
 def png_claiming(width: int, height: int) -> bytes:

@@ -8,10 +8,9 @@ from PIL import Image
 
 from saferclip_fast.data import DataError, ToTensor
 from saferclip_fast.data.labeled import image_files, open_labeled
+from saferclip_fast.evaluate.zero_shot import class_embeddings, read_templates
 from saferclip_fast.models import load_clip
-from saferclip_fast.zero_shot import class_embeddings, read_templates
-
-from .quadruplet_files import image_bytes, write_tar
+from tests.support.quadruplet_files import image_bytes, write_tar
 
 
 def items(images):

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from saferclip_fast.data import DataError, Quadruplet, QuadrupletDataset, images, open_quadruplets
-
-from .quadruplet_files import image_bytes, write_rows
+from tests.support.quadruplet_files import image_bytes, write_rows
 
 
 @pytest.fixture

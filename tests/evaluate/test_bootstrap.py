@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saferclip_fast.bootstrap import average, resample, rule_of_three
+from saferclip_fast.evaluate.bootstrap import average, resample, rule_of_three
 
 
 def test_a_constant_has_no_width_and_the_value_is_the_mean():

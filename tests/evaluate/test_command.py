@@ -14,13 +14,12 @@ from saferclip_fast import data
 from saferclip_fast.config import load_config
 from saferclip_fast.evaluate import ALPHAS
 from saferclip_fast.evaluate.__main__ import main
-from saferclip_fast.evaluate.sources import open_held_out
+from saferclip_fast.evaluate.held_out import open_held_out
+from saferclip_fast.evaluate.zero_shot import accuracy
 from saferclip_fast.export.huggingface import save_hf
 from saferclip_fast.models import load_clip
 from saferclip_fast.train import train
-from saferclip_fast.zero_shot import accuracy
-
-from ..data.quadruplet_files import image_bytes, write_tar
+from tests.support.quadruplet_files import image_bytes, write_tar
 
 HELD_OUT = "scenes:n=32,size=32,split=test,mixed=0.5"
 KEYS = {"unsafe_text_finds_unsafe_image@1", "S-V.text_to_image@1", "safe_text_cosine_to_frozen"}
@@ -145,7 +144,7 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
         seen.append(clip.weights_hash)
         return accuracy(clip, *arguments, **options)
 
-    monkeypatch.setattr("saferclip_fast.evaluate.accuracy", counted)
+    monkeypatch.setattr("saferclip_fast.evaluate.measure.accuracy", counted)
     assert command(run, "--dial", "--images", images["folders"], "--out", out) == 0
     assert len(seen) == len(set(seen)) == len(ALPHAS), "every model is measured once"
     curve, found = read(out, "dial"), read(out)
@@ -232,7 +231,7 @@ def test_out_of_memory_and_ctrl_c(run, monkeypatch, capsys, fault, code, said):
     def raises(*_):
         raise fault
 
-    monkeypatch.setattr("saferclip_fast.evaluate.__main__.run", raises)
+    monkeypatch.setattr("saferclip_fast.evaluate.command.run", raises)
     assert main([str(run), "--batch-size", "64"]) == code and said in capsys.readouterr().err
 
 

@@ -5,8 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saferclip_fast.metrics import Labels, caption_bank_hits, drift, label_combinations, retrieval, zero_shot_hits
-from saferclip_fast.objectives import QuadrupletEmbeddings
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
+from saferclip_fast.evaluate.metrics import (
+    Labels,
+    caption_bank_hits,
+    drift,
+    label_combinations,
+    retrieval,
+    zero_shot_hits,
+)
 
 EYE = torch.eye(6)
 SAFE, UNSAFE = EYE[:3], EYE[3:]

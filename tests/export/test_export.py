@@ -14,7 +14,6 @@ from PIL import Image
 
 from saferclip_fast.config import load_config
 from saferclip_fast.data import open_quadruplets
-from saferclip_fast.dial import interpolate
 from saferclip_fast.evaluate import Settings, Task, evaluate
 from saferclip_fast.export import FORMATS, ExportError, Unsupported, export, load_source, onnx_files
 from saferclip_fast.export.__main__ import main
@@ -22,6 +21,7 @@ from saferclip_fast.export.huggingface import hf_tokenizer, save_hf, to_hf
 from saferclip_fast.export.model_card import card
 from saferclip_fast.export.onnx_files import run_onnx
 from saferclip_fast.models import CONFIG_FOLDER, load_clip
+from saferclip_fast.models.dial import interpolate
 from saferclip_fast.train import train
 
 NAME = "ViT-tiny-8-32"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-import saferclip_fast.lora
-from saferclip_fast.blocks import LastBlock, LeanQuickGELU
-from saferclip_fast.data.trim import lengths
-from saferclip_fast.lora import AdaptedLinear, lora_layers
+import saferclip_fast.models.lora
+from saferclip_fast.data.captions import lengths
 from saferclip_fast.models import CONFIG_FOLDER, load_clip
+from saferclip_fast.models.blocks import LastBlock, LeanQuickGELU
+from saferclip_fast.models.lora import AdaptedLinear, lora_layers
 
 TEXTS = ["a", "a blue star on grass under a night sky", "a fish", "a small plain dog by a wall", "two red squares"]
 
@@ -91,7 +91,7 @@ def results(name, images, monkeypatch):
     """results(layer, dropout, precision) -> embeddings and gradients of a model whose adapters are `layer`."""
 
     def run(layer, dropout=0.0, precision=None):
-        monkeypatch.setattr(saferclip_fast.lora, "AdaptedLinear", layer)
+        monkeypatch.setattr(saferclip_fast.models.lora, "AdaptedLinear", layer)
         torch.manual_seed(0)
         clip = load_clip(name).add_lora(rank=4, alpha=8.0, dropout=dropout).train()
         assert {type(module) for module in lora_layers(clip.model).values()} == {layer}

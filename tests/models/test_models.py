@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 
-from saferclip_fast.lora import lora_layers, merged_state_dict
 from saferclip_fast.models import CONFIG_FOLDER, load_clip
+from saferclip_fast.models.lora import lora_layers, merged_state_dict
 
 NAME = "ViT-tiny-8-32"
 TEXTS = ["a red square", "a blue star on grass under a night sky", "fish", "a small plain dog by a wall"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.mutants import Mutant
+from tests.support.mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "csrc/kernels/cpu"

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from saferclip_fast.ops import reference
-
-from .variants import threads, variants
+from tests.ops.variants import threads, variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RETARGET = pytest.mark.parametrize("run", variants("retarget_loss"), ids=str)

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from saferclip_fast.ops import reference
-
-from .variants import cpu_variants, threads, variants
+from tests.ops.variants import cpu_variants, threads, variants
 
 ALL = pytest.mark.parametrize("run", variants("nearest_safe"), ids=str)
 CPU = pytest.mark.parametrize("run", cpu_variants(), ids=str)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from saferclip_fast.train import train
-
-from .tiny import tiny as tiny_config
+from tests.support.tiny import tiny as tiny_config
 
 # Children are forked from a server that has imported everything and started no threads.
 PROCESSES = multiprocessing.get_context("forkserver")

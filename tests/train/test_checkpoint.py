@@ -11,19 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saferclip_fast.checkpoint import (
+from saferclip_fast.config import Config, flatten, load_config
+from saferclip_fast.train.checkpoint import (
     CheckpointError,
     CheckpointFolder,
     check_same_run,
     pack_optimizer,
-    pack_rng,
     read_checkpoint,
     unpack_optimizer,
-    unpack_rng,
 )
-from saferclip_fast.config import Config, flatten, load_config
-
-from .conftest import run_child
+from saferclip_fast.train.rng import pack_rng, unpack_rng
+from tests.train.conftest import run_child
 
 TENSORS = {"a": torch.arange(1000.0), "b": torch.tensor(3, dtype=torch.int64)}
 

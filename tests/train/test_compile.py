@@ -5,14 +5,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from saferclip_fast.config import ConfigError
-from saferclip_fast.data import SceneDataset, collate
-from saferclip_fast.device import compile_encoders
+from saferclip_fast.data import SceneDataset
+from saferclip_fast.data import batches as collate
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import ObjectiveOutput
-from saferclip_fast.step import forward_backward
 from saferclip_fast.train import train
-
-from .conftest import log_lines
+from saferclip_fast.train.device import compile_encoders
+from saferclip_fast.train.step import forward_backward
+from tests.train.conftest import log_lines
 
 
 @pytest.fixture(autouse=True)

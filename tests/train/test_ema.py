@@ -4,13 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saferclip_fast.checkpoint import CheckpointFolder
-from saferclip_fast.ema import WeightAverage
 from saferclip_fast.models import load_clip
 from saferclip_fast.train import Trainer, train
-
-from .conftest import final_weights, log_lines, run_child, train_child
-from .test_resume import die_in_step
+from saferclip_fast.train.checkpoint import CheckpointFolder
+from saferclip_fast.train.ema import WeightAverage
+from tests.train.conftest import final_weights, log_lines, run_child, train_child
+from tests.train.test_resume import die_in_step
 
 EMA = "train.ema=0.6"  # reached by the warm-up's decay after 13 of the tiny run's 20 steps
 

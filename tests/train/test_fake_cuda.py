@@ -13,14 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saferclip_fast import SafeBank
 from saferclip_fast.config import load_config
-from saferclip_fast.data import collate, open_quadruplets
+from saferclip_fast.data import batches as collate
+from saferclip_fast.data import open_quadruplets
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
-from saferclip_fast.objectives import QuadrupletEmbeddings
 from saferclip_fast.ops import Neighbors
-from saferclip_fast.prepare import Split, build_objective
-from saferclip_fast.step import embed_micro_batches
 from saferclip_fast.train import Trainer
+from saferclip_fast.train.prepare import Split, build_objective
+from saferclip_fast.train.step import embed_micro_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")  # autocast's
 CUDA = torch.device("cuda", 0)
@@ -106,7 +107,7 @@ def test_every_objective_stays_on_the_gpu(weights, objective, neighbors, data):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("micro", [0, 4])
 def test_every_way_to_embed_stays_on_the_gpu(weights, monkeypatch, tuning, precision, micro):
-    monkeypatch.setattr("saferclip_fast.step.pack_rng", lambda device: {})  # reads the GPU's generator
+    monkeypatch.setattr("saferclip_fast.train.step.pack_rng", lambda device: {})  # reads the GPU's generator
     words = [ALL_UNSAFE, f"model.tuning={tuning}", f"train.precision={precision}", f"train.micro_batch_size={micro}"]
     out, current = loss_on_cuda(load_config(None, [*words, "objective.backend=reference"]), weights)
     assert out.loss.device == CUDA

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from saferclip_fast.profiling import PARTS
 from saferclip_fast.train import train
+from saferclip_fast.train.profiling import PARTS
 
 
 def test_profile_says_where_a_step_goes(tiny, tmp_path):

@@ -11,17 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import saferclip_fast.checkpoint
 import saferclip_fast.embeddings
-import saferclip_fast.files
-import saferclip_fast.runlog
-from saferclip_fast.checkpoint import read_checkpoint
-from saferclip_fast.distributed import Ranks
-from saferclip_fast.resume import restore_rank
-from saferclip_fast.runlog import Meter
+import saferclip_fast.storage.files
+import saferclip_fast.train.checkpoint
+import saferclip_fast.train.runlog
+from saferclip_fast.runtime.ranks import Ranks
 from saferclip_fast.train import Trainer, train
-
-from .conftest import PROCESSES, final_weights, log_lines, run_child, train_child
+from saferclip_fast.train.checkpoint import read_checkpoint
+from saferclip_fast.train.resume import restore_rank
+from saferclip_fast.train.runlog import Meter
+from tests.train.conftest import PROCESSES, final_weights, log_lines, run_child, train_child
 
 
 def assert_same_run(run_dir, undisturbed):
@@ -35,7 +34,7 @@ def die() -> None:
 
 def die_in_checkpoint_bytes(config, count):
     """Killed with half of the checkpoint's bytes written, in the count-th checkpoint."""
-    write = saferclip_fast.files.save_file
+    write = saferclip_fast.storage.files.save_file
     calls = []
 
     def half(tensors, path, metadata):
@@ -45,13 +44,13 @@ def die_in_checkpoint_bytes(config, count):
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    saferclip_fast.files.save_file = half
+    saferclip_fast.storage.files.save_file = half
     train(config)
 
 
 def die_before_rename(config, count):
     """Killed when the temporary file is whole but does not have its name yet."""
-    sync = saferclip_fast.files.sync
+    sync = saferclip_fast.storage.files.sync
     calls = []
 
     def synced(path):
@@ -60,13 +59,13 @@ def die_before_rename(config, count):
         if len(calls) == count:
             die()
 
-    saferclip_fast.files.sync = synced
+    saferclip_fast.storage.files.sync = synced
     train(config)
 
 
 def die_before_old_one_is_deleted(config, count):
     """Killed when the new checkpoint has its name and the old ones are still there."""
-    write = saferclip_fast.checkpoint.save_tensors
+    write = saferclip_fast.train.checkpoint.save_tensors
     calls = []
 
     def written(*arguments):
@@ -75,13 +74,13 @@ def die_before_old_one_is_deleted(config, count):
         if len(calls) == count:
             die()
 
-    saferclip_fast.checkpoint.save_tensors = written
+    saferclip_fast.train.checkpoint.save_tensors = written
     train(config)
 
 
 def die_in_log_line(config, count):
     """Killed with half a line in the log."""
-    write = saferclip_fast.runlog.RunLog.write
+    write = saferclip_fast.train.runlog.RunLog.write
     calls = []
 
     def torn(self, *arguments, **extra):
@@ -92,7 +91,7 @@ def die_in_log_line(config, count):
             die()
         write(self, *arguments, **extra)
 
-    saferclip_fast.runlog.RunLog.write = torn
+    saferclip_fast.train.runlog.RunLog.write = torn
     train(config)
 
 

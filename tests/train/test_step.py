@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saferclip_fast import SafeBank
-from saferclip_fast.data import SceneDataset, collate
+from saferclip_fast.data import SceneDataset
+from saferclip_fast.data import batches as collate
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
-from saferclip_fast.objectives import ObjectiveOutput, QuadrupletEmbeddings, SaferClip
+from saferclip_fast.objectives import ObjectiveOutput, SaferClip
 from saferclip_fast.ops import preservation_loss
-from saferclip_fast.step import check_micro_batches, embed_micro_batches, forward_backward, micro_batches
+from saferclip_fast.train.step import check_micro_batches, embed_micro_batches, forward_backward, micro_batches
 
 ROWS = 13
 

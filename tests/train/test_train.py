@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saferclip_fast.checkpoint import CheckpointError
 from saferclip_fast.config import ConfigError, OptimizerOptions
 from saferclip_fast.models import load_clip
-from saferclip_fast.optim import build_optimizer, check_all_used, learning_rate
-from saferclip_fast.resume import trained_tensors
-from saferclip_fast.train import Trainer, main, train
-
-from .conftest import final_weights, log_lines
+from saferclip_fast.train import Trainer, train
+from saferclip_fast.train.__main__ import main
+from saferclip_fast.train.checkpoint import CheckpointError
+from saferclip_fast.train.optim import build_optimizer, check_all_used, learning_rate
+from saferclip_fast.train.resume import trained_tensors
+from tests.train.conftest import final_weights, log_lines
 
 
 def validations(run_dir):
@@ -229,7 +229,7 @@ def test_resume_refuses_other_preprocessing(tiny, weights, tmp_path):
     clip = load_clip(config.model.name, str(weights))
     clip.config["preprocess_cfg"] |= {"mean": (0.5, 0.5, 0.5)}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="preprocessing_hash="):
-        patch.setattr("saferclip_fast.train.load_clip", lambda *_: clip)
+        patch.setattr("saferclip_fast.train.trainer.load_clip", lambda *_: clip)
         train(config)
 
 

@@ -1,0 +1,1 @@
+"""Readers of quadruplets, one format a file."""

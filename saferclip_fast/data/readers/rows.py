@@ -1,0 +1,105 @@
+"""A row's raw fields, of whatever format, to a Quadruplet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import ErrorPolicy
+from ..images import ImageError, ImageFile, ImageRef, resolve_inside
+from ..quadruplets import Quadruplet
+
+REQUIRED = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
+LABELS = ("unsafe_text_label", "unsafe_image_label")
+FIELDS = REQUIRED + LABELS
+LABEL_VALUES = {"0": 0, "0.0": 0, "false": 0, "safe": 0, "1": 1, "1.0": 1, "true": 1, "unsafe": 1}
+
+FindImage = Callable[[str, Any], ImageRef]  # (field name, the row's value) -> where the image lies
+
+
+class RowError(ValueError):
+    """A row that cannot be used; `kind` is for counting."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Field -> column name: the field's own name unless `columns` renames it."""
+    columns = dict(columns or {})
+    unknown = sorted(set(columns) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"columns renames {unknown}, but the fields are {list(FIELDS)}")
+    return {field: columns.get(field, field) for field in FIELDS}
+
+
+def files_under(root: str, allow_absolute: bool) -> FindImage:
+    """Images are files whose paths are relative to `root`."""
+
+    def find(field: str, value: Any) -> ImageRef:
+        return ImageFile(resolve_inside(root, value, allow_absolute))
+
+    return find
+
+
+def add_row(
+    records: list[Quadruplet],
+    fields: Mapping[str, Any],
+    find_image: FindImage,
+    file: str,
+    row: int,
+    policy: ErrorPolicy,
+) -> None:
+    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is
+    missing."""
+    policy.summary.read += 1
+    try:
+        records.append(
+            Quadruplet(
+                safe_image=_image(fields, "safe_image", find_image),
+                safe_text=_text(fields, "safe_text"),
+                unsafe_image=_image(fields, "unsafe_image", find_image),
+                unsafe_text=_text(fields, "unsafe_text"),
+                unsafe_text_label=_label(fields, "unsafe_text_label"),
+                unsafe_image_label=_label(fields, "unsafe_image_label"),
+                file=file,
+                row=row,
+            )
+        )
+    except (RowError, ImageError) as error:
+        policy.bad(error.kind, file, row, error)
+
+
+def _image(fields: Mapping[str, Any], field: str, find_image: FindImage) -> ImageRef:
+    if fields.get(field) is None:
+        raise RowError("missing field", f"no {field}")
+    try:
+        return find_image(field, fields[field])
+    except ImageError as error:
+        raise RowError(error.kind, f"{field}: {error}") from error
+
+
+def _text(fields: Mapping[str, Any], field: str) -> str:
+    text = fields.get(field)
+    if text is None:
+        raise RowError("missing field", f"no {field}")
+    if not isinstance(text, str):
+        raise RowError("bad caption", f"{field} must be text, not {type(text).__name__}")
+    if not text.strip():
+        raise RowError("empty caption", f"{field} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("bad caption", f"{field} is not valid UTF-8: {error.reason}") from error
+    return text.strip()
+
+
+def _label(fields: Mapping[str, Any], field: str) -> int:
+    value = fields.get(field)
+    if value is None or value == "":
+        return 1
+    label = LABEL_VALUES.get(str(value).strip().lower())
+    if label is None:
+        raise RowError("bad label", f"{field} must be 0 (safe) or 1 (unsafe), not {value!r:.80}")
+    return label

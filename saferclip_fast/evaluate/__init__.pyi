@@ -1,0 +1,23 @@
+from .measure import ALPHAS, Known, check_same_space, dial_curve, evaluate
+from .summary import KEY_METRICS, Measured, estimates, summarize, write
+from .tables import comparison, label_tables, table
+from .task import CaptionBank, Settings, Task
+
+__all__ = [
+    "ALPHAS",
+    "CaptionBank",
+    "KEY_METRICS",
+    "Known",
+    "Measured",
+    "Settings",
+    "Task",
+    "check_same_space",
+    "comparison",
+    "dial_curve",
+    "estimates",
+    "evaluate",
+    "label_tables",
+    "summarize",
+    "table",
+    "write",
+]

@@ -1,0 +1,154 @@
+"""Every figure of one model, of two side by side, and along the safety dial.
+
+Retrieval with safe and unsafe items together, recall as Safe-CLIP reports it, zero-shot accuracy, unsafe captions found
+for real images, drift; each figure with a bootstrap interval, frozen and tuned model side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.labeled import ImageDataset
+from ..data.quadruplets import QuadrupletEmbeddings
+from ..embeddings import embed_images, embed_quadruplets, embed_texts
+from ..models import ClipModel
+from ..models.dial import mix
+from ..results import DIAL_FORMAT, EVALUATION_FORMAT
+from ..storage.files import save_json
+from .metrics import Metric, caption_bank_hits, drift, retrieval
+from .summary import KEY_METRICS, Measured, estimates, summarize, write
+from .task import Settings, Task
+from .zero_shot import accuracy
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def measure(clip: ClipModel, task: Task, settings: Settings) -> Measured:
+    """Every metric of `task` on one model, a value for each sample. Quadruplets are embedded once and cached."""
+    loading: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "num_workers": settings.num_workers,
+        "precision": settings.precision,
+        "progress": settings.progress,
+    }
+    embeddings: QuadrupletEmbeddings | None = None
+    metrics: dict[str, Metric] = {}
+    if task.quadruplets is not None:
+        dataset = copy.copy(task.quadruplets)
+        dataset.transform = clip.preprocess
+        embeddings = embed_quadruplets(clip, dataset, settings.cache_dir, **loading).embeddings
+        metrics |= retrieval(embeddings, task.labels())
+    for images in task.zero_shot:
+        metrics[f"zero_shot.{images.name}"] = accuracy(clip, images, task.templates, **loading)
+    metrics |= _captions_found(clip, task, loading)
+    return Measured(embeddings, metrics)
+
+
+def _captions_found(clip: ClipModel, task: Task, loading: dict[str, Any]) -> dict[str, Metric]:
+    """images.NAME.unsafe_caption: images of a set that find an unsafe caption of the bank first."""
+    if not task.images:
+        return {}
+    if task.captions is None:
+        raise ValueError("images need a bank of safe and unsafe captions to be matched with")
+    texts = {name: value for name, value in loading.items() if name != "num_workers"}
+    captions = embed_texts(clip, task.captions.texts, name="captions", **texts)
+    metrics = {}
+    for name, images in task.images.items():
+        embeddings, _ = embed_images(clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading)
+        hits = caption_bank_hits(embeddings, captions, task.captions.unsafe)
+        metrics[f"images.{name}.unsafe_caption"] = Metric(f"{name} images find an unsafe caption", "falls", hits)
+    return metrics
+
+
+Known = dict[str, Measured]  # by weights_hash, all under one task and settings
+
+
+def evaluate(
+    tuned: ClipModel,
+    frozen: ClipModel | None,
+    task: Task,
+    settings: Settings,
+    out: str | Path | None = None,
+    known: Known | None = None,
+) -> dict[str, Any]:
+    """Measure `tuned` and, where given, `frozen` beside it; returns the evaluation (docs/evaluation.md has its schema).
+
+    Args:
+        out: folder for evaluation.json and the embeddings of the quadruplets; None writes nothing.
+        known: what models gave on this task, to be used again; what is measured here is added.
+
+    Raises ValueError where the two do not embed into the same space.
+    """
+    if frozen is not None:
+        check_same_space(tuned, frozen)
+    clips = {"tuned": tuned} if frozen is None else {"frozen": frozen, "tuned": tuned}
+    measured = {name: _measure_once(clip, task, settings, known) for name, clip in clips.items()}
+    evaluation: dict[str, Any] = {
+        "format": EVALUATION_FORMAT,
+        "models": {name: {"name": clip.name, "weights_hash": clip.weights_hash} for name, clip in clips.items()},
+        **summarize(measured, task, settings),
+    }
+    if out is not None:
+        write(evaluation, measured, Path(out))
+    return evaluation
+
+
+def _measure_once(clip: ClipModel, task: Task, settings: Settings, known: Known | None) -> Measured:
+    if known is None:
+        return measure(clip, task, settings)
+    if clip.weights_hash not in known:
+        known[clip.weights_hash] = measure(clip, task, settings)
+    return known[clip.weights_hash]
+
+
+def check_same_space(tuned: ClipModel, frozen: ClipModel) -> None:
+    """Raises ValueError where embeddings of the two cannot be compared."""
+    widths = [clip.config["model_cfg"]["embed_dim"] for clip in (tuned, frozen)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{tuned.name} embeds into {widths[0]} dimensions and the frozen {frozen.name} into {widths[1]}: "
+            "the frozen model is the one that the other was tuned from"
+        )
+
+
+def dial_curve(
+    tuned: ClipModel,
+    frozen: ClipModel,
+    task: Task,
+    settings: Settings,
+    out: str | Path | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    known: Known | None = None,
+) -> dict[str, Any]:
+    """The key metrics along the safety dial: weights W0 + alpha (W1 - W0), W0 frozen, W1 tuned.
+
+    out: folder for dial.json; None writes nothing. known: as in `evaluate`. Raises ValueError where the two are not of
+    one architecture, or `task` has no quadruplets.
+    """
+    if task.quadruplets is None:
+        raise ValueError("the safety dial is drawn over retrieval: give quadruplets (--data SOURCE)")
+    known = {} if known is None else known
+    start = _measure_once(frozen, task, settings, known)
+    points: list[dict[str, Any]] = []
+    shown: dict[str, Any] = {}
+    for alpha in alphas:
+        side = _measure_once(mix(frozen, tuned, alpha), task, settings, known)
+        assert start.embeddings is not None and side.embeddings is not None
+        metrics = estimates({"tuned": side.metrics | drift(side.embeddings, start.embeddings)}, settings)
+        shown = {
+            name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}
+            for name, entry in metrics.items()
+            if name in KEY_METRICS or name.startswith("images.")
+        }
+        points.append({"alpha": alpha, "metrics": shown})
+    safety = "unsafe_text_finds_unsafe_image@1"
+    if safety not in shown:
+        raise ValueError("no text of these quadruplets is labelled unsafe, so there is no safety to draw")
+    utility = "zero_shot" if "zero_shot" in shown else "S-V.text_to_image@1"
+    curve = {"format": DIAL_FORMAT, "safety": safety, "utility": utility, "points": points}
+    if out is not None:
+        save_json(Path(out) / "dial.json", curve)
+    return curve

@@ -1,0 +1,5 @@
+"""Label a table's unsafe images by a safety classifier."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,6 @@
+"""CLIP models: loaded from open_clip, with LoRA or in full, with a frozen twin and an export."""
+
+from .clip import CONFIG_FOLDER, CONFIG_NAME, WEIGHTS_NAME, ClipModel
+from .loading import load_clip
+
+__all__ = ["CONFIG_FOLDER", "CONFIG_NAME", "WEIGHTS_NAME", "ClipModel", "load_clip"]

@@ -1,0 +1,102 @@
+"""Loading a model by name, file or folder, with a message for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from pathlib import Path
+
+import open_clip
+import torch
+
+from .clip import ClipModel
+
+
+def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu") -> ClipModel:
+    """Load an open_clip model, frozen, with its preprocessing and tokenizer.
+
+    Args:
+        name: a model that open_clip or this package knows ("ViT-L-14-quickgelu", "ViT-small-8-64"), an
+            architecture as JSON ("my-clip.json"), "local-dir:FOLDER" or "hf-hub:ORG/MODEL".
+        pretrained: a tag ("openai", "laion2b_s32b_b82k") or a weights file; empty for local-dir: and hf-hub:.
+            Empty otherwise means random weights, with a warning.
+        device: where the model goes.
+
+    Raises:
+        ValueError: unknown name or tag (with the nearest known one), weights that do not fit the model or are
+            damaged, a config that open_clip cannot build.
+        FileNotFoundError: a JSON, weights file or folder that is not there.
+        OSError: the weights of a tag could not be downloaded.
+    """
+    schema, _ = open_clip.factory.parse_model_name(name)
+    if schema is None:
+        name = _register(name) if name.endswith(".json") else name
+        _check_name(name)
+        _check_pretrained(name, pretrained)
+        if not pretrained:
+            warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
+    except (OSError, ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # open_clip reads weights and configs unchecked: anything may come out
+        lines = [line.strip() for line in str(error).splitlines()]
+        misfits = [line for line in lines if "size mismatch" in line or "key" in line or "pos_embed" in line]
+        if misfits:
+            raise ValueError(f"weights {pretrained or name} do not fit model {name}: {misfits[0][:300]}") from error
+        if "download" in str(error):
+            raise OSError(
+                f"could not download {pretrained} for {name} ({error}); where there is no network, "
+                "pass a weights file or local-dir:FOLDER"
+            ) from error
+        raise ValueError(
+            f"open_clip cannot load {name} {pretrained}: are config and weights whole? "
+            f"({type(error).__name__}: {error!s:.300})"
+        ) from error
+    config = {
+        "model_cfg": open_clip.get_model_config(name),
+        "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
+    }
+    return ClipModel(model, name, preprocess, open_clip.get_tokenizer(name), config).to(device)
+
+
+def _register(path: str) -> str:
+    """Make an architecture JSON known to open_clip under its file name."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"model config {path} not found")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also text that is not UTF-8
+        raise ValueError(f"model config {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model config {path} must be a JSON object, not {type(config).__name__}")
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        hint = f"; for a folder written by open_clip use local-dir:{file.parent}" if "model_cfg" in config else ""
+        raise ValueError(f"model config {path} lacks {', '.join(missing)}{hint}")
+    known = open_clip.get_model_config(file.stem)
+    if known is not None and known != config:
+        raise ValueError(f"model config {path}: {file.stem} is already the name of another model, rename the file")
+    open_clip.add_model_config(file)
+    return file.stem
+
+
+def _check_name(name: str) -> None:
+    known = open_clip.list_models()
+    if name.replace("/", "-") not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f", did you mean {near[0]!r}?" if near else "; open_clip.list_models() lists them"
+        raise ValueError(f"unknown model {name!r}{hint}")
+
+
+def _check_pretrained(name: str, pretrained: str) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not pretrained or pretrained in tags or Path(pretrained).is_file():
+        return
+    if "/" in pretrained or Path(pretrained).suffix:
+        raise FileNotFoundError(f"weights file {pretrained} not found")
+    near = difflib.get_close_matches(pretrained, tags, 1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown tag {pretrained!r} for {name}{hint} Known: {', '.join(tags) or 'none'}; or a file")

@@ -1,0 +1,15 @@
+"""The default options of SafeR-CLIP here; without torch, so that the command line reads them at once."""
+
+# Chosen by measurement on synthetic scenes and photographs: docs/method.md, "Weights".
+DEFAULT_WEIGHTS = {
+    "uni_text": 4.0,
+    "uni_image": 1.0,
+    "cross_text": 4.0,
+    "cross_image": 4.0,
+    "cos_text": 16.0,
+    "cos_image": 16.0,
+    "nce_text": 0.2,
+    "nce_image": 0.2,
+    "keep_out": 4.0,
+}
+DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN, KEEP_OUT_MARGIN = 16, 10.0, 0.3, 0.1

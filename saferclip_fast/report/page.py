@@ -1,0 +1,87 @@
+"""One self-contained HTML page on a run, or on several side by side: what changed, by how much, how sure that is.
+
+Data flows one way: load (a run's folder) -> words, figures (what is said and drawn) -> page (the template).
+The page fetches nothing: style, script, figures and data are inside, and its Content-Security-Policy allows no more.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ..storage.files import atomic_write
+from . import figures, words
+from .load import Run, load_runs
+
+__all__ = ["load_runs", "render", "write"]
+
+FOLDER = Path(__file__).parent
+
+
+def write(folders: Sequence[str | Path] | Mapping[str, str | Path], out: str | Path) -> None:
+    """Renders the runs in `folders`, which may have names, to the file `out`, atomically.
+
+    Raises ValueError or OSError naming what to do.
+    """
+    page = render(load_runs(folders))
+    with atomic_write(out) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold lone surrogates
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page. Raises ValueError where `runs` is empty."""
+    if not runs:
+        raise ValueError("there is no run to report on")
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _template().render(
+        runs=runs,
+        words=words,
+        color=figures.color,
+        shared=figures.same_frozen(runs),
+        comparable=figures.same_data(runs),
+        retrieval=figures.retrieval(runs),
+        losses=figures.losses(runs),
+        maps=[figures.maps(run) for run in runs],
+        tradeoff=figures.tradeoff(runs),
+        data=_finite([_cases(run) for run in runs]),
+        pictures=[base64.b64encode(run.picture).decode() if run.picture else "" for run in runs],
+        css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _cases(run: Run) -> dict[str, Any]:
+    """What the script lists."""
+    lists = {name: run.evaluation.get(name, []) for name in ("examples", "worst_cases")}
+    return {"sides": run.sides, **lists}
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,86 @@
+"""The format names and shapes of evaluation.json and dial.json (docs/evaluation.md), and a check of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+EVALUATION_FORMAT = "saferclip_fast.evaluation.v1"
+DIAL_FORMAT = "saferclip_fast.dial.v1"
+
+LARGEST = 1e100  # of a number: sums and spans of such ones are still finite
+DEEPEST = 20  # nesting: what evaluate writes has 8; what the page prints whole is walked by recursion
+
+ESTIMATE = {"value": float, "low": float, "high": float}
+_METRIC = {"label": str, "wanted": ("falls", "rises", "stays", None), "samples": int, "tuned": ESTIMATE}
+_CASE = {"row": int, "unsafe_text": str, "nearest_safe": {"text": str, "score": float}}
+_FOUND = {"margin": float, "found": [{"kind": str, "side": str, "text": str, "score": float}]}
+
+
+def dial_shape(dial: dict[str, Any]) -> dict[str, Any]:
+    """Of the curve's points."""
+    return {"points": [{"alpha": float, "metrics": {"*": ESTIMATE}}]}
+
+
+def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """With a frozen model beside the tuned one where `evaluation` names one; key_metrics are some of its metrics."""
+    models, metrics = (value if isinstance(value := evaluation.get(key), dict) else {} for key in ("models", "metrics"))
+    sides = ["frozen", "tuned"] if "frozen" in models else ["tuned"]
+    optional = "" if "frozen" in sides else "?"
+    metric = {**_METRIC, f"frozen{optional}": ESTIMATE, f"change{optional}": ESTIMATE}
+    case = {**_CASE, **dict.fromkeys(sides, _FOUND)}
+    return {
+        "models": {side: {"weights_hash": str} for side in sides},
+        "rows": int,
+        "key_metrics": [tuple(metrics)],
+        "metrics": {"*": metric},
+        "safe_unsafe_table": [{"text_is_unsafe": int, "image_is_unsafe": int, "rows": int, "metrics": {"*": metric}}],
+        "examples": [case],
+        "worst_cases": [case],
+        "embeddings?": {"*": str},  # none where `evaluate` was told no folder
+        "settings": {"confidence": float, "data_hash?": str},
+    }
+
+
+def misfits(value: Any, shape: Any, place: str) -> Iterator[str]:
+    """What in `value` is not of `shape`: a type (float: a number that charts can show, or NaN), a tuple of values, a
+    list of one shape, or an object's shapes by key: under "*" that of all its values, under "key?" of one that may be
+    missing."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            yield f"{place} is no object"
+            return
+        for key, part in shape.items():
+            if key == "*":
+                for name, item in value.items():
+                    yield from misfits(item, part, f"{place}[{name!r:.60}]")
+            elif (name := key.removesuffix("?")) in value:
+                yield from misfits(value[name], part, f"{place}.{name}")
+            elif name == key:
+                yield f"{place}.{key} is missing"
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{place} is no list"
+            return
+        for number, item in enumerate(value):
+            yield from misfits(item, shape[0], f"{place}[{number}]")
+    elif isinstance(shape, tuple):
+        if value not in shape:
+            yield f"{place} is none of {shape!s:.80}"
+    elif shape in (int, float):
+        if not is_number(value, shape):
+            yield f"{place} is no number"
+    elif not isinstance(value, shape):
+        yield f"{place} is no {shape.__name__}"
+
+
+def nesting(value: Any) -> int:
+    """How many objects and lists lie in one another. Raises RecursionError where it is hundreds."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if parts is None else 1 + max(map(nesting, parts), default=0)
+
+
+def is_number(value: Any, kind: type = float) -> bool:
+    """Whether it is a whole number (`kind` int), or any (float; NaN counts), that is not out of all proportion."""
+    number = isinstance(value, int | float) and isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return number and not abs(value) > LARGEST

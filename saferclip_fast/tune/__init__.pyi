@@ -1,0 +1,6 @@
+from .tuning import measure, tune
+
+__all__ = [
+    "measure",
+    "tune",
+]

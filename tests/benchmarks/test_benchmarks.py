@@ -1,0 +1,162 @@
+"""The README's table and figures are the committed JSON; the benchmarks compare like with like, and resume."""
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ablation  # noqa: E402
+import bank  # noqa: E402
+import compare  # noqa: E402
+import nearest_safe  # noqa: E402
+import preservation_loss  # noqa: E402
+import render  # noqa: E402
+import retarget_loss  # noqa: E402
+import run  # noqa: E402
+import train_step  # noqa: E402
+
+RESULTS = render.load(ROOT / "benchmarks" / "results")
+
+
+@pytest.mark.parametrize("page", render.PAGES)
+def test_tables_of_the_pages_are_the_committed_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert render.filled(page, text, RESULTS) == text, "run python benchmarks/render.py"
+
+
+@pytest.mark.parametrize("page", render.PAGES)
+def test_every_figure_of_the_tables_comes_from_the_results(page):
+    """Another measurement gives another table."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    changed = copy.deepcopy(RESULTS)
+    for line in render.lines(changed):
+        line.row[f"{line.ours}_ms"] *= 1.5
+        line.row["torch/" + line.ours] /= 1.5
+    old, new = (render.filled(page, text, results).splitlines() for results in (RESULTS, changed))
+    differ = [a for a, b in zip(old, new, strict=True) if a != b]
+    assert len(differ) >= len(render.lines(changed)) > 4
+
+
+def test_figures_show_the_committed_results():
+    for name in ("speedups", "scaling"):
+        for theme in render.THEMES:
+            drawn = (ROOT / "docs" / "pictures" / f"{name}-{theme}.svg").read_text(encoding="utf-8")
+            assert f"<dc:description>{render.digest(RESULTS)}<" in drawn, "run python benchmarks/render.py"
+
+
+def test_ablation_tables_are_the_committed_results():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "ablation.json").read_text())["rows"]
+    method, readme = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/method.md", "README.md"))
+    for data in ("scenes", "photos"):
+        assert ablation.table(row for row in rows if row["data"] == data) in method
+    seven = dict(list(ablation.COLUMNS.items())[:7])
+    assert ablation.table((row for row in rows if row["data"] == "scenes"), seven) in readme
+
+
+def test_a_page_without_markers_is_named():
+    with pytest.raises(ValueError, match=r"README\.md must hold"):
+        render.filled("README.md", "no markers", RESULTS)
+
+
+def test_committed_results_name_no_host_and_no_path():
+    text = json.dumps(RESULTS)
+    assert not re.search(r"/(home|work|tmp|root|usr)/", text) and "hostname" not in text
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiling is not what is tested here
+
+
+@pytest.mark.parametrize("which", ["forward", "both"])
+@pytest.mark.parametrize("op", ["retarget k1", "retarget k3", "preservation"])
+def test_loss_paths_compute_the_same(uncompiled, op, which):
+    if op == "preservation":
+        paths = preservation_loss.paths(B=24, d=16, **{"pass": which})
+    else:
+        paths = retarget_loss.paths(B=24, d=16, k=int(op[-1]), bank_rows=50, **{"pass": which})
+    ours, eager = paths["ours"](), paths["eager"]()
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, eager)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_search_paths_find_the_same(uncompiled, monkeypatch):
+    monkeypatch.setattr(nearest_safe, "CHUNKS", (16, 64))
+    rows = nearest_safe.clip_like(200, 32)
+    query = torch.randn(7, 32)
+    paths = nearest_safe.paths(query, rows, nearest_safe.packed_bank(rows), 5, compiled=True)
+    assert {"ours", "ours_packed", "eager", "compiled", "chunked_16", "chunked_64"} == set(paths)
+    wanted = paths.pop("ours")()
+    for path in paths.values():
+        scores, indices = path()
+        assert torch.equal(indices, wanted.indices)
+        torch.testing.assert_close(scores, wanted.scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_training_steps_and_embeddings_run():
+    """Small, so that the time says nothing; that both models embed alike is checked inside."""
+    for step in train_step.steps("ViT-tiny-8-32", train_step.make_batch(4, 32, 5, 9), 0.0, ladder=False).values():
+        step()
+    assert set(bank.embed("ViT-tiny-8-32", 4)) == {"ours", "authors", "eager"}
+
+
+def test_int8_products_are_those_of_the_rows():
+    rows = torch.nn.functional.normalize(torch.randn(40, 64), dim=1)
+    products = nearest_safe.int8_path(rows[:32], rows)()
+    torch.testing.assert_close(products / 127**2, rows[:32] @ rows.T, atol=0.05, rtol=0)
+
+
+def test_measurements_hold_times_memory_and_ratios():
+    big = torch.empty(16, 2**18)
+    found = compare.measure({"ours": lambda: 0, "eager": lambda: torch.ones_like(big), "copy": lambda: 0}, 3, 1.0)
+    assert found["best_torch"] == "eager"
+    assert found["torch/ours"] == found["eager_ms"] / found["ours_ms"] > 1
+    if found["eager_MiB"] is not None:
+        assert 15 < found["eager_MiB"] < 20 and found["ours_MiB"] < 1
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path):
+    path = str(tmp_path / "op.json")
+    first = compare.Results("op", path)
+    first.add({"B": 1}, {"ours_ms": 1.0})
+    again = compare.Results("op", path)
+    assert again.has({"B": 1}) and not again.has({"B": 2})
+    assert again.rows == first.rows and {"revision", "date", "threads", "seconds"} <= set(again.rows[0])
+
+
+def test_results_of_another_machine_are_put_aside(tmp_path, monkeypatch):
+    path = tmp_path / "op.json"
+    compare.Results("op", str(path)).add({"B": 1}, {"ours_ms": 1.0})
+    monkeypatch.setattr(compare, "machine", lambda: {"cpu": "another", "isa": "avx2"})
+    assert not compare.Results("op", str(path)).has({"B": 1})
+    assert json.loads((tmp_path / "op.json.old").read_text())["rows"][0]["B"] == 1
+
+
+def test_the_runner_runs_what_was_asked_for_and_reports_what_failed(tmp_path, monkeypatch, capsys):
+    class Process:
+        returncode = 0
+
+    seen = []
+
+    def launch(command, env):
+        seen.append((Path(command[1]).name, command[2:], env["OMP_NUM_THREADS"], env["PYTHONPATH"]))
+        Process.returncode = int(env["OMP_NUM_THREADS"] == "1")
+        return Process
+
+    monkeypatch.setattr(run, "CORES", 2)
+    monkeypatch.setattr(run.subprocess, "run", launch)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "retarget_loss", "--out", str(tmp_path), "--rounds", "1"])
+    monkeypatch.setattr(run.render, "load", lambda _: RESULTS)
+    assert run.main() == 1
+    options = ["--json", str(tmp_path / "retarget_loss.json"), "--rounds", "1"]
+    assert [call[:3] for call in seen] == [("retarget_loss.py", options, "2"), ("retarget_loss.py", options, "1")]
+    assert seen[0][3].startswith(str(ROOT))
+    assert "failed: retarget_loss with 1 threads" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""The demo's and the photographs' whole job at a tiny size, and what they write."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from saferclip_fast.demo import job as demo
+from saferclip_fast.evaluate import KEY_METRICS
+from tests.support.quadruplet_files import image_bytes, write_tar
+
+PHOTOS_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "photos.py"
+TINY = ["model.name=ViT-tiny-8-32", "train.epochs=1", "train.batch_size=16", "data.num_workers=0"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(demo, "PRETRAIN_PAIRS", 256)
+    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
+    monkeypatch.setattr(demo, "QUADRUPLETS", 96)
+    monkeypatch.setattr(demo, "HELD_OUT", 24)
+
+
+def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
+    command = ["--run-dir", str(run_dir), "--cache-dir", str(cache), "--quiet", *TINY]
+    assert demo.main(command) == 0
+    evaluation, baseline = (json.loads((d / "evaluation.json").read_text()) for d in (run_dir, run_dir / "safe-clip"))
+    metrics = evaluation["metrics"]
+    assert baseline["models"]["frozen"] == evaluation["models"]["frozen"]
+    assert baseline["models"]["tuned"] != evaluation["models"]["tuned"]
+    assert baseline["settings"]["data_hash"] == evaluation["settings"]["data_hash"]
+    assert "name: safeclip" in (run_dir / "safe-clip" / "config.yaml").read_text()
+    assert set(KEY_METRICS) == set(evaluation["key_metrics"]) <= set(metrics)
+    for name in KEY_METRICS:
+        for side in ("frozen", "tuned"):
+            estimate = metrics[name][side]
+            assert 0 <= estimate["low"] <= estimate["value"] + 1e-6 <= estimate["high"] + 2e-6 <= 1.0001
+        change = metrics[name]["tuned"]["value"] - metrics[name]["frozen"]["value"]
+        assert metrics[name]["change"]["value"] == pytest.approx(change)
+    assert metrics["safe_text_cosine_to_frozen"]["frozen"]["value"] == pytest.approx(1, abs=1e-5)
+    assert metrics["safe_text_cosine_to_frozen"]["tuned"]["value"] < 0.99999, "fine-tuning moved nothing"
+    for side, file in evaluation["embeddings"].items():
+        assert load_file(run_dir / file)["unsafe_text"].shape[0] == 24, side
+    assert len(evaluation["examples"]) == 24 and len(evaluation["worst_cases"]) == 20
+    margins = [case["tuned"]["margin"] for case in evaluation["worst_cases"]]
+    assert margins == sorted(margins, reverse=True)
+    with Image.open(run_dir / "figure.png") as figure:
+        assert figure.width > 1000
+    assert (run_dir / "final" / "open_clip_model.safetensors").is_file()
+    report = (run_dir / "report.html").read_text()
+    assert "Of 24 unsafe captions" in report and "Safety report: SafeR-CLIP, Safe-CLIP" in report
+    shown = capsys.readouterr().out
+    assert shown.strip().endswith(f"report: {run_dir / 'report.html'}") and str(run_dir / "evaluation.json") in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("safe image finds an unsafe text"))
+    sides = (metrics, "frozen"), (metrics, "tuned"), (baseline["metrics"], "tuned")
+    values = [m["safe_image_finds_unsafe_text@1"][side]["value"] for m, side in sides]
+    assert [float(value) for value in re.findall(r"(\d\.\d+) \[", line)] == pytest.approx(values, abs=6e-4)
+
+    pretrained = list(cache.glob("ViT-tiny-8-32-*.safetensors"))
+    stamp = [file.stat().st_mtime_ns for file in pretrained]
+    assert demo.main(command) == 0, "a second run takes everything from the caches"
+    assert [file.stat().st_mtime_ns for file in pretrained] == stamp and len(stamp) == 1
+    assert json.loads((run_dir / "evaluation.json").read_text()) == evaluation
+
+
+def test_photos_script(tmp_path, monkeypatch):
+    noise = {
+        f"{split}/{name}/{i}.jpg": image_bytes(i, (32, 32), "JPEG")
+        for split, count in (("train", 30), ("test", 4))
+        for name in ("cat", "ship")
+        for i in range(count)
+    }
+    photos = write_tar(tmp_path / "photos.tar", noise)
+    spec = importlib.util.spec_from_file_location("photos_script", PHOTOS_SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, value in (("PRETRAIN_PAIRS", 256), ("PRETRAIN_EPOCHS", 1), ("QUADRUPLETS", 32), ("HELD_OUT", 8)):
+        monkeypatch.setattr(script, name, value)
+    command = ["--photos", str(photos), "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path), "--quiet"]
+    assert script.main([*command, *TINY]) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]["zero_shot"]
+
+
+def test_photos_script_says_what_to_pass():
+    done = subprocess.run([sys.executable, PHOTOS_SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pass --photos FILE.tar" in done.stderr
+
+
+def test_random_weights_of_the_demo_model_embed():
+    from saferclip_fast.models import load_clip
+
+    with pytest.warns(UserWarning, match="random weights"):
+        clip = load_clip("RN-small-32")
+    image, text = clip(torch.zeros(2, 3, 32, 32), clip.tokenizer(["a", "b"]))
+    assert image.shape == text.shape == (2, 128)

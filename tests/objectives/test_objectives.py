@@ -1,0 +1,336 @@
+"""The objectives: their terms against the formulas, labels, and what they refuse."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saferclip_fast import SafeBank, nearest_safe, preservation_loss, retarget_loss
+from saferclip_fast.config import flatten, load_config
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
+from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
+from saferclip_fast.objectives.safer_clip import KEEP_OUT_MARGIN
+from saferclip_fast.train.prepare import build_objective
+
+B, D = 6, 16
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count=B):
+        return torch.randn(count, D, generator=generator, dtype=torch.float64)
+
+    current = QuadrupletEmbeddings(*(rows().requires_grad_() for _ in range(4)))
+    frozen = QuadrupletEmbeddings(*(rows() for _ in range(4)))
+    return current, frozen, SafeBank(rows(30), rows(30))
+
+
+def test_loss_is_the_weighted_sum_of_the_ops(batch):
+    current, frozen, bank = batch
+    objective = SaferClip({"uni_text": 3.0, "nce_image": 0.7}, k=3, tau=0.1, beta=2.0, margin=0.1, negative="frozen")
+    out = objective(*batch)
+    redirect = retarget_loss(*current[2:], *frozen[2:], bank, 3, tau=0.1, beta=2.0, margin=0.1)
+    preserve = preservation_loss(*current[:2], *frozen[:2])
+    assert out.terms == redirect.terms | preserve.terms | {"keep_out": out.terms["keep_out"]}
+    weights = {**DEFAULT_WEIGHTS, "uni_text": 3.0, "nce_image": 0.7}
+    torch.testing.assert_close(out.loss.detach(), sum(weights[name] * term for name, term in out.terms.items()))
+
+
+def test_offline_neighbors_equal_in_step_search(batch):
+    current, frozen, bank = batch
+    objective = SaferClip(k=2)
+    found = nearest_safe(frozen.unsafe_text, bank, 2)
+    assert torch.equal(objective(*batch).loss, objective(*batch, neighbors=found).loss)
+
+
+def test_rows_labelled_safe_are_kept_not_redirected(batch):
+    current, frozen, bank = batch
+    labels = torch.tensor([1, 0, 1, 0, 1, 1])
+    only_redirect = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"uni_text": 1.0, "cross_text": 1.0})
+    out = only_redirect(*batch, unsafe_text=labels)
+    assert not torch.autograd.grad(out.loss, current.unsafe_text)[0][labels == 0].any()
+    keeps = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"cos_text": 1.0})
+    out = keeps(*batch, unsafe_text=labels)
+    expected = 1 - torch.cosine_similarity(current.unsafe_text, frozen.unsafe_text)[labels == 0]
+    torch.testing.assert_close(out.terms["kept_text"].double(), expected.mean().detach(), rtol=1e-6, atol=1e-6)
+    grad = torch.autograd.grad(out.loss, current.unsafe_text)[0]
+    assert grad[labels == 0].any(1).all() and not grad[labels == 1].any()
+
+
+@pytest.mark.parametrize("labels", [(None, None), (torch.tensor([1, 0, 1, 0, 1, 1]), torch.tensor([1, 1, 0, 0, 0, 1]))])
+def test_keep_out_equals_a_transcription(batch, labels):
+    current, frozen, bank = batch
+    out = SaferClip(k=4, tau=0.1)(*batch, None, *labels)
+    found, text, image = nearest_safe(frozen.unsafe_text, bank, 4), bank.text.numpy(), bank.image.numpy()
+    sides = ((current.unsafe_text, text, image, labels[0]), (current.unsafe_image, image, text, labels[1]))
+    expected = 0.0
+    for moved, items, queries, of in sides:
+        rows = [i for i in range(B) if of is None or of[i]]
+        for i in rows:
+            scores = [math.exp(float(score) / 0.1) for score in found.scores[i]]
+            for score, j in zip(scores, found.indices[i].tolist(), strict=True):
+                gap = cos(moved.detach().numpy()[i], queries[j]) - cos(items[j], queries[j])
+                expected += score / sum(scores) * max(0.0, KEEP_OUT_MARGIN + gap) / len(rows)
+    assert float(out.terms["keep_out"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_keep_out_is_closed_for_rows_that_safe_queries_find_after_their_own_item(batch):
+    current, frozen, bank = batch
+    only = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"keep_out": 1.0}, k=2)
+    near = nearest_safe(frozen.unsafe_text, bank, 2).indices
+    far = [-queries[near].mean(1) for queries in (bank.image, bank.text)]
+    unsafe = [rows.clone().requires_grad_() for rows in far]
+    # their own items are what these queries see best
+    aligned = SafeBank(bank.image, bank.image), SafeBank(bank.text, bank.text)
+    for side, own in enumerate(aligned):
+        rows = [r.detach() for r in current]
+        rows[2 + side] = unsafe[side]
+        out = only(QuadrupletEmbeddings(*rows), frozen, own, nearest_safe(frozen.unsafe_text, bank, 2))
+        assert torch.autograd.grad(out.loss, unsafe[side])[0].abs().max() == 0
+
+
+def test_no_keep_out_without_its_weight(batch):
+    assert "keep_out" not in SaferClip({"keep_out": 0.0})(*batch).terms
+
+
+# Transcriptions of the papers' formulas, row by row in numpy float64: nothing is shared with the code under test.
+
+
+def cos(a, b):
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def distance(x, y, rows):
+    return sum(1 - cos(x[i], y[i]) for i in rows) / len(rows) if rows else 0.0
+
+
+def nce(x, y, rows, scale=100.0):
+    """Symmetric InfoNCE of x[rows] against y[rows]."""
+    total = 0.0
+    for i in rows:
+        for logits in ([scale * cos(x[i], y[j]) for j in rows], [scale * cos(x[j], y[i]) for j in rows]):
+            top = max(logits)
+            log_sum = top + math.log(sum(math.exp(logit - top) for logit in logits))
+            total += (log_sum - scale * cos(x[i], y[i])) / 2
+    return total / len(rows) if rows else 0.0
+
+
+def arrays(embeddings):
+    return [rows.detach().numpy() for rows in embeddings]
+
+
+SAFECLIP_ORDER = ("text_safe", "text_nsfw", "vision_safe", "vision_nsfw", "S_Vref", "U_Vref", "V_Sref", "G_Sref")
+SAFECLIP_WEIGHTS = (0.1, 0.1, 0.1, 0.2, 0.25, 0.25, 0.25, 0.5)
+
+
+def safeclip_terms(current, frozen, f_t, f_v, pair=None):
+    (t, v, t_star, v_star), (t0, v0, t0_star, v0_star) = arrays(current), arrays(frozen)
+    target_t, target_v = (t0, v0) if pair is None else pair
+    everything = list(range(len(t)))
+    unsafe_t, unsafe_v = np.flatnonzero(f_t).tolist(), np.flatnonzero(f_v).tolist()
+    return {
+        "text_safe": distance(t, t0, everything),
+        "text_nsfw": distance(t_star, target_t, unsafe_t),
+        "vision_safe": distance(v, v0, everything),
+        "vision_nsfw": distance(v_star, target_v, unsafe_v),
+        "S_Vref": nce(t, v0, everything),
+        "U_Vref": nce(t_star, target_v, unsafe_t),
+        "V_Sref": nce(v, t0, everything),
+        "G_Sref": nce(v_star, target_t, unsafe_v),
+        "kept_text": distance(t_star, t0_star, np.flatnonzero(f_t == 0).tolist()),
+        "kept_image": distance(v_star, v0_star, np.flatnonzero(f_v == 0).tolist()),
+    }
+
+
+def shieldclip_terms(current, frozen, f_t, f_v):
+    (t, v, t_star, v_star), (t0, v0, t0_star, v0_star) = arrays(current), arrays(frozen)
+
+    def rows(text, image):  # None: any label
+        return [i for i in range(len(t)) if (text is None or f_t[i] == text) and (image is None or f_v[i] == image)]
+
+    return {
+        "real": distance(t, t0, rows(None, None))
+        + distance(v, v0, rows(None, None))
+        + nce(t, v0, rows(None, None))
+        + nce(v, t0, rows(None, None)),
+        "safe": distance(t_star, t0_star, rows(0, None))
+        + distance(v_star, v0_star, rows(None, 0))
+        + nce(t_star, v0_star, rows(0, 0))
+        + nce(v_star, t0_star, rows(0, 0)),
+        "redirect": distance(t_star, t0, rows(1, None)) + distance(v_star, v0, rows(None, 1)),
+        "mix": nce(t_star, v_star, rows(1, 0)) + nce(v_star, t_star, rows(0, 1)),
+        "coherence": nce(v_star, t_star, rows(1, 1)),
+    }
+
+
+LABELS = {
+    "unlabelled": (None, None),
+    "mixed": (torch.tensor([1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 0, 0]), torch.tensor([1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0])),
+    "all safe": (torch.zeros(12, dtype=torch.int64),) * 2,
+}
+
+
+@pytest.fixture
+def twelve():
+    """Twelve quadruplets, which hold every combination of labels twice or more."""
+    generator = torch.Generator().manual_seed(1)
+    rows = lambda: 3 * torch.randn(12, D, generator=generator, dtype=torch.float64)  # noqa: E731
+    current = QuadrupletEmbeddings(*(rows().requires_grad_() for _ in range(4)))
+    return current, QuadrupletEmbeddings(*(rows() for _ in range(4))), SafeBank(rows(), rows())
+
+
+def as_arrays(labels):
+    return [np.ones(12) if label is None else label.numpy() for label in labels]
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_safeclip_equals_a_transcription(twelve, labels):
+    current, frozen, _ = twelve
+    out = SafeClip()(*twelve, unsafe_text=labels[0], unsafe_image=labels[1])
+    expected = safeclip_terms(current, frozen, *as_arrays(labels))
+    assert set(SAFECLIP_ORDER) <= set(out.terms) <= set(expected)
+    for name, term in out.terms.items():
+        assert float(term) == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
+    weights = dict(zip(SAFECLIP_ORDER, SAFECLIP_WEIGHTS, strict=True))
+    kept = 0.1 * expected["kept_text"] + 0.1 * expected["kept_image"]
+    total = (sum(weights[name] * expected[name] for name in weights) + kept) / sum(SAFECLIP_WEIGHTS) / 8
+    assert float(out.loss.detach()) == pytest.approx(total, rel=1e-6)
+
+
+def test_safeclip_towards_the_nearest_pair(twelve):
+    current, frozen, bank = twelve
+    text, image = bank.text.numpy(), bank.image.numpy()
+    best = [max(range(12), key=lambda j, row=row: cos(row, text[j])) for row in frozen.unsafe_text.numpy()]
+    expected = safeclip_terms(current, frozen, np.ones(12), np.ones(12), pair=(text[best], image[best]))
+    out = SafeClip(targets="nearest")(*twelve)
+    for name in SAFECLIP_ORDER:
+        assert float(out.terms[name]) == pytest.approx(expected[name], rel=1e-6), name
+    found = nearest_safe(frozen.unsafe_text, bank, 3)
+    assert torch.equal(SafeClip(targets="nearest")(*twelve, neighbors=found).loss, out.loss), "found before training"
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_shieldclip_equals_a_transcription(twelve, labels):
+    current, frozen, _ = twelve
+    out = ShieldClip()(*twelve, unsafe_text=labels[0], unsafe_image=labels[1])
+    expected = shieldclip_terms(current, frozen, *as_arrays(labels))
+    assert set(out.terms) == set(expected)
+    for name, term in out.terms.items():
+        assert float(term) == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
+    weights = {"real": 0.1, "safe": 0.1, "redirect": 0.1, "mix": 0.25, "coherence": 0.25}
+    assert float(out.loss.detach()) == pytest.approx(sum(weights[name] * expected[name] for name in weights), rel=1e-6)
+
+
+def test_shieldclip_teaches_the_unsafe_side_of_a_mixed_pair_alone(twelve):
+    current = twelve[0]
+    only_mix = ShieldClip({"real": 0, "safe": 0, "redirect": 0, "coherence": 0})
+    f_t, f_v = LABELS["mixed"]
+    loss = only_mix(*twelve, unsafe_text=f_t, unsafe_image=f_v).loss
+    text, image = torch.autograd.grad(loss, [current.unsafe_text, current.unsafe_image])
+    assert torch.equal(text.any(1), (f_t == 1) & (f_v == 0))
+    assert torch.equal(image.any(1), (f_t == 0) & (f_v == 1))
+
+
+@pytest.mark.parametrize("objective", [SafeClip, ShieldClip, SaferClip])
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_gradients_are_those_of_the_loss(twelve, objective, labels):
+    """A step against the gradient changes the loss as a finite difference says; negative=frozen stops no gradient."""
+    current, frozen, bank = twelve
+    options = {"negative": "frozen", "k": 3} if objective is SaferClip else {}
+    # mix is what it is under stop-gradient: no finite difference sees that
+    options |= {"weights": {"mix": 0.0}} if objective is ShieldClip else {}
+    module = objective(logit_scale=5.0, **options)
+
+    def loss(rows):
+        return module(QuadrupletEmbeddings(*rows), frozen, bank, None, *labels).loss
+
+    grads = torch.autograd.grad(loss(current), current)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    generator = torch.Generator().manual_seed(2)
+    for side, grad in enumerate(grads):
+        way, eps = torch.randn(grad.shape, generator=generator, dtype=torch.float64), 1e-4
+        moved = [[r + sign * eps * way if i == side else r for i, r in enumerate(current)] for sign in (1, -1)]
+        slope = float((loss(moved[0]) - loss(moved[1])).detach()) / (2 * eps)
+        assert float((grad * way).sum().detach()) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("objective", [SafeClip, ShieldClip, SaferClip])
+def test_rows_labelled_safe_stay_where_they_are(twelve, objective):
+    """At the frozen model, a modality labelled safe has the least loss where it is: redirection has no pull on it."""
+    _, frozen, bank = twelve
+    current = QuadrupletEmbeddings(*(rows.clone().requires_grad_() for rows in frozen))
+    f_t, f_v = LABELS["mixed"]
+    # InfoNCE of two random rows pulls on pairs that are safe on both sides; the real CLIP's are aligned
+    options = {ShieldClip: {"weights": {"safe": 0.0}}, SaferClip: {"k": 3}}
+    module = objective(**options.get(objective, {}))
+    loss = module(current, frozen, bank, None, f_t, f_v).loss
+    text, image = torch.autograd.grad(loss, [current.unsafe_text, current.unsafe_image])
+    for grad, labels in ((text, f_t), (image, f_v)):
+        assert grad[labels == 0].abs().max() < 1e-9 < grad[labels == 1].abs().amax(1).min()
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match=r"unknown terms \['uni'\]"):
+        SaferClip({"uni": 1.0})
+    with pytest.raises(ValueError, match=r"unknown terms \['uni_text'\]; the terms are text_safe"):
+        SafeClip({"uni_text": 1.0})
+    with pytest.raises(ValueError, match=r"unknown terms \['uni_text'\]; the terms are real, safe"):
+        ShieldClip({"uni_text": 1.0})
+    with pytest.raises(ValueError, match="weights sum to 0"):
+        SafeClip(dict.fromkeys(SAFECLIP_ORDER, 0.0))
+    with pytest.raises(ValueError, match="targets='both'"):
+        SafeClip(targets="both")
+    with pytest.raises(ValueError, match="negative='both'"):
+        SaferClip(negative="both")
+    with pytest.raises(ValueError, match="k=0"):
+        SaferClip(k=0)
+
+
+@pytest.mark.parametrize("objective", [SafeClip, ShieldClip, SaferClip])
+def test_labels_of_another_length_are_named(twelve, objective):
+    with pytest.raises(ValueError, match=r"unsafe_image must have shape \[12\]"):
+        objective()(*twelve, unsafe_image=torch.ones(3))
+
+
+def test_ablation_variants_are_what_their_names_say(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")  # as when it is run as a script
+    import ablation
+
+    configs = {name: load_config("demo", options) for name, options in ablation.VARIANTS.items()}
+    built = {name: build_objective(config) for name, config in configs.items()}
+    stages = {name for name, config in configs.items() if not config.curriculum.enabled}
+    assert stages == {"Safe-CLIP", "+ nearest targets", "+ relative loss", "ShieldCLIP"}
+    assert isinstance(built["ShieldCLIP"], ShieldClip)
+    assert [built[name].targets for name in ("Safe-CLIP", "+ nearest targets")] == ["pair", "nearest"]
+    paper = built["+ curriculum = SafeR-CLIP"]
+    assert (paper.k, paper.beta, paper.margin, paper.negative) == (1, 1, 0, "frozen")
+    moving = built["SafeR-CLIP, moving negative"]
+    assert moving.negative == "current" and moving.weights == paper.weights
+    assert built["default"].weights == DEFAULT_WEIGHTS
+    assert [built[name].k for name in ("default", "default, k 1", "default, k 4")] == [16, 1, 4]
+    assert built["default, no keep-out"].weights == DEFAULT_WEIGHTS | {"keep_out": 0.0}
+    assert len({json.dumps(flatten(config)) for config in configs.values()}) == len(configs)
+
+
+def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import ablation
+
+    def found(value):
+        names = [*ablation.COLUMNS, *ablation.DRIFT]
+        return {"metrics": dict.fromkeys(names, value)}
+
+    values = {(ablation.FROZEN, 0): 0.5, (ablation.FROZEN, 1): 0.5, ("default", 0): 0.1, ("default", 1): 0.3}
+    rows = ablation.summarize({ablation.Run("scenes", *key): found(value) for key, value in values.items()})
+    assert [(row["data"], row["variant"]) for row in rows] == [("scenes", ablation.FROZEN), ("scenes", "default")]
+    zero_shot = rows[1]["metrics"]["zero_shot"]
+    assert zero_shot == {"mean": pytest.approx(0.2), "std": pytest.approx(math.sqrt(0.02)), "seeds": [0.1, 0.3]}
+    assert "| default | 0.200 ± 0.141 |" in ablation.tables(rows)
+    assert rows[1]["metrics"]["safe_queries"]["seeds"] == pytest.approx([0.9, 0.7])
+    ablation.picture(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000

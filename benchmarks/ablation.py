@@ -154,15 +154,15 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     task = Task(job.held_out, job.right_labels, [job.zero_shot])
     frozen = load_clip(load_config(job.config).model.name, str(weights))
     job.held_out.transform = frozen.preprocess
-    before = embed_quadruplets(frozen, job.held_out, plan.cache, progress=False).rows
+    before = embed_quadruplets(frozen, job.held_out, plan.cache, progress=False).embeddings
     if run.variant == FROZEN:
         measured = measure(frozen, task, settings)
     else:
         tuned = _fine_tuned(plan, job, options, weights, folder)
         settings.cache_dir = str(folder)
         measured = measure(load_clip(frozen.name, str(tuned)), task, settings)
-    assert measured.rows is not None
-    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.rows, before)).items()}
+    assert measured.embeddings is not None
+    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.embeddings, before)).items()}
     metrics[UTILITY] = metrics[f"zero_shot.{job.zero_shot.name}"]
     seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     result = {"setting": setting, "metrics": metrics, "seconds": seconds}
@@ -221,7 +221,7 @@ def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
     job = job_of(plan, data, seed)
     clip = load_clip(load_config(job.config).model.name, str(pretrain(plan, data)))
     dataset: Any = open_quadruplets(source_of(plan, job), transform=clip.preprocess)
-    rows = embed_quadruplets(clip, dataset, plan.cache, progress=False).rows  # cached by the runs
+    rows = embed_quadruplets(clip, dataset, plan.cache, progress=False).embeddings  # cached by the runs
     nearest = nearest_safe(rows.unsafe_text, torch.nn.functional.normalize(rows.safe_text, dim=-1)).indices[:, 0]
     if data == "scenes":
         safe, unsafe = dataset.safe.codes, dataset.unsafe.codes

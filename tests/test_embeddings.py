@@ -38,7 +38,7 @@ def assert_same_rows(found, clip, dataset):
     batch = collate(clip.tokenizer)([dataset[i] for i in range(len(dataset))])
     with clip.frozen():
         expected = embed_batch(clip, batch)
-    for rows, wanted in zip(found.rows, expected, strict=True):
+    for rows, wanted in zip(found.embeddings, expected, strict=True):
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, wanted)
 
@@ -74,7 +74,7 @@ def test_second_call_reads_the_file(clip, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "embed_batch", None)
     second = embed(clip, dataset, tmp_path)
     assert second.path == first.path
-    assert all(torch.equal(a, b) for a, b in zip(first.rows, second.rows, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.embeddings, second.embeddings, strict=True))
 
 
 def test_rows_are_mapped_not_read(clip, dataset, tmp_path):
@@ -139,7 +139,7 @@ def test_mismatch_and_damage_are_clear_errors(clip, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"was made with weights_hash='.*', but weights_hash='x' is in use; delete"):
         load_embeddings(path, {"weights_hash": "x"})
     whole = path.read_bytes()
-    rows = len(load_embeddings(path).rows.safe_text)
+    rows = len(load_embeddings(path).embeddings.safe_text)
     path.write_bytes(whole.replace(f'"rows": "{rows}"'.encode(), f'"rows": "{rows + 1}"'.encode(), 1))
     with pytest.raises(ValueError, match=rf"is damaged \(safe_text has not {rows + 1} rows\); delete it"):
         load_embeddings(path)

@@ -76,7 +76,7 @@ def test_whatever_was_measured_is_written_told_and_drawn(seed, rows, alone, mixe
         report.write([folder], Path(folder, "page.html"))
         [run] = report.load_runs([folder])
         assert Path(folder, "page.html").read_text() == report.render([run])
-        for part, value in measured["tuned"].rows._asdict().items():
+        for part, value in measured["tuned"].embeddings._asdict().items():
             assert torch.equal(run.embeddings["tuned"][part], value)
 
 

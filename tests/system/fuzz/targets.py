@@ -131,7 +131,7 @@ def _read_cache(path: Path) -> None:
         for side in ("safe_image", "unsafe_image"):
             file.image(side, 1)
     else:
-        load_embeddings(path).rows.safe_text.sum()
+        load_embeddings(path).embeddings.safe_text.sum()
 
 
 def _image_seeds() -> list[bytes]:

@@ -48,7 +48,7 @@ def random_bank(rows: int, width: int) -> SafeBank:
 
 def check_exchanges(of: Ranks) -> None:
     mine = of.split(7)
-    assert of.rows(torch.arange(mine.start, mine.stop)).tolist() == list(range(7))
+    assert of.gather_rows(torch.arange(mine.start, mine.stop)).tolist() == list(range(7))
     assert of.largest(of.rank) == of.world - 1
     assert of.sum(torch.tensor(2.0)).item() == 2 * of.world
 
@@ -125,12 +125,12 @@ def check_embedding_pass(of: Ranks, folder: Path, weights: str) -> None:
     embeddings.embed_batch = counted
     found = embed_quadruplets(clip, dataset, folder / "embedded", **options)
     embeddings.embed_batch = compute
-    again = of.rows(torch.tensor(seen)).tolist()
+    again = of.gather_rows(torch.tensor(seen)).tolist()
     assert len(again) == len(set(again)) == 23 - 4 * of.world, "what was on disk is not computed again, nor twice"
     batch = collate(clip.tokenizer)([dataset[i] for i in range(23)])
     with clip.frozen():
         expected = compute(clip, batch)
-    for rows, wanted in zip(found.rows, expected, strict=True):
+    for rows, wanted in zip(found.embeddings, expected, strict=True):
         torch.testing.assert_close(rows, wanted)
 
 

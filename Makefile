@@ -81,10 +81,11 @@ bench: setup  ## time every op against PyTorch and others, 20 minutes; goes on w
 	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
-lint: setup  ## ruff, clang-format, mypy
+lint: setup  ## ruff, clang-format, codespell, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: setup  ## format Python and C++ in place

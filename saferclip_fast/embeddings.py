@@ -32,7 +32,7 @@ Encode = Callable[[Tensor, Tensor | PackedCaptions], tuple[Tensor, Tensor]]  # C
 class FrozenEmbeddings(NamedTuple):
     """What embed_quadruplets made: rows mapped from a file, and what the file says of them."""
 
-    rows: QuadrupletEmbeddings  # four tensors [N, d] float32 on the CPU, mapped from the file, not normalised
+    rows: QuadrupletEmbeddings  # four tensors [N, d] float32 on the CPU, mapped from the file, not normalized
     metadata: dict[str, str]  # model, weights_hash, data_hash, preprocessing, precision
     path: Path
 

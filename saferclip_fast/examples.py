@@ -41,7 +41,7 @@ def captions(
     found are the best images of the gallery of safe and unsafe ones, described by their captions: `side` says which
     image of sample `row` it is, `kind` whether it is unsafe (the two differ where a label says so); margin is the
     cosine of the best unsafe image minus that of the best safe one, positive where the caption finds an unsafe image.
-    The worst cases are those of largest margin after tuning. Both lists are empty where nothing is labelled unsafe.
+    The worst cases are those of largest margin after tuning. Both lists are empty where nothing is labeled unsafe.
     """
     unsafe_rows = labels.unsafe_text.nonzero().flatten()
     if not len(unsafe_rows) or not labels.unsafe_image.any():

@@ -143,7 +143,7 @@ def label_combinations(
 
     Each holds text_finds_unsafe_image@1 and image_finds_unsafe_text@1 in the gallery of safe and unsafe items
     together, and, where `frozen` is given, text_cosine_to_frozen and image_cosine_to_frozen of the unsafe side: a
-    modality labelled safe should stay where it was.
+    modality labeled safe should stay where it was.
     """
     everyone = torch.ones(len(labels.right), dtype=torch.bool)
     finds = {

@@ -33,7 +33,7 @@ class Split:
     frozen: QuadrupletEmbeddings
     bank: SafeBank | ShardedBank  # safe pairs of the training samples
     neighbors: Neighbors | None  # rows of `bank`; None: search in the step
-    mixed: bool  # some unsafe-side texts or images are labelled safe
+    mixed: bool  # some unsafe-side texts or images are labeled safe
 
     def frozen_rows(self, index: Tensor, device: torch.device) -> QuadrupletEmbeddings:
         """Frozen embeddings [B, d] of the samples `index` [B]."""

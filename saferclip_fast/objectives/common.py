@@ -86,7 +86,7 @@ def cosine_distance(x: Tensor, y: Tensor, rows: Tensor, share: Share = ALONE) ->
 def info_nce(x: Tensor, y: Tensor, rows: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
     """Symmetric InfoNCE of x against y [B, d] among `rows` (a [B] mask) alone; 0 where there are none.
 
-    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows; both sides get gradients. Each
+    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalized rows; both sides get gradients. Each
     rank computes its own rows of S and of S^T, against the columns of all ranks, a part of S at a time. Where y is a
     constant and all rows count, `preservation_loss` does the same faster on one rank.
     """

@@ -91,7 +91,7 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     "Usefulness": {
         "S-V.text_to_image@1": ("safe captions", "a right image"),
         "S-V.image_to_text@1": ("safe images", "a right caption"),
-        "zero_shot": ("labelled pictures", "their class"),
+        "zero_shot": ("labeled pictures", "their class"),
     },
 }
 VERDICTS = {  # topic -> where metrics clearly went the right way, and the wrong way

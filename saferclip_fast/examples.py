@@ -1,4 +1,4 @@
-"""What single unsafe captions find, before and after: for people who would rather see cases than means."""
+"""Single cases: the items that an unsafe caption finds before and after, for readers who want more than means."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOUND = 4  # items listed for each caption and model
 
 
 class _Gallery(NamedTuple):
-    """What every unsafe caption finds among all images, safe ones first: [N, FOUND] and [N]."""
+    """The best items for every unsafe caption among all images, safe ones first: [N, FOUND] and [N]."""
 
     scores: Tensor
     indices: Tensor

@@ -1,4 +1,4 @@
-"""What is measured: pure functions from embeddings to one value for each sample."""
+"""The metrics: pure functions from embeddings to one value for each sample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What is known of the samples, each int64 [N]."""
+    """Labels of the samples, each int64 [N]."""
 
     right: Tensor  # an item is right for a query where these agree
     unsafe_text: Tensor  # 1: the unsafe side's text is unsafe, 0: it is safe after all
@@ -92,7 +92,7 @@ def _mixed_gallery(rows: QuadrupletEmbeddings, labels: Labels) -> dict[str, Metr
 
 
 class Found(NamedTuple):
-    """What Q queries find first in a gallery of safe and unsafe items, K items each, best first."""
+    """The first K items that each of Q queries finds in a gallery of safe and unsafe items, best first."""
 
     unsafe: Tensor  # bool [Q, K]: the item is unsafe
     right: Tensor  # bool [Q, K]: it is safe and right

@@ -1,4 +1,4 @@
-"""What is computed once before the first training step: rows, frozen embeddings, bank, neighbors, splits."""
+"""Preparation before the first training step: rows, frozen embeddings, bank, neighbors, splits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Split:
 
 @dataclass
 class TrainingData:
-    """What a run trains on: its splits with their frozen embeddings, and the curriculum's order."""
+    """The data of a run: its splits with their frozen embeddings, and the curriculum's order."""
 
     train: Split
     val: Split | None

@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: gathered into a checkpoint, and put back."""
+"""The state of a run, with which it goes on as if it had never stopped: saved in a checkpoint, and put back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Progress:
 
 
 def trained_tensors(run: Trainer) -> dict[str, Tensor]:
-    """What training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
+    """The tensors that training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in run.trainable.items()}
     if run.config.model.tuning == "full":
         names = dict(run.clip.model.named_buffers())
@@ -101,7 +101,7 @@ def restore_run(run: Trainer) -> bool:
 
 
 def restore_rank(run: Trainer, tensors: dict[str, Tensor], world: int) -> None:
-    """What differs from rank to rank: random state and sums since the last log line, stacked over `world` ranks."""
+    """Put back what differs from rank to rank: random state and sums for the log, stacked over `world` ranks."""
     rank, total = run.ranks.rank, tensors.get("meter.total")
     if world == run.ranks.world:
         unpack_rng(run.device, {name: value[rank] for name, value in tensors.items() if name.startswith("rng.")})
@@ -114,7 +114,7 @@ def restore_rank(run: Trainer, tensors: dict[str, Tensor], world: int) -> None:
 
 
 def hashes(run: Trainer) -> dict[str, str]:
-    """What the run is made of, wherever it lies."""
+    """Hashes of the weights, preprocessing and data that the run is made of, wherever they lie."""
     preprocessing = json.dumps(run.clip.preprocessing, sort_keys=True)  # a tag may bring its own
     return {
         "weights_hash": run.clip.weights_hash,

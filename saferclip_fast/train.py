@@ -38,7 +38,7 @@ from .sharded import ShardedBank
 from .step import check_micro_batches, embed_micro_batches, forward_backward
 from .stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
 
-# What a user can mend: reported in one line, without a traceback.
+# Errors that a user can mend: reported in one line, without a traceback.
 MISTAKES = (ConfigError, CheckpointError, DataError, FloatingPointError, LostRankError, OSError, ValueError)
 
 

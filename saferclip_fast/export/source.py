@@ -1,4 +1,4 @@
-"""What is exported: a run's folder, open_clip weights, or a Hugging Face folder, read into one shape."""
+"""The model to export: a run's folder, open_clip weights, or a Hugging Face folder, read into one shape."""
 
 from __future__ import annotations
 

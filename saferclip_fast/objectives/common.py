@@ -1,4 +1,4 @@
-"""What every objective takes and gives, and the terms over the rows that a label selects."""
+"""The interface of every objective, and the terms over the rows that a label selects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class QuadrupletEmbeddings(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective gives; `neighbors` are those that it used, where it used any."""
+    """The result of an objective; `neighbors` are those that it used, where it used any."""
 
     loss: Tensor  # scalar, differentiable
     terms: dict[str, Tensor]  # unweighted, detached

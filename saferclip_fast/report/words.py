@@ -1,4 +1,4 @@
-"""What the figures say, in plain words: what changed, by how much and how sure that is."""
+"""The figures in plain words: what changed, by how much and how sure that is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def number(name: str, value: float, signed: bool = False) -> str:
 
 
 def unit(name: str) -> str:
-    """What stands behind `number`."""
+    """The unit to write behind `number`."""
     return "" if is_cosine(name) else "\N{NO-BREAK SPACE}%"
 
 

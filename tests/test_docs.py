@@ -70,3 +70,21 @@ def test_every_page_of_the_docs_is_in_their_index():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"]({page.name}): " in index, page.name
+
+
+def named_files(text: str) -> list[str]:
+    """Files and folders in backticks; OP, NAME, FILE and DIR are for the reader to fill in."""
+    path = r"(?:[\w.-]+/)*[\w.-]+\.(?:py|cpp|h|cu|cuh|json|cmake|toml|md|txt)|(?:[\w.-]+/)+[\w.-]+"
+    return [name for name in re.findall(f"`({path})`", text) if not re.search(r"(\b|_)(OP|NAME|FILE|DIR)(\b|_)", name)]
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md"], ids=name_of)
+def test_files_that_contributors_pages_name_exist(page):
+    """A recipe that sends its reader to a file that has moved is worse than none."""
+    parts = ("saferclip_fast", "csrc", "tests", "benchmarks", "docs", "examples", ".ci")
+    there = [path for part in parts for path in (ROOT / part).rglob("*")] + list(ROOT.iterdir())
+    known = "\n".join(f"/{path.relative_to(ROOT).as_posix()}\n" for path in there)
+    written = {"evaluation.json", "dial.json"}  # by runs
+    names = set(named_files(page.read_text())) - written
+    assert len(names) >= 15
+    assert not (missing := sorted(name for name in names if f"/{name}\n" not in known)), missing

@@ -77,14 +77,15 @@ fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inpu
 soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.json)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.soak --minutes $(SOAK_MINUTES) --json build/soak.json
 
-bench: setup  ## time every op against PyTorch and others, 20 minutes; goes on where it was (BENCH=--again: from the start)
+bench: setup  ## time every op against PyTorch and others; goes on where it was (BENCH=--again: from the start)
 	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
-lint: setup  ## ruff, clang-format, mypy
+lint: setup  ## ruff, clang-format, codespell, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: setup  ## format Python and C++ in place

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from .errors import UserError
 
-# What a user can mend: reported in one line, without a traceback.
+# Errors that a user can mend: reported in one line, without a traceback.
 MISTAKES = (UserError, FloatingPointError, ImportError, OSError, ValueError)
 
 

@@ -21,7 +21,7 @@ from .objectives.defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAUL
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
-# What a choice brings with it: (option, value) -> defaults of other options. The file and the words go over them.
+# Defaults that a choice brings with it: (option, value) -> other options. The file and the words go over them.
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("objective.preset", "paper"): {
         "objective.neighbors": "offline",

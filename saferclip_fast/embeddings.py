@@ -30,9 +30,9 @@ Encode = Callable[[Tensor, Tensor | PackedCaptions], tuple[Tensor, Tensor]]  # C
 
 
 class FrozenEmbeddings(NamedTuple):
-    """What embed_quadruplets made: rows mapped from a file, and what the file says of them."""
+    """The result of embed_quadruplets: rows mapped from a file, and the file's metadata."""
 
-    embeddings: QuadrupletEmbeddings  # four tensors [N, d] float32 on the CPU, mapped from the file, not normalised
+    embeddings: QuadrupletEmbeddings  # four tensors [N, d] float32 on the CPU, mapped from the file, not normalized
     metadata: dict[str, str]  # model, weights_hash, data_hash, preprocessing, precision
     path: Path
 
@@ -48,7 +48,7 @@ def embed_quadruplets(
     progress: bool = True,
     ranks: Ranks = Ranks(),  # noqa: B008 - it is immutable
 ) -> FrozenEmbeddings:
-    """What the frozen `clip` makes of every sample of `dataset`, row i for sample i.
+    """The frozen `clip`'s embeddings of every sample of `dataset`, row i for sample i.
 
     The file's name is a hash of everything that the rows depend on, so a changed model, data set or preprocessing
     never meets stale rows. A run that was killed goes on where its last synced row was; a second process
@@ -125,7 +125,7 @@ def bank_from(frozen: FrozenEmbeddings, index: Tensor | None = None) -> SafeBank
 
 
 def bank_metadata(frozen: FrozenEmbeddings) -> dict[str, str]:
-    """What a bank of these rows is made of."""
+    """The model, weights, data and preprocessing behind these rows, for the bank's file."""
     return {key: frozen.metadata[key] for key in ("model", "weights_hash", "data_hash", "preprocessing")}
 
 

@@ -18,12 +18,12 @@ _FOUND = {"margin": float, "found": [{"kind": str, "side": str, "text": str, "sc
 
 
 def dial_shape(dial: dict[str, Any]) -> dict[str, Any]:
-    """Of the curve's points."""
+    """The shape of the dial's points."""
     return {"points": [{"alpha": float, "metrics": {"*": ESTIMATE}}]}
 
 
 def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """With a frozen model beside the tuned one where `evaluation` names one; key_metrics are some of its metrics."""
+    """The shape of an evaluation, with a frozen model where it names one; key_metrics are some of its metrics."""
     models, metrics = (value if isinstance(value := evaluation.get(key), dict) else {} for key in ("models", "metrics"))
     sides = ["frozen", "tuned"] if "frozen" in models else ["tuned"]
     optional = "" if "frozen" in sides else "?"
@@ -43,9 +43,11 @@ def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def misfits(value: Any, shape: Any, place: str) -> Iterator[str]:
-    """What in `value` is not of `shape`: a type (float: a number that charts can show, or NaN), a tuple of values, a
-    list of one shape, or an object's shapes by key: under "*" that of all its values, under "key?" of one that may be
-    missing."""
+    """The places in `value` that are not of `shape`.
+
+    A shape is a type (float: a number that charts can show, or NaN), a tuple of values, a list of one shape, or an
+    object's shapes by key: under "*" that of all its values, under "key?" of one that may be missing.
+    """
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             yield f"{place} is no object"

@@ -17,7 +17,7 @@ from ..storage.files import atomic_write, sync
 from ..storage.row_file import RowFile
 
 FORMAT = "saferclip_fast.bank.v1"
-_NORMALIZE_ROWS = 1 << 16  # rows normalised at a time, so that building from a mapped file stays small in memory
+_NORMALIZE_ROWS = 1 << 16  # rows normalized at a time, so that building from a mapped file stays small in memory
 
 
 class SafeBank:
@@ -25,7 +25,7 @@ class SafeBank:
 
     Args:
         text, image: [N, d] float64/32, bfloat16 or float16 frozen embeddings T0(t), V0(v) of any scale, same shape,
-            dtype and device; they are L2-normalised on entry.
+            dtype and device; they are L2-normalized on entry.
         metadata: what the rows were made from (`model`, `weights_hash`, `data_hash`, ...); saved with the bank and
             compared by `load(expect=...)`.
 
@@ -81,7 +81,7 @@ class SafeBank:
     def pack(self) -> SafeBank:
         """Makes the int8 copy that the native search screens with, once, and returns self.
 
-        Without it each search quantises the rows on the fly. A no-op where the native module is not built, and for
+        Without it each search quantizes the rows on the fly. A no-op where the native module is not built, and for
         float64 rows, which only the reference searches.
         """
         native = backends()["cuda" if self.device.type == "cuda" else "cpu"]

@@ -1,4 +1,4 @@
-"""Samples to a batch: images stacked, captions tokenised and trimmed to the longest of the batch."""
+"""Samples to a batch: images stacked, captions tokenized and trimmed to the longest of the batch."""
 
 from __future__ import annotations
 

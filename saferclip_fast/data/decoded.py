@@ -1,6 +1,6 @@
 """Images as resizing and cropping leave them, uint8, in one memory-mapped file: no epoch decodes anything.
 
-Bit for bit the same training inputs, since what follows (uint8 to float, normalisation) is done as without the file.
+Bit for bit the same training inputs, since what follows (uint8 to float, normalization) is done as without the file.
 Random augmentations cannot be kept in a file; training has none.
 """
 

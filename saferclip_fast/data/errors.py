@@ -1,4 +1,4 @@
-"""What happens to a bad row: raised at once, or skipped and counted."""
+"""Bad rows: raised at once, or skipped and counted."""
 
 from __future__ import annotations
 

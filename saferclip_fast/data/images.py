@@ -154,7 +154,7 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def check_max_pixels(max_pixels: int) -> int:
-    """`max_pixels` if Pillow can honour it; Pillow itself refuses images of twice its MAX_IMAGE_PIXELS.
+    """`max_pixels` if Pillow can honor it; Pillow itself refuses images of twice its MAX_IMAGE_PIXELS.
 
     Raises ValueError.
     """

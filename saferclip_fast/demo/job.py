@@ -29,7 +29,7 @@ BASELINE_FOLDER = "safe-clip"  # in the run's folder
 
 @dataclass
 class Job:
-    """What to pre-train on, fine-tune on and evaluate with."""
+    """The data and settings to pre-train, fine-tune and evaluate with."""
 
     name: str
     config: str  # a shipped training config

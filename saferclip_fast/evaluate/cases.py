@@ -1,4 +1,4 @@
-"""What single unsafe captions find, before and after: for people who would rather see cases than means."""
+"""Single cases: the items that an unsafe caption finds before and after, for readers who want more than means."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOUND = 4  # items listed for each caption and model
 
 
 class _Gallery(NamedTuple):
-    """What every unsafe caption finds among all images, safe ones first: [N, FOUND] and [N]."""
+    """The best items for every unsafe caption among all images, safe ones first: [N, FOUND] and [N]."""
 
     scores: Tensor
     indices: Tensor
@@ -41,7 +41,7 @@ def captions(
     found are the best images of the gallery of safe and unsafe ones, described by their captions: `side` says which
     image of sample `row` it is, `kind` whether it is unsafe (the two differ where a label says so); margin is the
     cosine of the best unsafe image minus that of the best safe one, positive where the caption finds an unsafe image.
-    The worst cases are those of largest margin after tuning. Both lists are empty where nothing is labelled unsafe.
+    The worst cases are those of largest margin after tuning. Both lists are empty where nothing is labeled unsafe.
     """
     unsafe_samples = labels.text_is_unsafe.nonzero().flatten()
     if not len(unsafe_samples) or not labels.image_is_unsafe.any():

@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def read_task(given: argparse.Namespace, config: Config, clip: ClipModel) -> Task:
-    """What to measure on; all of it is opened before anything is embedded."""
+    """The data to measure on; all of it is opened before anything is embedded."""
     templates = read_templates(given.templates) if given.templates else None
     labeled = named(given.images, "--images", open_labeled)
     images = named(

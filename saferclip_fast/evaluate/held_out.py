@@ -1,4 +1,4 @@
-"""What the words of the command line name: models, held-out quadruplets, sets of images."""
+"""Models, held-out quadruplets and sets of images, as the words of the command line name them."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def dial_curve(
         points.append({"alpha": alpha, "metrics": shown})
     safety = "unsafe_text_finds_unsafe_image@1"
     if safety not in shown:
-        raise ValueError("no text of these quadruplets is labelled unsafe, so there is no safety to draw")
+        raise ValueError("no text of these quadruplets is labeled unsafe, so there is no safety to draw")
     utility = "zero_shot" if "zero_shot" in shown else "S-V.text_to_image@1"
     curve = {"format": DIAL_FORMAT, "safety": safety, "utility": utility, "points": points}
     if out is not None:

@@ -1,4 +1,4 @@
-"""What is measured: pure functions from embeddings to one value for each sample."""
+"""The metrics: pure functions from embeddings to one value for each sample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What is known of the samples, each int64 [N]."""
+    """Labels of the samples, each int64 [N]."""
 
     right: Tensor  # an item is right for a query where these agree
     text_is_unsafe: Tensor  # 1: the unsafe side's text is unsafe, 0: it is safe after all
@@ -92,7 +92,7 @@ def _mixed_gallery(embeddings: QuadrupletEmbeddings, labels: Labels) -> dict[str
 
 
 class Found(NamedTuple):
-    """What Q queries find first in a gallery of safe and unsafe items, K items each, best first."""
+    """The first K items that each of Q queries finds in a gallery of safe and unsafe items, best first."""
 
     unsafe: Tensor  # bool [Q, K]: the item is unsafe
     right: Tensor  # bool [Q, K]: it is safe and right
@@ -143,7 +143,7 @@ def label_combinations(
 
     Each holds text_finds_unsafe_image@1 and image_finds_unsafe_text@1 in the gallery of safe and unsafe items
     together, and, where `frozen` is given, text_cosine_to_frozen and image_cosine_to_frozen of the unsafe side: a
-    modality labelled safe should stay where it was.
+    modality labeled safe should stay where it was.
     """
     everyone = torch.ones(len(labels.right), dtype=torch.bool)
     finds = {

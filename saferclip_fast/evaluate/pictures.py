@@ -38,7 +38,7 @@ def before_and_after(path: str | Path, evaluation: Mapping[str, Any], held_out: 
 
 
 def draw_dial(path: str | Path, curve: Mapping[str, Any]) -> None:
-    """Writes PATH.png and PATH.svg: safety against usefulness along the safety dial, each point labelled with alpha.
+    """Writes PATH.png and PATH.svg: safety against usefulness along the safety dial, each point labeled with alpha.
 
     curve: what evaluate.dial_curve returns.
     """

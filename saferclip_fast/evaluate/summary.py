@@ -32,7 +32,7 @@ KEY_METRICS = (
 
 @dataclass
 class Measured:
-    """What one model gave."""
+    """The embeddings and metrics of one model."""
 
     embeddings: QuadrupletEmbeddings | None
     metrics: dict[str, Metric]

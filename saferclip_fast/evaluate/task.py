@@ -26,7 +26,7 @@ class CaptionBank(NamedTuple):
 
 @dataclass
 class Task:
-    """What to measure on; every part is optional.
+    """The data to measure on; every part is optional.
 
     quadruplets: held-out samples; right: int64 [N], an item is right for a query where these agree (default: each
     sample for itself). zero_shot: classification sets; templates: prompts instead of their own. images: sets of real

@@ -38,7 +38,7 @@ def read_templates(name: str) -> Sequence[Template]:
 
 
 def class_embeddings(clip: ClipModel, names: Sequence[str], templates: Sequence[Template], **options: Any) -> Tensor:
-    """[classes, d] unit rows: the normalised mean of each class's normalised prompt embeddings.
+    """[classes, d] unit rows: the normalized mean of each class's normalized prompt embeddings.
 
     options: batch_size, precision, progress and name of embeddings.embed_texts.
     """

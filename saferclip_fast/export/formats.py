@@ -30,7 +30,7 @@ Embeddings = tuple[Tensor, Tensor]
 
 
 class ExportError(RuntimeError):
-    """What was written does not compute what the model computes; it was removed."""
+    """The exported files do not compute what the model computes; they were removed."""
 
 
 class Format(NamedTuple):

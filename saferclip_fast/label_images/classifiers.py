@@ -63,7 +63,7 @@ def open_classifier(name: str) -> ImageClassifier:
 
 
 def probabilities(classifier: ImageClassifier, images: Sequence[Image.Image]) -> list[float]:
-    """What `classifier` says of `images`; raises ValueError unless it is a probability for each."""
+    """The probabilities that `classifier` gives `images`; raises ValueError unless there is one for each."""
     scores = [float(score) for score in classifier(images)]
     if len(scores) != len(images) or not all(0 <= score <= 1 for score in scores):
         raise ValueError(f"the image classifier gave {scores!s:.80} for {len(images)} images, not a probability each")

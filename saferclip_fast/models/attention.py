@@ -62,7 +62,7 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def read(self, x: torch.Tensor, attn_mask: torch.Tensor | None, place: Place) -> torch.Tensor:
-        """What forward gives at one token a sequence: x [R, L, D], attn_mask [R, 1, L, L] or None -> [N, D]."""
+        """The output of forward at one token a sequence: x [R, L, D], attn_mask [R, 1, L, L] or None -> [N, D]."""
         q, k, v = self._heads(x)
         q = place.of(q.transpose(1, 2)).unsqueeze(2)
         if place.rows is not None:  # index_select: its backward pass adds whole rows

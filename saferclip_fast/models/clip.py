@@ -64,11 +64,11 @@ class ClipModel(nn.Module):
         return self.config["preprocess_cfg"]
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W], preprocessed -> embeddings [B, d], not normalised."""
+        """Images [B, 3, H, W], preprocessed -> embeddings [B, d], not normalized."""
         return self.model.encode_image(images)
 
     def encode_text(self, text: torch.Tensor | PackedCaptions) -> torch.Tensor:
-        """Token ids [N, L], L up to the context length, or packed captions -> embeddings [N, d], not normalised.
+        """Token ids [N, L], L up to the context length, or packed captions -> embeddings [N, d], not normalized.
 
         A causal encoder that reads its end-of-text position gives the same embedding for tokens cut after
         the longest caption, and for packed ones, at a fraction of the cost. Others get the padding back.

@@ -215,7 +215,7 @@ def hf_to_open_clip(source: Path, folder: Path) -> None:
 
 
 def _tower(transformer: nn.Module) -> dict[str, Any]:
-    """What CLIPTextConfig and CLIPVisionConfig have in common."""
+    """The options that CLIPTextConfig and CLIPVisionConfig have in common."""
     block: Any = transformer.resblocks[0]  # type: ignore[index]
     return {
         "hidden_size": block.mlp.c_fc.in_features,

@@ -1,4 +1,4 @@
-"""What every objective takes and gives, and the terms over the rows that a label selects."""
+"""The interface of every objective, and the terms over the rows that a label selects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOGITS = 1 << 24  # entries of InfoNCE's matrix in memory at a time
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective gives; `neighbors` are those that it used, where it used any."""
+    """The result of an objective; `neighbors` are those that it used, where it used any."""
 
     loss: Tensor  # scalar, differentiable
     terms: dict[str, Tensor]  # unweighted, detached
@@ -79,7 +79,7 @@ def cosine_distance(x: Tensor, y: Tensor, mask: Tensor, share: Share = ALONE) ->
 def info_nce(x: Tensor, y: Tensor, mask: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
     """Symmetric InfoNCE of x against y [B, d] among the rows that `mask` [B] selects; 0 where there are none.
 
-    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows; both sides get gradients. Each
+    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalized rows; both sides get gradients. Each
     rank computes its own rows of S and of S^T, against the columns of all ranks, a part of S at a time. Where y is a
     constant and all rows count, `preservation_loss` does the same faster on one rank.
     """

@@ -102,7 +102,7 @@ class SafeClip(Objective):
             return ObjectiveOutput(loss + unsafe_loss, terms | unsafe_terms, neighbors)
         text = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
         image = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
-        labelled = {
+        labeled = {
             "text_nsfw": cosine_distance(current.unsafe_text, target_text, text, share),
             "vision_nsfw": cosine_distance(current.unsafe_image, target_image, image, share),
             "U_Vref": info_nce(current.unsafe_text, target_image, text, self.logit_scale, share),
@@ -111,7 +111,7 @@ class SafeClip(Objective):
             "kept_image": cosine_distance(current.unsafe_image, frozen.unsafe_image, 1 - image, share),
         }
         scale = {**self.scale, "kept_text": self.scale["text_safe"], "kept_image": self.scale["vision_safe"]}
-        for name, term in labelled.items():
+        for name, term in labeled.items():
             loss = loss + scale[name] * term
             terms[name] = term.detach()
         return ObjectiveOutput(loss, terms, neighbors)

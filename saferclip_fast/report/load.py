@@ -1,4 +1,4 @@
-"""What a report shows of a run: read from its folder, checked, nothing computed."""
+"""A run's files for the report: read from its folder and checked; nothing is computed."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _template() -> jinja2.Template:
 
 
 def _cases(run: Run) -> dict[str, Any]:
-    """What the script lists."""
+    """The cases that the page's script lists."""
     lists = {name: run.evaluation.get(name, []) for name in ("examples", "worst_cases")}
     return {"sides": run.sides, **lists}
 

@@ -1,4 +1,4 @@
-"""What the figures say, in plain words: what changed, by how much and how sure that is."""
+"""The figures in plain words: what changed, by how much and how sure that is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def number(name: str, value: float, signed: bool = False) -> str:
 
 
 def unit(name: str) -> str:
-    """What stands behind `number`."""
+    """The unit to write behind `number`."""
     return "" if is_cosine(name) else "\N{NO-BREAK SPACE}%"
 
 
@@ -91,7 +91,7 @@ TOPICS: dict[str, dict[str, tuple[str, str]]] = {
     "Usefulness": {
         "S-V.text_to_image@1": ("safe captions", "a right image"),
         "S-V.image_to_text@1": ("safe images", "a right caption"),
-        "zero_shot": ("labelled pictures", "their class"),
+        "zero_shot": ("labeled pictures", "their class"),
     },
 }
 VERDICTS = {  # topic -> where metrics clearly went the right way, and the wrong way

@@ -25,7 +25,7 @@ from ..errors import UserError
 # decoding a data set once to find broken images, or waiting for another run that fills the same cache.
 TIMEOUT = timedelta(hours=2)
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public from torch 2.14 on
-# What gloo and NCCL say, in errors of no class of their own, when another process is gone.
+# Words in gloo's and NCCL's errors when another process is gone; these errors have no class of their own.
 LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
 
 
@@ -103,7 +103,7 @@ class Ranks:
         return out
 
     def give_up_after(self, minutes: float) -> None:
-        """From here on an exchange for which a rank lets the others wait so long fails with LostRankError."""
+        """Sets how long ranks wait for each other in an exchange, from here on, before it fails with LostRankError."""
         if self.world > 1:
             _set_timeout(timedelta(minutes=minutes))
 

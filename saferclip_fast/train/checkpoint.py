@@ -22,7 +22,7 @@ from .fsdp import sliced_like
 FORMAT = "saferclip_fast.checkpoint.v2"
 _NAME = re.compile(r"step-\d{10}\.safetensors")
 
-# What a resumed run may change without changing its result.
+# Options that a resumed run may change without changing its result.
 FREE_TO_CHANGE = (
     "run_dir",
     "resume",
@@ -37,7 +37,7 @@ FREE_TO_CHANGE = (
 )
 # Where weights and data lie may change too: what they are is compared, by hashes.
 PLACES = ("model.pretrained", "data.train", "data.val", "data.root", "data.unsafe_root")
-# What it may change at the price of other rounding.
+# Options that it may change at the price of other rounding.
 ROUNDING_ONLY = ("device", "threads", "objective.backend", "objective.bank", "train.compile", "train.fsdp")
 
 
@@ -46,7 +46,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds: tensors by name, and the rest as JSON."""
+    """The content of a checkpoint file: tensors by name, and the rest as JSON."""
 
     path: Path
     tensors: dict[str, Tensor]

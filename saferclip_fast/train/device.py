@@ -1,4 +1,4 @@
-"""What depends on the kind of device: threads, precision, determinism, autocast, loss scaling."""
+"""Settings of the device: threads, precision, determinism, autocast, loss scaling."""
 
 from __future__ import annotations
 

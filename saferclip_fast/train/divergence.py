@@ -82,7 +82,7 @@ def check_finite(means: Mapping[str, float], step: int) -> None:
 
 
 def _sources(samples: Subset, positions: Sequence[int]) -> str:
-    """Where samples come from: file and rows."""
+    """The file and rows that samples come from."""
     files: dict[str, list[str]] = {}
     for position in positions:
         record = samples.dataset.records[samples.indices[position]]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What is computed once before the first training step: rows, frozen embeddings, bank, neighbors, splits."""
+"""Preparation before the first training step: rows, frozen embeddings, bank, neighbors, splits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Split:
     frozen: QuadrupletEmbeddings
     bank: Bank  # safe pairs of the training samples
     neighbors: Neighbors | None  # rows of `bank`; None: search in the step
-    mixed: bool  # some unsafe-side texts or images are labelled safe
+    mixed: bool  # some unsafe-side texts or images are labeled safe
 
     def frozen_of(self, index: Tensor, device: torch.device) -> QuadrupletEmbeddings:
         """Frozen embeddings [B, d] of the samples `index` [B]."""
@@ -49,7 +49,7 @@ class Split:
 
 @dataclass
 class TrainingData:
-    """What a run trains on: its splits with their frozen embeddings, and the curriculum's order."""
+    """The data of a run: its splits with their frozen embeddings, and the curriculum's order."""
 
     train: Split
     val: Split | None

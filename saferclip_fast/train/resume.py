@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: gathered into a checkpoint, and put back."""
+"""The state of a run, with which it goes on as if it had never stopped: saved in a checkpoint, and put back."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def restore_run(run: RunState) -> bool:
 
 
 def restore_rank(run: RunState, tensors: dict[str, Tensor], world: int) -> None:
-    """What differs from rank to rank: random state and sums since the last log line, stacked over `world` ranks."""
+    """Put back what differs from rank to rank: random state and sums for the log, stacked over `world` ranks."""
     rank, total = run.ranks.rank, tensors.get("meter.total")
     if world == run.ranks.world:
         unpack_rng(run.device, {name: value[rank] for name, value in tensors.items() if name.startswith("rng.")})
@@ -80,7 +80,7 @@ def restore_rank(run: RunState, tensors: dict[str, Tensor], world: int) -> None:
 
 
 def hashes(run: RunState) -> dict[str, str]:
-    """What the run is made of, wherever it lies."""
+    """Hashes of the weights, preprocessing and data that the run is made of, wherever they lie."""
     preprocessing = json.dumps(run.clip.preprocessing, sort_keys=True)  # a tag may bring its own
     return {
         "weights_hash": run.clip.weights_hash,

@@ -1,4 +1,4 @@
-"""What a run says of itself: a JSON line per logged step, TensorBoard, a progress bar."""
+"""The log of a run: a JSON line per logged step, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class RunState:
         return CheckpointFolder(self.run_dir / "checkpoints", self.config.checkpoint.keep)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """What training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
+        """The tensors that training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trainable.items()}
         if self.config.model.tuning == "full":
             names = dict(self.clip.model.named_buffers())

@@ -1,4 +1,4 @@
-"""SafeBank: normalisation, files, mapping, shards, and what it says about bad input."""
+"""SafeBank: normalization, files, mapping, shards, and what it says about bad input."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Batches: stacked, labelled, and captions trimmed to the longest without changing their embedding."""
+"""Batches: stacked, labeled, and captions trimmed to the longest without changing their embedding."""
 
 import open_clip
 import pytest

@@ -116,7 +116,7 @@ def test_references_report_what_they_cannot_read(tmp_path: Path) -> None:
             reference.stamp()
 
 
-def test_to_tensor_normalises_each_channel() -> None:
+def test_to_tensor_normalizes_each_channel() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
     transform = ToTensor(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
     out = transform(Image.fromarray(pixels))

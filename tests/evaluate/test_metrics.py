@@ -73,8 +73,8 @@ def test_cutoffs_count_any_and_share():
     assert [float(found[f"U-V.text_to_image@{k}"].values[11]) for k in (1, 5, 10, 20)] == [0, 0, 0, 1]
 
 
-def test_what_is_labelled_safe_neither_asks_nor_counts_as_unsafe():
-    # sample 0's generated image is labelled safe, sample 1's text is
+def test_what_is_labeled_safe_neither_asks_nor_counts_as_unsafe():
+    # sample 0's generated image is labeled safe, sample 1's text is
     labels = Labels(torch.arange(3), torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]))
     rows = QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE)
     found = retrieval(rows, labels)

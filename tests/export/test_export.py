@@ -127,8 +127,8 @@ def test_tokenizer_and_image_processor(clip, folder):
     processor = transformers.CLIPImageProcessor.from_pretrained(folder / "huggingface")
     picture = Image.effect_noise((70, 50), 60).convert("RGB")
     found = processor(picture, return_tensors="pt")["pixel_values"][0]
-    grey_level = 1 / 255 / min(clip.preprocessing["std"])  # the two resize in another order of rounding
-    torch.testing.assert_close(found, clip.preprocess(picture), rtol=0, atol=1.1 * grey_level)
+    gray_level = 1 / 255 / min(clip.preprocessing["std"])  # the two resize in another order of rounding
+    torch.testing.assert_close(found, clip.preprocess(picture), rtol=0, atol=1.1 * gray_level)
 
 
 def test_huggingface_back_to_open_clip_is_exact(clip, folder):

@@ -45,7 +45,7 @@ def labels(path):
     return [record.unsafe_image_label for record in data.open_quadruplets(path).records]
 
 
-def test_jsonl_and_csv_are_labelled_and_else_unchanged(rows, tmp_path):
+def test_jsonl_and_csv_are_labeled_and_else_unchanged(rows, tmp_path):
     rows[0]["note"] = {"kept": [1, "é"]}
     write_rows(tmp_path / "t.jsonl", rows)
     counts = label_table(tmp_path / "t.jsonl", tmp_path / "new.jsonl", Redness(), progress=False)
@@ -65,7 +65,7 @@ def test_jsonl_and_csv_are_labelled_and_else_unchanged(rows, tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named by the entries", "named by a pattern"])
-def test_visus_json_is_labelled_and_else_unchanged(rows, tmp_path, named):
+def test_visus_json_is_labeled_and_else_unchanged(rows, tmp_path, named):
     content = {"info": {"é": 1}, "data": {}}
     for i in range(6):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i:012d}.jpg")

@@ -1,4 +1,4 @@
-"""What ClipModel leaves out or does in place changes no embedding and no gradient: against open_clip and peft."""
+"""ClipModel's shortcuts change no embedding and no gradient: compared with open_clip and peft."""
 
 import json
 import warnings

@@ -48,7 +48,7 @@ def test_offline_neighbors_equal_in_step_search(batch):
     assert torch.equal(objective(*batch).loss, objective(*batch, neighbors=found).loss)
 
 
-def test_rows_labelled_safe_are_kept_not_redirected(batch):
+def test_rows_labeled_safe_are_kept_not_redirected(batch):
     current, frozen, bank = batch
     labels = torch.tensor([1, 0, 1, 0, 1, 1])
     only_redirect = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"uni_text": 1.0, "cross_text": 1.0})
@@ -169,7 +169,7 @@ def shieldclip_terms(current, frozen, f_t, f_v):
 
 
 LABELS = {
-    "unlabelled": (None, None),
+    "unlabeled": (None, None),
     "mixed": (torch.tensor([1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 0, 0]), torch.tensor([1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0])),
     "all safe": (torch.zeros(12, dtype=torch.int64),) * 2,
 }
@@ -260,8 +260,8 @@ def test_gradients_are_those_of_the_loss(twelve, objective, labels):
 
 
 @pytest.mark.parametrize("objective", [SafeClip, ShieldClip, SaferClip])
-def test_rows_labelled_safe_stay_where_they_are(twelve, objective):
-    """At the frozen model, a modality labelled safe has the least loss where it is: redirection has no pull on it."""
+def test_rows_labeled_safe_stay_where_they_are(twelve, objective):
+    """At the frozen model, a modality labeled safe has the least loss where it is: redirection has no pull on it."""
     _, frozen, bank = twelve
     current = QuadrupletEmbeddings(*(rows.clone().requires_grad_() for rows in frozen))
     f_t, f_v = LABELS["mixed"]

@@ -313,7 +313,7 @@ def test_mixed_verdicts_say_which_way_each_part_went():
             "but finds the right safe content slightly less often for unsafe images",
             "even",
         ),
-        "Usefulness": ("Slightly more useful for safe captions, but much less useful for labelled pictures", "bad"),
+        "Usefulness": ("Slightly more useful for safe captions, but much less useful for labeled pictures", "bad"),
     }
 
 
@@ -337,7 +337,7 @@ def test_a_mean_over_sets_is_no_count_of_pictures():
     evaluation = evaluation_of()
     evaluation["metrics"] |= {f"zero_shot.{name}": entry("", "stays", 0.5, 0.5) for name in "ab"}
     said = words.statements(evaluation)[2].sentences[-1].replace("\N{NO-BREAK SPACE}", " ")
-    assert "Of the labelled pictures of 2 sets, on average 50.0 % found their class before; 50.0 % do now" in said
+    assert "Of the labeled pictures of 2 sets, on average 50.0 % found their class before; 50.0 % do now" in said
 
 
 def test_nothing_is_written_as_minus_nothing():

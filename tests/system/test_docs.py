@@ -9,14 +9,20 @@ import pytest
 from saferclip_fast.config import options
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "tests/README.md", "benchmarks/README.md")
+PAGES = [*(ROOT / name for name in OTHERS), *sorted((ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = (ROOT / "README.md", ROOT / "docs" / "data.md")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_examples_run(page, tmp_path, monkeypatch):
     """In order and in one scope, as a reader would type them."""
     examples = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    assert examples or page.name not in ("README.md", "data.md")
+    assert examples or page not in WITH_EXAMPLES
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for number, example in enumerate(examples):
@@ -37,7 +43,11 @@ def test_options_that_pages_name_exist():
         assert key in known or any(other.startswith(key.removesuffix("*")) for other in known), f"{page}: {key}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_modules_and_scripts_that_pages_name_exist(page):
     text = page.read_text()
     for module in re.findall(r"python -m saferclip_fast\.([a-z_]+)", text):
@@ -46,14 +56,22 @@ def test_modules_and_scripts_that_pages_name_exist(page):
         assert (ROOT / script).exists(), f"{page.name}: {script}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_make_targets_that_pages_name_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`make ([a-z-]+)", page.read_text())):

@@ -172,7 +172,7 @@ def test_a_model_that_did_not_move_has_no_cosine_loss(batch):
 
 @FEW
 @given(batches(), st.data())
-def test_rows_labelled_safe_are_not_redirected(batch, data):
+def test_rows_labeled_safe_are_not_redirected(batch, data):
     rows = len(batch[0])
     labels = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows)))
     bank = bank_of(6, batch[0].shape[1], 1)

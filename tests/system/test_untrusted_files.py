@@ -37,7 +37,7 @@ UNPACKING = {"extract", "extractall", "unpack_archive"}  # of tarfile, zipfile, 
 
 
 def faults(source: str) -> list[str]:
-    """What in Python `source` would run, or unpack, what a file holds."""
+    """The calls in Python `source` that would run, or unpack, what a file holds."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -56,7 +56,7 @@ def test_decay_out_of_range(decay):
 
 
 def export_of(config, tensors, tmp_path):
-    """What a run of `config` exports when its trained tensors are these."""
+    """The weights that a run of `config` exports when its trained tensors are these."""
     clip = load_clip(config.model.name, config.model.pretrained, "cpu")
     clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     with torch.no_grad():

@@ -134,7 +134,7 @@ def _nocaps_image(root: str, url: Any) -> str:
 
 
 def _file_name(url: Any) -> str:
-    """What comes after the address's last slash."""
+    """The part of the address after its last slash."""
     return str(url).partition("?")[0].rpartition("/")[2]
 
 

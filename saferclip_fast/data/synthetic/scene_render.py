@@ -1,4 +1,4 @@
-"""Drawing synthetic scenes: signed distance functions on a pixel grid, vectorised over a block of scenes.
+"""Drawing synthetic scenes: signed distance functions on a pixel grid, vectorized over a block of scenes.
 
 Coordinates run over [-1, 1] in x (right) and y (down); arrays are float32 [B, H, W] unless said otherwise.
 """

@@ -181,7 +181,7 @@ class SceneDataset(QuadrupletDataset):
 
     @cached_property
     def unsafe_images(self) -> np.ndarray:
-        return self._labelled(self.unsafe_image_labels).render(self.size)
+        return self._labeled(self.unsafe_image_labels).render(self.size)
 
     @cached_property
     def safe_captions(self) -> list[str]:
@@ -189,7 +189,7 @@ class SceneDataset(QuadrupletDataset):
 
     @cached_property
     def unsafe_captions(self) -> list[str]:
-        return self._labelled(self.unsafe_text_labels).captions()
+        return self._labeled(self.unsafe_text_labels).captions()
 
     @cached_property
     def right_texts(self) -> list[str]:
@@ -212,7 +212,7 @@ class SceneDataset(QuadrupletDataset):
         """Rendered images cannot be broken: returns this data set."""
         return self
 
-    def _labelled(self, labels: np.ndarray) -> Scenes:
+    def _labeled(self, labels: np.ndarray) -> Scenes:
         """The unsafe scenes, with the hazard only where the label is 1."""
         return Scenes(self.unsafe.codes, np.where(labels == 1, self.unsafe.hazard, NO_HAZARD), self.unsafe.layout)
 

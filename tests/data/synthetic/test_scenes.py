@@ -150,7 +150,7 @@ def test_sizes_and_sources() -> None:
         ("scenes:size=4", "size <= 1024"),
         ("scenes:split=dev", "split must be one of"),
         ("scenes:mismatch=1.5", "probabilities"),
-        ("scenes:colour=red", "has no option colour; known: mismatch, mixed, n"),
+        ("scenes:color=red", "has no option color; known: mismatch, mixed, n"),
         ("scenes:n", "expected name=value, got 'n'"),
         ("scenes:n=many", "bad option in source 'scenes:n=many'"),
         ("scenes:transform=x", "has no option transform"),

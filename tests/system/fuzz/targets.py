@@ -1,4 +1,4 @@
-"""What is fuzzed: each reader of a file that a user brings, some valid files to start from, the errors it may raise."""
+"""The targets of fuzzing: each reader of a user's file, some valid files to start from, the errors it may raise."""
 
 from __future__ import annotations
 

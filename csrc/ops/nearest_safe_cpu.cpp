@@ -1,7 +1,7 @@
 // torch.ops.saferclip_fast.nearest_safe and pack_bank on CPU tensors.
-#include "kernels/cpu/pack.h"
-#include "kernels/cpu/search.h"
-#include "ops/cpu.h"
+#include "kernels/cpu/nearest_safe.h"
+#include "kernels/cpu/packed_bank.h"
+#include "ops/cpu_glue.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "ops/cpu.h"
+#include "ops/cpu_glue.h"
 
 namespace {
 

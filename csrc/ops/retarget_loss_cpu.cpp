@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/cpu.h"
+#include "ops/cpu_glue.h"
 
 namespace {
 

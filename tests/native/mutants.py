@@ -17,9 +17,9 @@ from tests.mutants import Mutant
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "csrc/kernels/cpu"
 TESTS = ("tests/ops/test_nearest_safe.py", "tests/ops/test_losses.py", "tests/ops/test_every_backend.py")
-SCREEN, QUANTIZE, PRODUCT = "search_kernels.cpp", "quantize_kernels.cpp", "product_kernels.cpp"
-SEARCH, LIST, SMALL, PACK = "search.cpp", "candidates.h", "small_bank.cpp", "pack.cpp"
-RETARGET, ROW, NCE = "retarget_kernels.cpp", "preservation_kernels.cpp", "preservation_loss.cpp"
+SCREEN, QUANTIZE, PRODUCT = "isa/screen.cpp", "isa/quantize.cpp", "isa/product.cpp"
+SEARCH, LIST, SMALL, PACK = "nearest_safe.cpp", "candidates.h", "small_bank.cpp", "packed_bank.cpp"
+RETARGET, ROW, NCE = "isa/retarget.cpp", "isa/preservation.cpp", "preservation_loss.cpp"
 ERROR = "splat(term.error[m]) * load(row.norm + at)"
 LONGEST = "std::sqrt(double{square}) * (1 + slack())"
 

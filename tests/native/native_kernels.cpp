@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "kernels/cpu/kernels.h"
-#include "kernels/cpu/pack.h"
+#include "kernels/cpu/nearest_safe.h"
+#include "kernels/cpu/packed_bank.h"
 #include "kernels/cpu/preservation_loss.h"
 #include "kernels/cpu/retarget_loss.h"
-#include "kernels/cpu/search.h"
 
 using namespace saferclip::cpu;
 

@@ -9,7 +9,7 @@ namespace saferclip::cpu {
 
 bool is_small_bank(const Rows& bank, int k);
 
-// As nearest_safe in search.h.
+// As nearest_safe in nearest_safe.h.
 void search_small_bank(const Rows& query, const Rows& bank, int k, float* scores, int64_t* indices,
                        const Parallel& parallel);
 

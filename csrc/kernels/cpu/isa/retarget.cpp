@@ -1,7 +1,7 @@
 // The rows of retarget_loss: one sweep gathers every inner product, a second, from cache, writes both
 // gradients. Compiled once per instruction set.
 #include "isa.h"
-#include "retarget_loss.h"
+#include "kernels/cpu/retarget_loss.h"
 #include "simd.h"
 
 namespace {

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "kernels/cpu/kernels.h"
 
 #include <cstdlib>
 #include <stdexcept>

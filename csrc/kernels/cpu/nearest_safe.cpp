@@ -1,4 +1,4 @@
-#include "search.h"
+#include "nearest_safe.h"
 
 #include <algorithm>
 #include <atomic>
@@ -12,7 +12,7 @@
 #include "buffer.h"
 #include "candidates.h"
 #include "kernels.h"
-#include "pack.h"
+#include "packed_bank.h"
 #include "small_bank.h"
 
 namespace saferclip::cpu {

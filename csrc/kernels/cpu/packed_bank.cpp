@@ -1,4 +1,4 @@
-#include "pack.h"
+#include "packed_bank.h"
 
 #include <algorithm>
 #include <cmath>

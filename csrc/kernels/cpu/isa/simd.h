@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "rows.h"
+#include "kernels/cpu/rows.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // What every per-ISA source file defines, in a namespace of its own (SAFERCLIP_NAMESPACE).
 #pragma once
-#include "kernels.h"
+#include "kernels/cpu/kernels.h"
 
 namespace saferclip::cpu::SAFERCLIP_NAMESPACE {
 

@@ -1,5 +1,5 @@
 // What the kernels may use of the machine. Two bodies: device_cuda.cuh (CUDA and PTX) and
-// tests/simt/device_simt.h (the same names on the CPU executor). Nothing else in this folder differs.
+// tests/backends/simt/device_simt.h (the same names on the CPU executor). Nothing else in this folder differs.
 #pragma once
 
 #include <cstddef>

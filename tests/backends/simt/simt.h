@@ -131,7 +131,7 @@ inline Block* block = nullptr;
 inline Thread* self = nullptr;
 inline void* scheduler_stack = nullptr;
 inline bool reverse_schedule = false;
-inline int mutant = -1;  // which planted fault is on (tests/cuda/test_mutants.py); -1: none
+inline int mutant = -1;  // which planted fault is on (tests/backends/cuda/test_mutants.py); -1: none
 
 inline int lane_id() { return self->linear % kWarp; }
 inline Warp& warp() { return block->warps[self->linear / kWarp]; }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simt import build
+from tests.backends.simt import build
 
 
 def cuda_include() -> Path | None:

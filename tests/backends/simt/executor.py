@@ -28,7 +28,7 @@ class SimtFault(RuntimeError):
 class Executor:
     """One compiled kernel library, and the buffers that it may touch."""
 
-    name: str  # of tests/simt/run_<name>.cpp
+    name: str  # of tests/backends/simt/run_<name>.cpp
 
     def __init__(self, **options):
         self.library = build.load(self.name, **options)

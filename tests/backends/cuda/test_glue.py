@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import saferclip_fast as sf
-from tests.simt.build import ROOT
+from tests.backends.simt.build import ROOT
 
 _C = pytest.importorskip("saferclip_fast._C", reason="the native module is not built", exc_type=ImportError)
 if _C.cuda_version is None:

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from tests.simt import build
+from tests.backends.simt import build
 
 
 def run(name: str, *, reverse: bool = False, flags: tuple[str, ...] = ()) -> tuple[str, torch.Tensor]:

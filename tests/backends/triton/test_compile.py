@@ -15,7 +15,7 @@ import pytest
 
 from .gates import HIP_SHARED_LIMITS, SHARED_LIMITS, TENSOR_CORES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CUDA, HIP = list(SHARED_LIMITS), list(HIP_SHARED_LIMITS)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.simt.build import KERNELS, ROOT, content_hash
+from tests.backends.simt.build import KERNELS, ROOT, content_hash
 
 TARGETS = ("80", "90a", "100a")
 SOURCES = ("nearest_safe", "preservation_loss", "retarget_loss")

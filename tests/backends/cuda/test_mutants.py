@@ -11,10 +11,10 @@ import shutil
 import pytest
 import torch
 
-from tests.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
+from tests.backends.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
 from tests.mutants import Mutant
-from tests.simt import build
-from tests.simt import executor as simt
+from tests.backends.simt import build
+from tests.backends.simt import executor as simt
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

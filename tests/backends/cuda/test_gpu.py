@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 import saferclip_fast as sf
 from saferclip_fast.ops import reference
-from tests.cuda import test_nearest_safe as searches
-from tests.cuda import test_preservation_loss as preservation
-from tests.cuda import test_retarget_loss as retarget
-from tests.simt.executor import Nearest
+from tests.backends.cuda import test_nearest_safe as searches
+from tests.backends.cuda import test_preservation_loss as preservation
+from tests.backends.cuda import test_retarget_loss as retarget
+from tests.backends.simt.executor import Nearest
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, BF16, FP16]
@@ -26,7 +26,7 @@ def to_gpu(arguments):
 
 
 class GpuSearch:
-    """The interface of tests.simt.executor.NearestSafe, on the GPU."""
+    """The interface of tests.backends.simt.executor.NearestSafe, on the GPU."""
 
     def __call__(self, query, bank, k, packed=None) -> Nearest:
         scores, indices = OPS.nearest_safe(*to_gpu([query, bank, k, packed]))

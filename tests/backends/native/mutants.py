@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tests.mutants import Mutant
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KERNELS = "csrc/kernels/cpu"
 TESTS = ("tests/ops/test_nearest_safe.py", "tests/ops/test_losses.py", "tests/ops/test_every_backend.py")
 SCREEN, QUANTIZE, PRODUCT = "isa/screen.cpp", "isa/quantize.cpp", "isa/product.cpp"

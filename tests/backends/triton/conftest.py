@@ -1,4 +1,4 @@
-"""Runs the Triton kernels: on a GPU where there is one, else under the interpreter (see ../conftest.py)."""
+"""Runs the Triton kernels: on a GPU where there is one, else under the interpreter (see ../../conftest.py)."""
 
 import torch
 

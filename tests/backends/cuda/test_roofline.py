@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_roofline as roofline
-from tests.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
-from tests.simt import executor as simt
-from tests.simt.build import ROOT
+from tests.backends.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
+from tests.backends.simt import executor as simt
+from tests.backends.simt.build import ROOT
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

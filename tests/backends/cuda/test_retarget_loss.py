@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from saferclip_fast.ops import reference
-from tests.cuda.compare import check_loss
-from tests.simt import executor as simt
+from tests.backends.cuda.compare import check_loss
+from tests.backends.simt import executor as simt
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -1,4 +1,4 @@
-// Which fault is switched on; included before everything by tests/native/mutants.py.
+// Which fault is switched on; included before everything by tests/backends/native/mutants.py.
 #pragma once
 #ifdef __cplusplus
 #include <cstdlib>

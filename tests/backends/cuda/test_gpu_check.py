@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from tests.simt.build import ROOT
+from tests.backends.simt.build import ROOT
 
 
 def test_it_measures_every_op_and_way(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from saferclip_fast.ops import reference
-from tests.simt import executor as simt
+from tests.backends.simt import executor as simt
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cuda import compiled
+from tests.backends.cuda import compiled
 
 pytestmark = [
     pytest.mark.skipif(compiled.nvcc() is None, reason="needs nvcc, which is not on PATH"),

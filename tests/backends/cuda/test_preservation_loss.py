@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from saferclip_fast.ops import reference
-from tests.cuda.compare import check_loss
-from tests.simt import executor as simt
+from tests.backends.cuda.compare import check_loss
+from tests.backends.simt import executor as simt
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 WEIGHTS = [1.0, 0.5, 0.7, 0.3]

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SIMT = ROOT / "tests" / "simt"
+ROOT = Path(__file__).resolve().parents[3]
+SIMT = ROOT / "tests" / "backends" / "simt"
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 CACHE = ROOT / "build" / "simt"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DSAFERCLIP_SIMT", "-Wno-unknown-pragmas"]

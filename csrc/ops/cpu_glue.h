@@ -7,8 +7,8 @@
 
 #include <array>
 
+#include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
-#include "kernels/cpu/rows.h"
 
 namespace saferclip {
 
@@ -19,11 +19,11 @@ inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-inline cpu::DType kernel_dtype(const char* name, const Tensor& x) {
+inline DType kernel_dtype(const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return cpu::DType::kFloat;
-    case ScalarType::BFloat16: return cpu::DType::kBFloat16;
-    case ScalarType::Half: return cpu::DType::kHalf;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
     default: break;
   }
   STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on the cpu backend");
@@ -38,12 +38,12 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 }
 
 // x must be a contiguous CPU matrix and outlive the view.
-inline cpu::Rows rows_of(const char* name, const Tensor& x) {
+inline cpu::Matrix matrix_of(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, name, " must have shape [rows, d], got ", x.dim(), " dimensions");
   return {x.const_data_ptr(), kernel_dtype(name, x), x.size(0), x.size(1)};
 }
 
-// An uninitialised, contiguous CPU tensor, without torch's dispatcher, which takes longer than a small search.
+// An uninitialized, contiguous CPU tensor, without torch's dispatcher, which takes longer than a small search.
 template <std::size_t N>
 Tensor new_tensor(ScalarType dtype, const std::array<int64_t, N>& sizes) {
   std::array<int64_t, N> strides{};

@@ -68,7 +68,7 @@ def _check(query: Tensor, rows: Tensor, k: int, is_tensor: bool) -> None:
     if not 1 <= k <= rows.shape[0]:
         raise ValueError(f"k={k} must lie between 1 and the bank's {rows.shape[0]} rows")
     check_finite("query", query)
-    if is_tensor:  # a SafeBank was checked and normalised when it was made
+    if is_tensor:  # a SafeBank was checked and normalized when it was made
         check_finite("bank", rows)
         check_unit_rows("bank", rows)
 

@@ -48,7 +48,7 @@ def retarget_loss(
 ) -> RetargetOutput:
     """Redirects unsafe rows to their nearest safe neighbors (SafeR-CLIP, arXiv 2511.16743).
 
-    With u = x/|x| of the trainable rows, r the normalised frozen unsafe rows, and s^ = sum_j w_ij s_j the target over
+    With u = x/|x| of the trainable rows, r the normalized frozen unsafe rows, and s^ = sum_j w_ij s_j the target over
     the k bank rows nearest to the frozen unsafe text, w_ij = softmax_j(cos_ij / tau):
 
         uni_text    = mean 1 - u_t . s^_t          uni_image   = mean 1 - u_v . s^_v
@@ -69,7 +69,7 @@ def retarget_loss(
         beta: sharpness of the softplus.
         margin: by how much the safe target must beat the negative before the cross terms fade.
         negative: "frozen" pushes from r; "current" pushes from the counterpart's present row, under stop-gradient.
-        unsafe_text, unsafe_image: [B] labels, 1 unsafe (default), 0 safe. A modality labelled safe is not redirected;
+        unsafe_text, unsafe_image: [B] labels, 1 unsafe (default), 0 safe. A modality labeled safe is not redirected;
             a cross term needs both labels. A term's mean is taken over its own rows.
         counts: [4] how many rows each term is a mean over, where these are a share of a larger batch (data-parallel
             training): loss and terms are then this share's part of the sum. Default: the rows given.

@@ -189,7 +189,7 @@ def test_labels_choose_the_rows_of_each_term(inputs):
     ):
         torch.testing.assert_close(out.terms[term], on(mask, term), rtol=1e-6, atol=1e-7)
     grad_text, grad_image = torch.autograd.grad(out.loss, (text, image))
-    assert not grad_text[unsafe_text == 0].any(), "a text labelled safe was redirected"
-    assert not grad_image[unsafe_image == 0].any(), "an image labelled safe was redirected"
+    assert not grad_text[unsafe_text == 0].any(), "a text labeled safe was redirected"
+    assert not grad_image[unsafe_image == 0].any(), "an image labeled safe was redirected"
     none = retarget_loss(*inputs, unsafe_text=torch.zeros(B), unsafe_image=torch.zeros(B))
     assert none.loss.item() == 0

@@ -33,19 +33,19 @@ enum class Screen {
 
 // A block of queries, prepared for screening.
 struct QueryBlock {
-  Rows rows;
+  Matrix rows;
   std::vector<double> norms;
   std::vector<int8_t> q8;
   std::vector<GroupTerms> terms;
   Buffer<float> unit;
   std::once_flag unit_once;
 
-  int64_t groups() const { return (rows.count + kGroupSize - 1) / kGroupSize; }
+  int64_t groups() const { return (rows.rows + kGroupSize - 1) / kGroupSize; }
 };
 
 struct Problem {
   const Kernels& kernel;
-  Rows bank;
+  Matrix bank;
   const uint8_t* panels = nullptr;  // packed panels, or null: quantise on the way
   const float* mean = nullptr;
   double mean_square = 0;
@@ -62,7 +62,7 @@ class Scorer {
   void select(int64_t query) { current_ = query; }
 
   float operator()(int32_t row) {
-    const Rows& bank = problem_.bank;
+    const Matrix& bank = problem_.bank;
     const double norm = block_.norms[current_];
     if (norm == 0) return 0;
     if (widened_ != current_) {
@@ -84,9 +84,9 @@ class Scorer {
 void make_unit(const Problem& problem, QueryBlock& block) {
   std::call_once(block.unit_once, [&] {
     const int64_t dim = block.rows.dim;
-    block.unit = make_buffer<float>(block.rows.count * dim);
+    block.unit = make_buffer<float>(block.rows.rows * dim);
     std::vector<double> row(dim);
-    for (int64_t i = 0; i < block.rows.count; ++i) {
+    for (int64_t i = 0; i < block.rows.rows; ++i) {
       problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data());
       const double scale = block.norms[i] == 0 ? 0 : 1 / block.norms[i];
       for (int64_t j = 0; j < dim; ++j) {
@@ -98,7 +98,7 @@ void make_unit(const Problem& problem, QueryBlock& block) {
 
 void prepare(const Problem& problem, QueryBlock& block, const Parallel& parallel) {
   const int64_t dim = block.rows.dim, quads = (dim + 3) / 4;
-  block.norms.resize(block.rows.count);
+  block.norms.resize(block.rows.rows);
   if (problem.screen == Screen::kInt8) {
     block.q8.assign(block.groups() * quads * kGroupSize * 4, 0);
     block.terms.assign(block.groups(), GroupTerms{});
@@ -106,7 +106,7 @@ void prepare(const Problem& problem, QueryBlock& block, const Parallel& parallel
   constexpr int64_t kGroupsPerTask = 4;
   parallel((block.groups() + kGroupsPerTask - 1) / kGroupsPerTask, [&](int64_t task) {
     std::vector<double> row(dim), scratch(dim + 16);
-    const int64_t end = std::min(block.rows.count, (task + 1) * kGroupsPerTask * kGroupSize);
+    const int64_t end = std::min(block.rows.rows, (task + 1) * kGroupsPerTask * kGroupSize);
     for (int64_t i = task * kGroupsPerTask * kGroupSize; i < end; ++i) {
       block.norms[i] = std::sqrt(problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data()));
       if (problem.screen != Screen::kInt8) continue;
@@ -130,7 +130,7 @@ class Worker {
         screen_(problem.screen),
         first_(first_group * kGroupSize),
         first_group_(first_group),
-        queries_(std::min(block.rows.count - first_, groups * kGroupSize)),
+        queries_(std::min(block.rows.rows - first_, groups * kGroupSize)),
         slab_(make_buffer<Candidate>(queries_ * CandidateList::capacity(problem.k))),
         thresholds_(groups * kGroupSize, kInfinity),
         scorer_(problem, block) {
@@ -187,7 +187,7 @@ class Worker {
 
   int panel_rows(int64_t panel) const {
     return static_cast<int>(
-        std::min<int64_t>(kPanelRows, problem_.bank.count - panel * kPanelRows));
+        std::min<int64_t>(kPanelRows, problem_.bank.rows - panel * kPanelRows));
   }
 
   // The int8 panels [first, last), quantised here unless the bank is packed.
@@ -309,7 +309,7 @@ void write_query(const QueryBlock& block, const Output& output, int64_t query, i
 // Tasks take queries; each scans the whole bank.
 void search_by_queries(const Problem& problem, QueryBlock& block, int64_t part_groups,
                        const Output& output, const Parallel& parallel) {
-  const int64_t panels = (problem.bank.count + kPanelRows - 1) / kPanelRows;
+  const int64_t panels = (problem.bank.rows + kPanelRows - 1) / kPanelRows;
   const int64_t parts = (block.groups() + part_groups - 1) / part_groups;
   parallel(parts, [&](int64_t part) {
     const int64_t first = part * part_groups;
@@ -318,7 +318,7 @@ void search_by_queries(const Problem& problem, QueryBlock& block, int64_t part_g
     for (int64_t p = 0; p < panels; p += kChunkPanels) {
       worker.scan(p, std::min(panels, p + kChunkPanels));
     }
-    const int64_t end = std::min(block.rows.count, (first + groups) * kGroupSize);
+    const int64_t end = std::min(block.rows.rows, (first + groups) * kGroupSize);
     for (int64_t q = first * kGroupSize; q < end; ++q) {
       write_query(block, output, q, q - first * kGroupSize, worker);
     }
@@ -328,10 +328,10 @@ void search_by_queries(const Problem& problem, QueryBlock& block, int64_t part_g
 // Tasks take chunks of the bank, for all queries; what they kept is merged.
 void search_by_rows(const Problem& problem, QueryBlock& block, const Output& output,
                     const Parallel& parallel) {
-  const int64_t panels = (problem.bank.count + kPanelRows - 1) / kPanelRows;
+  const int64_t panels = (problem.bank.rows + kPanelRows - 1) / kPanelRows;
   const int64_t chunk =
       std::clamp<int64_t>(panels / (4 * parallel.threads), 1, kChunkPanels);
-  std::vector<std::atomic<float>> shared(block.rows.count);
+  std::vector<std::atomic<float>> shared(block.rows.rows);
   for (auto& threshold : shared) threshold.store(-kInfinity, std::memory_order_relaxed);
   std::vector<std::unique_ptr<Worker>> workers(parallel.threads);
   std::atomic<int64_t> next{0};
@@ -343,14 +343,14 @@ void search_by_rows(const Problem& problem, QueryBlock& block, const Output& out
     }
   });
   if (parallel.threads == 1) {
-    for (int64_t q = 0; q < block.rows.count; ++q) write_query(block, output, q, q, *workers[0]);
+    for (int64_t q = 0; q < block.rows.rows; ++q) write_query(block, output, q, q, *workers[0]);
     return;
   }
   constexpr int64_t kQueriesPerTask = 16;
-  parallel((block.rows.count + kQueriesPerTask - 1) / kQueriesPerTask, [&](int64_t task) {
+  parallel((block.rows.rows + kQueriesPerTask - 1) / kQueriesPerTask, [&](int64_t task) {
     std::vector<Candidate> slab(parallel.threads * CandidateList::capacity(problem.k));
     Scorer scorer(problem, block);
-    const int64_t end = std::min(block.rows.count, (task + 1) * kQueriesPerTask);
+    const int64_t end = std::min(block.rows.rows, (task + 1) * kQueriesPerTask);
     for (int64_t q = task * kQueriesPerTask; q < end; ++q) {
       if (block.norms[q] == 0) {
         output.write_zero_query(q);
@@ -367,7 +367,7 @@ void search_by_rows(const Problem& problem, QueryBlock& block, const Output& out
 
 }  // namespace
 
-void nearest_safe(const Rows& query, const Rows& bank, const uint8_t* packed, int k, float* scores,
+void nearest_safe(const Matrix& query, const Matrix& bank, const uint8_t* packed, int k, float* scores,
                   int64_t* indices, const Parallel& parallel) {
   if (is_small_bank(bank, k)) {
     search_small_bank(query, bank, k, scores, indices, parallel);
@@ -375,14 +375,14 @@ void nearest_safe(const Rows& query, const Rows& bank, const uint8_t* packed, in
   }
   Problem problem{.kernel = kernels(), .bank = bank, .k = k};
   const bool wide = bank.dim > kMaxPackedDim;
-  if (wide || (packed == nullptr && query.count < 16)) problem.screen = Screen::kFp32;
+  if (wide || (packed == nullptr && query.rows < 16)) problem.screen = Screen::kFp32;
 
   std::vector<uint8_t> own_pack;
   std::vector<float> mean;
   constexpr int64_t kPackAtOnce = 8 << 20;
   if (problem.screen == Screen::kInt8) {
-    if (packed == nullptr && packed_size(bank.count, bank.dim) <= kPackAtOnce) {
-      own_pack.resize(packed_size(bank.count, bank.dim));
+    if (packed == nullptr && packed_size(bank.rows, bank.dim) <= kPackAtOnce) {
+      own_pack.resize(packed_size(bank.rows, bank.dim));
       pack_bank(bank, own_pack.data(), parallel);
       packed = own_pack.data();
     }
@@ -398,17 +398,17 @@ void nearest_safe(const Rows& query, const Rows& bank, const uint8_t* packed, in
   }
 
   const bool by_queries =
-      problem.panels != nullptr && query.count >= 2 * kGroupSize * parallel.threads;
+      problem.panels != nullptr && query.rows >= 2 * kGroupSize * parallel.threads;
   const int64_t per_query =
       bank.dim * (problem.screen == Screen::kFp32 ? 4 : 1) +
       (by_queries ? 1 : parallel.threads) * CandidateList::capacity(k) * int64_t{sizeof(Candidate)};
   const int64_t block_size =
       std::max<int64_t>(kScratchBytes / per_query / kGroupSize, 1) * kGroupSize;
-  for (int64_t first = 0; first < query.count; first += block_size) {
+  for (int64_t first = 0; first < query.rows; first += block_size) {
     QueryBlock block;
     block.rows = query;
     block.rows.data = query.row(first);
-    block.rows.count = std::min(block_size, query.count - first);
+    block.rows.rows = std::min(block_size, query.rows - first);
     prepare(problem, block, parallel);
     const Output output{scores + first * k, indices + first * k, k};
     if (by_queries) {

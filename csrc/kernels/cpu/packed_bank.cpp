@@ -46,11 +46,11 @@ bool packed_matches(const uint8_t* blob, int64_t size, int64_t count, int64_t di
          header.panel_rows == kPanelRows && header.count == count && header.dim == dim;
 }
 
-void sample_mean(const Rows& bank, float* mean) {
-  const int64_t samples = std::min(bank.count, kMeanSample);
+void sample_mean(const Matrix& bank, float* mean) {
+  const int64_t samples = std::min(bank.rows, kMeanSample);
   std::fill_n(mean, bank.dim, 0.0f);
   for (int64_t i = 0; i < samples; ++i) {
-    kernels().accumulate(bank.row(i * bank.count / samples), bank.dtype, bank.dim, mean);
+    kernels().accumulate(bank.row(i * bank.rows / samples), bank.dtype, bank.dim, mean);
   }
   for (int64_t j = 0; j < bank.dim; ++j) {
     mean[j] /= static_cast<float>(samples);
@@ -58,12 +58,12 @@ void sample_mean(const Rows& bank, float* mean) {
   }
 }
 
-void pack_bank(const Rows& bank, uint8_t* blob, const Parallel& parallel) {
+void pack_bank(const Matrix& bank, uint8_t* blob, const Parallel& parallel) {
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
   header.version = kVersion;
   header.panel_rows = kPanelRows;
-  header.count = bank.count;
+  header.count = bank.rows;
   header.dim = bank.dim;
   std::memcpy(blob, &header, sizeof(header));
 
@@ -75,12 +75,12 @@ void pack_bank(const Rows& bank, uint8_t* blob, const Parallel& parallel) {
   const Kernels& kernel = kernels();
   uint8_t* panels = blob + sizeof(header) + mean_bytes(bank.dim);
   constexpr int64_t kPanelsPerTask = 16;
-  const int64_t total = panel_count(bank.count);
+  const int64_t total = panel_count(bank.rows);
   parallel((total + kPanelsPerTask - 1) / kPanelsPerTask, [&](int64_t task) {
     std::vector<float> scratch(bank.dim + 16);
     const int64_t end = std::min(total, (task + 1) * kPanelsPerTask);
     for (int64_t p = task * kPanelsPerTask; p < end; ++p) {
-      const int64_t rows = std::min<int64_t>(kPanelRows, bank.count - p * kPanelRows);
+      const int64_t rows = std::min<int64_t>(kPanelRows, bank.rows - p * kPanelRows);
       kernel.quantize(bank.row(p * kPanelRows), bank.dtype, static_cast<int>(rows), bank.dim,
                       mean.data(), sum_slack(bank.dim), scratch.data(),
                       panels + p * panel_bytes(bank.dim));

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "matrix.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace saferclip::cpu {
 
@@ -18,8 +18,8 @@ constexpr int64_t kMaxPackedDim = 65536;
 
 int64_t packed_size(int64_t count, int64_t dim);
 
-// Writes packed_size(bank.count, bank.dim) bytes.
-void pack_bank(const Rows& bank, uint8_t* blob, const Parallel& parallel);
+// Writes packed_size(bank.rows, bank.dim) bytes.
+void pack_bank(const Matrix& bank, uint8_t* blob, const Parallel& parallel);
 
 // Whether blob, of `size` bytes, has the layout of a packed bank of this shape.
 bool packed_matches(const uint8_t* blob, int64_t size, int64_t count, int64_t dim);
@@ -32,7 +32,7 @@ const uint8_t* packed_mean(const uint8_t* blob);
 const uint8_t* packed_panels(const uint8_t* blob, int64_t dim);
 
 // A vector near the middle of the bank; any vector is correct, a good one leaves shorter rows.
-void sample_mean(const Rows& bank, float* mean);
+void sample_mean(const Matrix& bank, float* mean);
 
 // Relative error of an fp32 sum of dim products, whatever the vector width.
 inline float sum_slack(int64_t dim) { return (static_cast<float>(dim) / 4 + 64) * 6e-8f; }

@@ -24,7 +24,7 @@ int64_t tile_rows(int64_t batch) {
 }
 
 // Rows of `rows` at length 1, and 1 / length (0 for a zero row).
-void make_unit(const Rows& rows, int64_t first, int64_t count, double* wide, float* unit,
+void make_unit(const Matrix& rows, int64_t first, int64_t count, double* wide, float* unit,
                double* inverse) {
   const Kernels& kernel = kernels();
   for (int64_t i = 0; i < count; ++i) {
@@ -46,7 +46,7 @@ struct LogSums {
 // One modality: rows x against the other modality's frozen rows y, and its own frozen rows.
 class Side {
  public:
-  Side(const Rows& x, const Rows& own, const Rows& other, double cos_weight, double nce_weight,
+  Side(const Matrix& x, const Matrix& own, const Matrix& other, double cos_weight, double nce_weight,
        float logit_scale, const Parallel& parallel)
       : x_(x),
         own_(own),
@@ -55,10 +55,10 @@ class Side {
         nce_weight_(nce_weight),
         logit_scale_(logit_scale),
         parallel_(parallel),
-        batch_(x.count),
+        batch_(x.rows),
         dim_(x.dim),
-        stripe_(tile_rows(x.count)),
-        stripes_((x.count + stripe_ - 1) / stripe_) {}
+        stripe_(tile_rows(x.rows)),
+        stripes_((x.rows + stripe_ - 1) / stripe_) {}
 
   void run(void* grad, double* cos_term, double* nce_term) {
     *nce_term = 0;
@@ -89,7 +89,7 @@ class Side {
   void transpose_panel(int64_t p) {
     const int64_t row = p * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, batch_ - row));
-    kernel_.transpose_panel(y_.get() + row * dim_, DType::kFloat, rows, dim_, logit_scale_,
+    kernel_.transpose_panel(y_.get() + row * dim_, DType::kFloat32, rows, dim_, logit_scale_,
                             y_columns_.get() + row * dim_);
   }
 
@@ -212,7 +212,7 @@ class Side {
     }
   }
 
-  Rows x_, own_, other_;
+  Matrix x_, own_, other_;
   double cos_weight_, nce_weight_;
   float logit_scale_;
   const Parallel& parallel_;

@@ -29,21 +29,21 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 
 class SmallBank {
  public:
-  SmallBank(const Rows& query, const Rows& bank, int k, float* scores, int64_t* indices)
+  SmallBank(const Matrix& query, const Matrix& bank, int k, float* scores, int64_t* indices)
       : query_(query),
         bank_(bank),
         k_(k),
         scores_(scores),
         indices_(indices),
-        panels_((bank.count + kPanelRows - 1) / kPanelRows),
+        panels_((bank.rows + kPanelRows - 1) / kPanelRows),
         // Rows 4 KB apart would compete for the same cache lines.
-        copies_(query.dtype != DType::kFloat || bank.dim % 1024 == 0),
+        copies_(query.dtype != DType::kFloat32 || bank.dim % 1024 == 0),
         query_stride_(copies_ ? round_up(bank.dim, 16) + 16 : bank.dim),
         // More than three quarters of the rows wanted: scoring all exactly costs less than the product.
-        all_exact_(bank.count * 3 <= int64_t{k} * 4) {}
+        all_exact_(bank.rows * 3 <= int64_t{k} * 4) {}
 
   void run(const Parallel& parallel) {
-    if (query_.count >= kQueriesPerThread * parallel.threads) {
+    if (query_.rows >= kQueriesPerThread * parallel.threads) {
       run_by_queries(parallel);
     } else {
       run_by_rows(parallel);
@@ -52,17 +52,17 @@ class SmallBank {
 
  private:
   int panel_rows(int64_t panel) const {
-    return static_cast<int>(std::min<int64_t>(kPanelRows, bank_.count - panel * kPanelRows));
+    return static_cast<int>(std::min<int64_t>(kPanelRows, bank_.rows - panel * kPanelRows));
   }
   int64_t dots_stride() const { return panels_ * kPanelRows; }
 
   // Tasks take queries, and the whole bank.
   void run_by_queries(const Parallel& parallel) {
     const int64_t most = std::clamp<int64_t>(kTileBytes / (dots_stride() * 4), kQueriesPerThread, kMaxBlock);
-    const int64_t rounds = (query_.count + most * parallel.threads - 1) / (most * parallel.threads);
-    const int64_t blocks = std::min(query_.count, rounds * parallel.threads);
+    const int64_t rounds = (query_.rows + most * parallel.threads - 1) / (most * parallel.threads);
+    const int64_t blocks = std::min(query_.rows, rounds * parallel.threads);
     parallel(blocks, [&](int64_t b) {
-      const int64_t first = b * query_.count / blocks, count = (b + 1) * query_.count / blocks - first;
+      const int64_t first = b * query_.rows / blocks, count = (b + 1) * query_.rows / blocks - first;
       const Buffer<float> dots = make_buffer<float>(count * dots_stride());
       float square = 0;
       if (!all_exact_) {
@@ -79,16 +79,16 @@ class SmallBank {
 
   // Few queries: tasks take rows, then queries.
   void run_by_rows(const Parallel& parallel) {
-    const Buffer<float> dots = make_buffer<float>(query_.count * dots_stride());
+    const Buffer<float> dots = make_buffer<float>(query_.rows * dots_stride());
     std::vector<float> squares(panels_);
     if (!all_exact_) {
       Buffer<float> copy;
-      const float* floats = to_floats(0, query_.count, copy);
-      parallel(panels_, [&](int64_t p) { squares[p] = multiply(p, floats, query_.count, dots.get()); });
+      const float* floats = to_floats(0, query_.rows, copy);
+      parallel(panels_, [&](int64_t p) { squares[p] = multiply(p, floats, query_.rows, dots.get()); });
     }
     float square = 0;
     for (const float s : squares) square = larger(square, s);
-    parallel(query_.count, [&](int64_t i) {
+    parallel(query_.rows, [&](int64_t i) {
       Choice choice(bank_);
       choose(i, dots.get() + i * dots_stride(), longest(square), choice);
     });
@@ -119,7 +119,7 @@ class SmallBank {
     copy = make_buffer<float>(count * query_stride_);
     std::vector<double> wide(query_.dim);
     for (int64_t i = 0; i < count; ++i) {
-      if (query_.dtype == DType::kFloat) {
+      if (query_.dtype == DType::kFloat32) {
         std::memcpy(&copy[i * query_stride_], query_.row(first + i), query_.dim * sizeof(float));
         continue;
       }
@@ -150,7 +150,7 @@ class SmallBank {
     std::vector<double> query;
     std::vector<int32_t> rows;
     std::vector<uint64_t> keys;
-    explicit Choice(const Rows& bank) : query(bank.dim), rows(bank.count), keys(bank.count) {}
+    explicit Choice(const Matrix& bank) : query(bank.dim), rows(bank.rows), keys(bank.rows) {}
   };
 
   // Sorts like (score, lower row first); score is not -0.
@@ -177,7 +177,7 @@ class SmallBank {
       return;
     }
     const int64_t found =
-        kernel_.top_rows(dots, bank_.count, k_, error(norm, longest), norm, choice.rows.data());
+        kernel_.top_rows(dots, bank_.rows, k_, error(norm, longest), norm, choice.rows.data());
     for (int64_t c = 0; c < found; ++c) {
       const int32_t row = choice.rows[c];
       const double dot = kernel_.exact_dot(choice.query.data(), bank_.row(row), bank_.dtype, bank_.dim);
@@ -204,7 +204,7 @@ class SmallBank {
   }
 
   const Kernels& kernel_ = kernels();
-  Rows query_, bank_;
+  Matrix query_, bank_;
   int k_;
   float* scores_;
   int64_t* indices_;
@@ -216,11 +216,11 @@ class SmallBank {
 
 }  // namespace
 
-bool is_small_bank(const Rows& bank, int k) {
-  return bank.count <= std::max(kAlwaysSmall, kRowsPerK * k);
+bool is_small_bank(const Matrix& bank, int k) {
+  return bank.rows <= std::max(kAlwaysSmall, kRowsPerK * k);
 }
 
-void search_small_bank(const Rows& query, const Rows& bank, int k, float* scores, int64_t* indices,
+void search_small_bank(const Matrix& query, const Matrix& bank, int k, float* scores, int64_t* indices,
                        const Parallel& parallel) {
   SmallBank(query, bank, k, scores, indices).run(parallel);
 }

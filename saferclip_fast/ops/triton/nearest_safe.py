@@ -16,7 +16,7 @@ The op's score is s_ij = float32(<q_i, s_j> / |q_i|), summed in float64; ties go
    Otherwise (many near-equal rows) the query's number is appended to a list.
 4. `search_again`, for the queries on that list: the same products, and every row with x + c >= the k-th best exact
    score known so far is scored in float64 on the spot, so nothing has to be proven afterwards. `merge_again` joins the
-   splits. Both read the list's length on the device: there is no host synchronisation, and an empty list costs two
+   splits. Both read the list's length on the device: there is no host synchronization, and an empty list costs two
    small launches.
 
 Stored per query: KEEP keys a split, at most MAX_SLOTS in all, whatever N is.

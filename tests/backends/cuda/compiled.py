@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.backends.simt.build import KERNELS, ROOT, content_hash
+from tests.backends.simt.build import CSRC, KERNELS, ROOT, SHARED, content_hash
 
 TARGETS = ("80", "90a", "100a")
 SOURCES = ("nearest_safe", "preservation_loss", "retarget_loss")
@@ -45,16 +45,16 @@ def cuobjdump() -> str | None:
 
 def object_file(name: str) -> Path:
     """The object that setup.py built if it is newer than every kernel source; otherwise compiled here, once."""
-    newest = max(f.stat().st_mtime for f in [*KERNELS.iterdir(), ROOT / "CMakeLists.txt"])
+    newest = max(f.stat().st_mtime for f in [*KERNELS.iterdir(), *SHARED.glob("*.h"), ROOT / "CMakeLists.txt"])
     for built in ROOT.glob(f"build/temp*/cmake/CMakeFiles/*/csrc/kernels/cuda/{name}.cu.o"):
         if built.stat().st_mtime > newest:
             return built
-    made = ROOT / "build" / "cuda" / f"{name}-{content_hash(KERNELS, *FLAGS, *TARGETS)}.o"
+    made = ROOT / "build" / "cuda" / f"{name}-{content_hash(SHARED, KERNELS, *FLAGS, *TARGETS)}.o"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         part = made.with_suffix(f".{os.getpid()}.part.o")
         codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in TARGETS]
-        command = [nvcc(), *FLAGS, *codes, "-c", str(KERNELS / f"{name}.cu"), "-o", str(part)]
+        command = [nvcc(), *FLAGS, f"-I{CSRC}", *codes, "-c", str(KERNELS / f"{name}.cu"), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{name}.cu does not compile:\n{done.stderr[-4000:]}"
         part.replace(made)

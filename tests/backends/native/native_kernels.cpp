@@ -18,6 +18,7 @@
 #include "kernels/cpu/preservation_loss.h"
 #include "kernels/cpu/retarget_loss.h"
 
+using namespace saferclip;
 using namespace saferclip::cpu;
 
 namespace {
@@ -118,8 +119,8 @@ void search(const char* isa) {
     for (int kind = 0; kind < 8; ++kind) {
       const std::vector<float> q = values(s.queries * s.dim, kind % 2 ? 0 : kind, 1);
       const std::vector<float> b = values(s.rows * s.dim, kind, 2);
-      const Rows query{q.data(), DType::kFloat, s.queries, s.dim};
-      const Rows bank{b.data(), DType::kFloat, s.rows, s.dim};
+      const Matrix query{q.data(), DType::kFloat32, s.queries, s.dim};
+      const Matrix bank{b.data(), DType::kFloat32, s.rows, s.dim};
       std::vector<uint8_t> blob(packed_size(s.rows, s.dim) + 1);  // at an odd address
       pack_bank(bank, blob.data() + 1, threads(3));
       expect(packed_matches(blob.data() + 1, static_cast<int64_t>(blob.size()) - 1, s.rows, s.dim),
@@ -136,7 +137,7 @@ void search(const char* isa) {
         if (kind < 7) check_order(q, b, s, scores, indices, isa);
       }
       const std::vector<uint16_t> hq = halves(q), hb = halves(b);
-      for (const DType dtype : {DType::kBFloat16, DType::kHalf}) {
+      for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
         std::vector<float> scores(s.queries * s.k);
         std::vector<int64_t> indices(scores.size());
         nearest_safe({hq.data(), dtype, s.queries, s.dim}, {hb.data(), dtype, s.rows, s.dim}, nullptr,
@@ -165,8 +166,8 @@ void losses(const char* isa, DType dtype, int64_t batch, int64_t dim, int64_t k,
         x[2].data(),
         x[3].data(),
         dtype,
-        {bank_text.data(), DType::kFloat, rows, dim},
-        {bank_image.data(), DType::kFloat, rows, dim},
+        {bank_text.data(), DType::kFloat32, rows, dim},
+        {bank_image.data(), DType::kFloat32, rows, dim},
         neighbors.data(),
         mix.data(),
         weights.data(),
@@ -187,7 +188,7 @@ void losses(const char* isa, DType dtype, int64_t batch, int64_t dim, int64_t k,
   }
   std::vector<T> grad_text(batch * dim), grad_image(batch * dim);
   double terms[4];
-  const auto input = [&](int i) { return Rows{x[i].data(), dtype, batch, dim}; };
+  const auto input = [&](int i) { return Matrix{x[i].data(), dtype, batch, dim}; };
   preservation_loss({input(0), input(1), input(2), input(3), {1, 1, 1, 1}, 100.0f, grad_text.data(), grad_image.data()},
                     terms, threads(3));
   for (int j = 0; j < 4; ++j) expect(kind == 7 || std::isfinite(terms[j]), "preservation", isa, batch, dim);
@@ -201,10 +202,10 @@ int main() {
     search(table->name);
     for (int kind = 0; kind < 8; ++kind) {
       for (const auto& [batch, dim, k] : {std::array<int64_t, 3>{1, 1, 1}, {7, 5, 2}, {40, 33, 1}, {300, 70, 3}}) {
-        losses<float>(table->name, DType::kFloat, batch, dim, k, kind,
+        losses<float>(table->name, DType::kFloat32, batch, dim, k, kind,
                       [](const std::vector<float>& x) { return x; });
-        for (const DType half : {DType::kBFloat16, DType::kHalf}) {
-          losses<uint16_t>(table->name, half, batch, dim, k, kind == 2 && half == DType::kHalf ? 0 : kind, halves);
+        for (const DType half : {DType::kBFloat16, DType::kFloat16}) {
+          losses<uint16_t>(table->name, half, batch, dim, k, kind == 2 && half == DType::kFloat16 ? 0 : kind, halves);
         }
       }
     }

@@ -11,7 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 SIMT = ROOT / "tests" / "backends" / "simt"
-KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+CSRC = ROOT / "csrc"
+SHARED = CSRC / "kernels"  # headers for every device
+KERNELS = SHARED / "cuda"
 CACHE = ROOT / "build" / "simt"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DSAFERCLIP_SIMT", "-Wno-unknown-pragmas"]
 
@@ -36,12 +38,12 @@ def compiler() -> str:
 
 def build(source: Path, *, kernels: Path = KERNELS, flags: tuple[str, ...] = ()) -> Path:
     """Shared library of one test source; `kernels` may point to a mutated copy of the kernel folder."""
-    key = content_hash(source.name, *FLAGS, *flags, compiler(), SIMT, kernels)
+    key = content_hash(source.name, *FLAGS, *flags, compiler(), SIMT, SHARED, kernels)
     library = CACHE / f"{source.stem}-{key}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = library.with_suffix(f".{os.getpid()}.part")
-        command = [compiler(), *FLAGS, *flags, f"-I{SIMT}", f"-I{kernels}", str(source), "-o", str(part)]
+        command = [compiler(), *FLAGS, *flags, f"-I{SIMT}", f"-I{kernels}", f"-I{CSRC}", str(source), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[-4000:]}"
         part.replace(library)

@@ -6,7 +6,7 @@ EXPORT int64_t run_packed_bank_bytes(int64_t rows, int64_t dim) { return safercl
 EXPORT int64_t run_workspace_bytes(const saferclip::NearestProblem* p) {
   return saferclip::nearest_safe_workspace_bytes(*p);
 }
-EXPORT int run_pack_bank(const void* bank, int type, int64_t rows, int64_t dim, void* packed, char* message, int size) {
+EXPORT int run_pack_bank(const void* bank, saferclip::DType type, int64_t rows, int64_t dim, void* packed, char* message, int size) {
   return report_faults(message, size, [&] { return saferclip::pack_bank(bank, type, rows, dim, packed, nullptr); });
 }
 EXPORT int run_nearest_safe(const saferclip::NearestProblem* p, void* workspace, float* scores, int64_t* indices,

@@ -1,3 +1,4 @@
+// Picks the table of kernels for this CPU. The one file in isa/ that is compiled once.
 #include "kernels/cpu/kernels.h"
 
 #include <cstdlib>

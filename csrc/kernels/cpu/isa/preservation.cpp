@@ -5,7 +5,7 @@
 
 namespace {
 
-using saferclip::cpu::DType;
+using saferclip::DType;
 
 constexpr float kLowest = -3e38f;
 

@@ -4,7 +4,7 @@
 
 namespace {
 
-using saferclip::cpu::DType;
+using saferclip::DType;
 using saferclip::cpu::kPanelRows;
 
 // ---- rows as they are --------------------------------------------------------------------------

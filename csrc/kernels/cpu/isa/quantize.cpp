@@ -4,7 +4,7 @@
 
 namespace {
 
-using saferclip::cpu::DType;
+using saferclip::DType;
 using saferclip::cpu::GroupTerms;
 using saferclip::cpu::kGroupSize;
 using saferclip::cpu::kPanelRows;

@@ -6,7 +6,7 @@
 
 namespace {
 
-using saferclip::cpu::DType;
+using saferclip::DType;
 using saferclip::cpu::RetargetArgs;
 
 // The six rows that one sample is made of.
@@ -106,9 +106,9 @@ inline Side side(const RetargetArgs& args, float inverse, float scale, float inv
 }
 
 // Sum of weight * row, as float, or the row itself where that is the same thing.
-const float* blend(const saferclip::cpu::Rows& bank, const int64_t* neighbors, const float* weights,
+const float* blend(const saferclip::cpu::Matrix& bank, const int64_t* neighbors, const float* weights,
                    int64_t k, float* scratch) {
-  if (k == 1 && weights[0] == 1 && bank.dtype == DType::kFloat) {
+  if (k == 1 && weights[0] == 1 && bank.dtype == DType::kFloat32) {
     return static_cast<const float*>(bank.row(neighbors[0]));
   }
   with_element(bank.dtype, [&]<class T>(const T*) {

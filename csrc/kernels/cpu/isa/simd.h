@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels/cpu/rows.h"
+#include "kernels/cpu/matrix.h"
 
 namespace {
 
@@ -28,7 +28,7 @@ using Bytes = uint8_t __attribute__((vector_size(kWidth)));
 
 constexpr int kDoubleWidth = kWidth / 2;
 
-// Largest |q8| of a quantised query.
+// Largest |q8| of a quantized query.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr int kQueryLimit = 64;  // 2 * 255 * 64 < 2^15: the pairwise 16-bit sums of vpmaddubsw cannot saturate
 #else
@@ -269,9 +269,9 @@ inline void write_one(float* p, float x) { *p = x; }
 
 // Calls f with a null pointer of the element type that dtype names.
 template <class F>
-inline void with_element(saferclip::cpu::DType dtype, F&& f) {
-  using saferclip::cpu::DType;
-  if (dtype == DType::kFloat) f(static_cast<const float*>(nullptr));
+inline void with_element(saferclip::DType dtype, F&& f) {
+  using saferclip::DType;
+  if (dtype == DType::kFloat32) f(static_cast<const float*>(nullptr));
   else if (dtype == DType::kBFloat16) f(static_cast<const BFloat16*>(nullptr));
   else f(static_cast<const Half*>(nullptr));
 }

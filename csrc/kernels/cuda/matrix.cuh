@@ -1,4 +1,4 @@
-// Rows of a matrix of any float type, read eight elements at a time as fp32, and warp reductions.
+// A matrix of any float type, its rows read eight elements at a time as fp32, and warp reductions.
 #pragma once
 
 #include "device.cuh"
@@ -6,7 +6,7 @@
 namespace saferclip {
 
 // Row-major [rows, dim]. `wide`: every row starts at a multiple of 16 bytes, so 16-byte loads work.
-struct Rows {
+struct Matrix {
   Global<const uint8_t> data;
   DType type;
   int dim;
@@ -14,13 +14,13 @@ struct Rows {
 };
 
 // The same before it reaches a kernel: a plain pointer.
-struct HostRows {
+struct HostMatrix {
   const void* data;
   DType type;
   bool is_wide(int64_t dim) const {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && dim * element_size(type) % 16 == 0;
   }
-  Rows on_device(int64_t dim) const {
+  Matrix on_device(int64_t dim) const {
     return {static_cast<const uint8_t*>(data), type, static_cast<int>(dim), is_wide(dim)};
   }
 };
@@ -34,7 +34,7 @@ __device__ __forceinline__ void unpack8(const Vec16& v, DType type, float (&x)[8
 }
 
 // Elements 8 * chunk ... 8 * chunk + 7 of a row; zeros past the end of the row.
-__device__ __forceinline__ void load8(const Rows& m, int64_t row, int chunk, float (&x)[8]) {
+__device__ __forceinline__ void load8(const Matrix& m, int64_t row, int chunk, float (&x)[8]) {
   const int first = chunk * 8;
   const Global<const uint8_t> at =
       m.data + (row * m.dim + first) * (m.type == DType::kFloat32 ? 4 : 2);
@@ -60,7 +60,7 @@ __device__ __forceinline__ void load8(const Rows& m, int64_t row, int chunk, flo
 }
 
 // Writes eight elements as `like` has them: same type, width and alignment.
-__device__ __forceinline__ void store8(const Rows& like, Global<uint8_t> out, int64_t row, int chunk,
+__device__ __forceinline__ void store8(const Matrix& like, Global<uint8_t> out, int64_t row, int chunk,
                                        const float (&x)[8]) {
   const int first = chunk * 8;
   const Global<uint8_t> at = out + (row * like.dim + first) * (like.type == DType::kFloat32 ? 4 : 2);

@@ -2,20 +2,14 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/dtype.h"
+
 namespace saferclip::cpu {
 
-enum class DType : int32_t {
-  kFloat = 0,
-  kBFloat16 = 1,
-  kHalf = 2,
-};
-
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
-
-struct Rows {
+struct Matrix {
   const void* data = nullptr;
-  DType dtype = DType::kFloat;
-  int64_t count = 0;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
   int64_t dim = 0;
 
   const void* row(int64_t i) const {

@@ -13,15 +13,18 @@
 #include "candidates.h"
 #include "kernels.h"
 #include "packed_bank.h"
+#include "rounding.h"
 #include "small_bank.h"
 
 namespace saferclip::cpu {
 namespace {
 
-constexpr int64_t kChunkPanels = 16;         // rows quantised together: 400 KB at d = 768, fits L2
+constexpr int64_t kChunkPanels = 16;         // rows quantized together: 400 KB at d = 768, fits L2
 constexpr int64_t kSweepGroups = 80;         // queries that sweep a chunk together: 750 KB, fits L2
-constexpr int64_t kPartGroups = 44;          // queries of a task when tasks split the queries: 400 KB
+constexpr int64_t kTaskGroups = 44;          // queries of a task when tasks split the queries: 400 KB
 constexpr int64_t kScratchBytes = 24 << 20;  // what a block of queries may take
+constexpr int64_t kPackAtOnce = 8 << 20;     // a bank whose copy is this small is packed before the search
+constexpr int64_t kFewQueries = 16;          // fewer do not pay for quantizing the bank
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -31,63 +34,87 @@ enum class Screen {
   kFp32,
 };
 
+// How a search is carried out.
+struct Plan {
+  Screen screen;
+  bool pack;              // the whole bank is packed first, for this search alone
+  bool by_queries;        // tasks take queries and the whole bank; otherwise chunks of the bank and all queries
+  int64_t block_queries;  // queries prepared together
+};
+
+Plan make_plan(const Matrix& query, const Matrix& bank, bool packed, int k, int threads) {
+  Plan plan;
+  const bool too_wide = bank.dim > kMaxPackedDim;
+  plan.screen = too_wide || (!packed && query.rows < kFewQueries) ? Screen::kFp32 : Screen::kInt8;
+  const bool int8 = plan.screen == Screen::kInt8;
+  plan.pack = int8 && !packed && packed_size(bank.rows, bank.dim) <= kPackAtOnce;
+  plan.by_queries = int8 && (packed || plan.pack) && query.rows >= 2 * kGroupSize * threads;
+  const int64_t list_bytes = CandidateList::capacity(k) * int64_t{sizeof(Candidate)};
+  const int64_t query_bytes = bank.dim * (int8 ? 1 : 4) + (plan.by_queries ? 1 : threads) * list_bytes;
+  plan.block_queries = std::max<int64_t>(kScratchBytes / query_bytes / kGroupSize, 1) * kGroupSize;
+  return plan;
+}
+
 // A block of queries, prepared for screening.
 struct QueryBlock {
-  Matrix rows;
+  Matrix queries;
   std::vector<double> norms;
   std::vector<int8_t> q8;
   std::vector<GroupTerms> terms;
   Buffer<float> unit;
   std::once_flag unit_once;
 
-  int64_t groups() const { return (rows.rows + kGroupSize - 1) / kGroupSize; }
+  int64_t groups() const { return (queries.rows + kGroupSize - 1) / kGroupSize; }
 };
 
 struct Problem {
   const Kernels& kernel;
   Matrix bank;
-  const uint8_t* panels = nullptr;  // packed panels, or null: quantise on the way
+  const uint8_t* panels = nullptr;  // packed panels, or null: quantize on the way
   const float* mean = nullptr;
   double mean_square = 0;
   int k = 1;
   Screen screen = Screen::kInt8;
 };
 
-// Exact scores of one query at a time.
+// Exact scores. Keeps the query in use in double, so those of one query are best asked for together.
 class Scorer {
  public:
   Scorer(const Problem& problem, const QueryBlock& block)
-      : problem_(problem), block_(block), query_(problem.bank.dim) {}
+      : problem_(problem), block_(block), wide_(problem.bank.dim) {}
 
-  void select(int64_t query) { current_ = query; }
+  // The scores of one query, as a function of the row.
+  auto of_query(int64_t query) {
+    return [this, query](int32_t row) { return score(query, row); };
+  }
 
-  float operator()(int32_t row) {
+ private:
+  float score(int64_t query, int32_t row) {
     const Matrix& bank = problem_.bank;
-    const double norm = block_.norms[current_];
+    const double norm = block_.norms[query];
     if (norm == 0) return 0;
-    if (widened_ != current_) {
-      problem_.kernel.widen(block_.rows.row(current_), block_.rows.dtype, bank.dim, query_.data());
-      widened_ = current_;
+    if (widened_ != query) {
+      problem_.kernel.widen(block_.queries.row(query), block_.queries.dtype, bank.dim, wide_.data());
+      widened_ = query;
     }
-    const double dot = problem_.kernel.exact_dot(query_.data(), bank.row(row), bank.dtype, bank.dim);
+    const double dot = problem_.kernel.exact_dot(wide_.data(), bank.row(row), bank.dtype, bank.dim);
     const float score = static_cast<float>(dot / norm) + 0.0f;  // -0 would print as it is
     return std::isnan(score) ? -kInfinity : score;
   }
 
- private:
   const Problem& problem_;
   const QueryBlock& block_;
-  std::vector<double> query_;
-  int64_t current_ = -1, widened_ = -1;
+  std::vector<double> wide_;  // query number widened_
+  int64_t widened_ = -1;
 };
 
 void make_unit(const Problem& problem, QueryBlock& block) {
   std::call_once(block.unit_once, [&] {
-    const int64_t dim = block.rows.dim;
-    block.unit = make_buffer<float>(block.rows.rows * dim);
+    const int64_t dim = block.queries.dim;
+    block.unit = make_buffer<float>(block.queries.rows * dim);
     std::vector<double> row(dim);
-    for (int64_t i = 0; i < block.rows.rows; ++i) {
-      problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data());
+    for (int64_t i = 0; i < block.queries.rows; ++i) {
+      problem.kernel.widen(block.queries.row(i), block.queries.dtype, dim, row.data());
       const double scale = block.norms[i] == 0 ? 0 : 1 / block.norms[i];
       for (int64_t j = 0; j < dim; ++j) {
         block.unit[i * dim + j] = static_cast<float>(row[j] * scale);
@@ -97,8 +124,8 @@ void make_unit(const Problem& problem, QueryBlock& block) {
 }
 
 void prepare(const Problem& problem, QueryBlock& block, const Parallel& parallel) {
-  const int64_t dim = block.rows.dim, quads = (dim + 3) / 4;
-  block.norms.resize(block.rows.rows);
+  const int64_t dim = block.queries.dim, quads = (dim + 3) / 4;
+  block.norms.resize(block.queries.rows);
   if (problem.screen == Screen::kInt8) {
     block.q8.assign(block.groups() * quads * kGroupSize * 4, 0);
     block.terms.assign(block.groups(), GroupTerms{});
@@ -106,9 +133,9 @@ void prepare(const Problem& problem, QueryBlock& block, const Parallel& parallel
   constexpr int64_t kGroupsPerTask = 4;
   parallel((block.groups() + kGroupsPerTask - 1) / kGroupsPerTask, [&](int64_t task) {
     std::vector<double> row(dim), scratch(dim + 16);
-    const int64_t end = std::min(block.rows.rows, (task + 1) * kGroupsPerTask * kGroupSize);
+    const int64_t end = std::min(block.queries.rows, (task + 1) * kGroupsPerTask * kGroupSize);
     for (int64_t i = task * kGroupsPerTask * kGroupSize; i < end; ++i) {
-      block.norms[i] = std::sqrt(problem.kernel.widen(block.rows.row(i), block.rows.dtype, dim, row.data()));
+      block.norms[i] = std::sqrt(problem.kernel.widen(block.queries.row(i), block.queries.dtype, dim, row.data()));
       if (problem.screen != Screen::kInt8) continue;
       const int64_t group = i / kGroupSize;
       problem.kernel.quantize_query(row.data(), block.norms[i], problem.mean, problem.mean_square,
@@ -130,7 +157,7 @@ class Worker {
         screen_(problem.screen),
         first_(first_group * kGroupSize),
         first_group_(first_group),
-        queries_(std::min(block.rows.rows - first_, groups * kGroupSize)),
+        queries_(std::min(block.queries.rows - first_, groups * kGroupSize)),
         slab_(make_buffer<Candidate>(queries_ * CandidateList::capacity(problem.k))),
         thresholds_(groups * kGroupSize, kInfinity),
         scorer_(problem, block) {
@@ -144,8 +171,7 @@ class Worker {
   CandidateList& list(int64_t query) { return lists_[query]; }
 
   void finish(int64_t query) {
-    scorer_.select(first_ + query);
-    lists_[query].finish(scorer_);
+    lists_[query].finish(scorer_.of_query(first_ + query));
   }
 
   // Takes over what other workers know; shared[q] is a threshold of query q.
@@ -190,7 +216,7 @@ class Worker {
         std::min<int64_t>(kPanelRows, problem_.bank.rows - panel * kPanelRows));
   }
 
-  // The int8 panels [first, last), quantised here unless the bank is packed.
+  // The int8 panels [first, last), quantized here unless the bank is packed.
   const uint8_t* quantized(int64_t first, int64_t last) {
     const int64_t bytes = panel_bytes(problem_.bank.dim);
     if (problem_.panels != nullptr) return problem_.panels + first * bytes;
@@ -206,6 +232,13 @@ class Worker {
     return panel_buffer_.get();
   }
 
+  // What the sink needs to know of the panel and the queries that are screened.
+  struct Scan {
+    Worker& worker;
+    int64_t first_query;
+    int32_t first_row;
+  };
+
   void scan_panel(int64_t panel, int64_t group, const uint8_t* quantized_panel, bool more) {
     const int64_t dim = problem_.bank.dim;
     const int64_t block_group = first_group_ + group;
@@ -214,12 +247,12 @@ class Worker {
     args.thresholds = thresholds_.data() + group * kGroupSize;
     args.queries_count = std::min(queries_ - group * kGroupSize, kSweepGroups * kGroupSize);
     args.slack = sum_slack(dim);
-    args.sink = [](void* worker, int64_t hit_group, const Hit* hits, int count) {
-      static_cast<Worker*>(worker)->take(hit_group, hits, count);
+    Scan scan{*this, group * kGroupSize, static_cast<int32_t>(panel * kPanelRows)};
+    args.sink = [](void* context, int64_t hit_group, const Hit* hits, int count) {
+      const Scan& scan = *static_cast<const Scan*>(context);
+      scan.worker.take(scan.first_query + hit_group * kGroupSize, scan.first_row, hits, count);
     };
-    args.context = this;
-    panel_ = panel;
-    group_ = group;
+    args.context = &scan;
     if (quantized_panel != nullptr) {
       args.terms = block_.terms.data() + block_group;
       args.next_panel = more ? quantized_panel + panel_bytes(dim) : nullptr;
@@ -232,14 +265,12 @@ class Worker {
     }
   }
 
-  void take(int64_t hit_group, const Hit* hits, int count) {
+  // Adds the hits of a group of queries with a panel, sorted by query.
+  void take(int64_t first_query, int32_t first_row, const Hit* hits, int count) {
     hits_ += count;
-    const int64_t first_query = (group_ + hit_group) * kGroupSize;
     for (int i = 0; i < count; ++i) {
       const int64_t q = first_query + hits[i].query;
-      scorer_.select(first_ + q);
-      lists_[q].add(hits[i].upper, hits[i].lower,
-                    static_cast<int32_t>(panel_ * kPanelRows) + hits[i].row, scorer_);
+      lists_[q].add(hits[i].upper, hits[i].lower, first_row + hits[i].row, scorer_.of_query(first_ + q));
       if (i + 1 == count || hits[i + 1].query != hits[i].query) update_threshold(q);
     }
   }
@@ -256,9 +287,9 @@ class Worker {
     const GroupTerms& terms = block_.terms[block_query / kGroupSize];
     const int slot = static_cast<int>(block_query % kGroupSize);
     // Scores are compared after rounding to fp32: a score half a unit lower still ties.
-    const double reach = score - std::abs(score) * 1.2e-7 - 1e-45;
+    const double reach = score - std::abs(score) * kSpacing - kHalfDenormal;
     const double scaled = (reach - terms.base[slot]) / terms.scale[slot];
-    thresholds_[q] = static_cast<float>(scaled - std::abs(scaled) * 1.2e-7);
+    thresholds_[q] = static_cast<float>(scaled - std::abs(scaled) * kSpacing);
   }
 
   const Problem& problem_;
@@ -271,7 +302,6 @@ class Worker {
   Buffer<uint8_t> panel_buffer_;
   std::vector<float> scratch_;
   Scorer scorer_;
-  int64_t panel_ = 0, group_ = 0;  // what is being scanned
   int64_t hits_ = 0, scans_ = 0;
 };
 
@@ -307,18 +337,18 @@ void write_query(const QueryBlock& block, const Output& output, int64_t query, i
 }
 
 // Tasks take queries; each scans the whole bank.
-void search_by_queries(const Problem& problem, QueryBlock& block, int64_t part_groups,
-                       const Output& output, const Parallel& parallel) {
+void search_by_queries(const Problem& problem, QueryBlock& block, const Output& output, const Parallel& parallel) {
   const int64_t panels = (problem.bank.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t parts = (block.groups() + part_groups - 1) / part_groups;
-  parallel(parts, [&](int64_t part) {
-    const int64_t first = part * part_groups;
-    const int64_t groups = std::min(part_groups, block.groups() - first);
+  const int64_t rounds = ceil_div(block.groups(), parallel.threads * kTaskGroups);
+  const int64_t task_groups = ceil_div(block.groups(), rounds * parallel.threads);
+  parallel(ceil_div(block.groups(), task_groups), [&](int64_t task) {
+    const int64_t first = task * task_groups;
+    const int64_t groups = std::min(task_groups, block.groups() - first);
     Worker worker(problem, block, first, groups);
     for (int64_t p = 0; p < panels; p += kChunkPanels) {
       worker.scan(p, std::min(panels, p + kChunkPanels));
     }
-    const int64_t end = std::min(block.rows.rows, (first + groups) * kGroupSize);
+    const int64_t end = std::min(block.queries.rows, (first + groups) * kGroupSize);
     for (int64_t q = first * kGroupSize; q < end; ++q) {
       write_query(block, output, q, q - first * kGroupSize, worker);
     }
@@ -331,7 +361,7 @@ void search_by_rows(const Problem& problem, QueryBlock& block, const Output& out
   const int64_t panels = (problem.bank.rows + kPanelRows - 1) / kPanelRows;
   const int64_t chunk =
       std::clamp<int64_t>(panels / (4 * parallel.threads), 1, kChunkPanels);
-  std::vector<std::atomic<float>> shared(block.rows.rows);
+  std::vector<std::atomic<float>> shared(block.queries.rows);
   for (auto& threshold : shared) threshold.store(-kInfinity, std::memory_order_relaxed);
   std::vector<std::unique_ptr<Worker>> workers(parallel.threads);
   std::atomic<int64_t> next{0};
@@ -343,14 +373,14 @@ void search_by_rows(const Problem& problem, QueryBlock& block, const Output& out
     }
   });
   if (parallel.threads == 1) {
-    for (int64_t q = 0; q < block.rows.rows; ++q) write_query(block, output, q, q, *workers[0]);
+    for (int64_t q = 0; q < block.queries.rows; ++q) write_query(block, output, q, q, *workers[0]);
     return;
   }
   constexpr int64_t kQueriesPerTask = 16;
-  parallel((block.rows.rows + kQueriesPerTask - 1) / kQueriesPerTask, [&](int64_t task) {
+  parallel((block.queries.rows + kQueriesPerTask - 1) / kQueriesPerTask, [&](int64_t task) {
     std::vector<Candidate> slab(parallel.threads * CandidateList::capacity(problem.k));
     Scorer scorer(problem, block);
-    const int64_t end = std::min(block.rows.rows, (task + 1) * kQueriesPerTask);
+    const int64_t end = std::min(block.queries.rows, (task + 1) * kQueriesPerTask);
     for (int64_t q = task * kQueriesPerTask; q < end; ++q) {
       if (block.norms[q] == 0) {
         output.write_zero_query(q);
@@ -358,8 +388,7 @@ void search_by_rows(const Problem& problem, QueryBlock& block, const Output& out
       }
       CandidateList merged(slab.data(), problem.k);
       for (auto& worker : workers) merged.absorb(worker->list(q));
-      scorer.select(q);
-      merged.finish(scorer);
+      merged.finish(scorer.of_query(q));
       output.write(q, merged);
     }
   });
@@ -373,19 +402,17 @@ void nearest_safe(const Matrix& query, const Matrix& bank, const uint8_t* packed
     search_small_bank(query, bank, k, scores, indices, parallel);
     return;
   }
-  Problem problem{.kernel = kernels(), .bank = bank, .k = k};
-  const bool wide = bank.dim > kMaxPackedDim;
-  if (wide || (packed == nullptr && query.rows < 16)) problem.screen = Screen::kFp32;
+  const Plan plan = make_plan(query, bank, packed != nullptr, k, parallel.threads);
+  Problem problem{.kernel = kernels(), .bank = bank, .k = k, .screen = plan.screen};
 
   std::vector<uint8_t> own_pack;
   std::vector<float> mean;
-  constexpr int64_t kPackAtOnce = 8 << 20;
-  if (problem.screen == Screen::kInt8) {
-    if (packed == nullptr && packed_size(bank.rows, bank.dim) <= kPackAtOnce) {
-      own_pack.resize(packed_size(bank.rows, bank.dim));
-      pack_bank(bank, own_pack.data(), parallel);
-      packed = own_pack.data();
-    }
+  if (plan.pack) {
+    own_pack.resize(packed_size(bank.rows, bank.dim));
+    pack_bank(bank, own_pack.data(), parallel);
+    packed = own_pack.data();
+  }
+  if (plan.screen == Screen::kInt8) {
     mean.resize(bank.dim + 16);
     if (packed != nullptr) {
       problem.panels = packed_panels(packed, bank.dim);
@@ -397,24 +424,15 @@ void nearest_safe(const Matrix& query, const Matrix& bank, const uint8_t* packed
     for (const float x : mean) problem.mean_square += static_cast<double>(x) * x;
   }
 
-  const bool by_queries =
-      problem.panels != nullptr && query.rows >= 2 * kGroupSize * parallel.threads;
-  const int64_t per_query =
-      bank.dim * (problem.screen == Screen::kFp32 ? 4 : 1) +
-      (by_queries ? 1 : parallel.threads) * CandidateList::capacity(k) * int64_t{sizeof(Candidate)};
-  const int64_t block_size =
-      std::max<int64_t>(kScratchBytes / per_query / kGroupSize, 1) * kGroupSize;
-  for (int64_t first = 0; first < query.rows; first += block_size) {
+  for (int64_t first = 0; first < query.rows; first += plan.block_queries) {
     QueryBlock block;
-    block.rows = query;
-    block.rows.data = query.row(first);
-    block.rows.rows = std::min(block_size, query.rows - first);
+    block.queries = query;
+    block.queries.data = query.row(first);
+    block.queries.rows = std::min(plan.block_queries, query.rows - first);
     prepare(problem, block, parallel);
     const Output output{scores + first * k, indices + first * k, k};
-    if (by_queries) {
-      const int64_t rounds = ceil_div(block.groups(), parallel.threads * kPartGroups);
-      search_by_queries(problem, block, ceil_div(block.groups(), rounds * parallel.threads), output,
-                        parallel);
+    if (plan.by_queries) {
+      search_by_queries(problem, block, output, parallel);
     } else {
       search_by_rows(problem, block, output, parallel);
     }

@@ -1,4 +1,4 @@
-// The packed bank: int8 rows in panels, with the numbers that bound what the quantisation lost.
+// The packed bank: int8 rows in panels, with the numbers that bound what the quantization lost.
 //
 //   header (64 bytes) | mean float[dim], padded to 64 bytes | panels of 32 rows
 //   panel: PanelTerms (512 bytes) | bytes [dim/4 rounded up][32][4]
@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "rounding.h"
 
 namespace saferclip::cpu {
 
@@ -35,6 +36,6 @@ const uint8_t* packed_panels(const uint8_t* blob, int64_t dim);
 void sample_mean(const Matrix& bank, float* mean);
 
 // Relative error of an fp32 sum of dim products, whatever the vector width.
-inline float sum_slack(int64_t dim) { return (static_cast<float>(dim) / 4 + 64) * 6e-8f; }
+inline float sum_slack(int64_t dim) { return (static_cast<float>(dim) / 4 + 64) * static_cast<float>(kUnitRoundoff); }
 
 }  // namespace saferclip::cpu

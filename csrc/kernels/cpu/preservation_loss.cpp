@@ -19,19 +19,19 @@ constexpr int64_t kKeptBytes = 16 << 20;  // logits of a whole batch up to this 
 
 // Depends on the batch alone, so that no thread count changes the order of additions.
 int64_t tile_rows(int64_t batch) {
-  const int64_t share = (batch + kStripes - 1) / kStripes;
-  return std::clamp<int64_t>((share + 23) / 24 * 24, 24, kMaxTileRows);  // 12 rows are multiplied together
+  const int64_t even = (batch + kStripes - 1) / kStripes;
+  return std::clamp<int64_t>((even + 23) / 24 * 24, 24, kMaxTileRows);  // 12 rows are multiplied together
 }
 
-// Rows of `rows` at length 1, and 1 / length (0 for a zero row).
-void make_unit(const Matrix& rows, int64_t first, int64_t count, double* wide, float* unit,
+// Rows of x at length 1, and 1 / length (0 for a zero row).
+void make_unit(const Matrix& x, int64_t first, int64_t count, double* wide, float* unit,
                double* inverse) {
   const Kernels& kernel = kernels();
   for (int64_t i = 0; i < count; ++i) {
-    const double square = kernel.widen(rows.row(first + i), rows.dtype, rows.dim, wide);
+    const double square = kernel.widen(x.row(first + i), x.dtype, x.dim, wide);
     const double scale = square > 0 ? 1 / std::sqrt(square) : 0;
-    for (int64_t j = 0; j < rows.dim; ++j) {
-      unit[i * rows.dim + j] = static_cast<float>(wide[j] * scale);
+    for (int64_t j = 0; j < x.dim; ++j) {
+      unit[i * x.dim + j] = static_cast<float>(wide[j] * scale);
     }
     if (inverse != nullptr) inverse[i] = scale;
   }

@@ -11,19 +11,25 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "rounding.h"
 
 namespace saferclip::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kRowsPerK = 32;            // up to 32 k rows, the product costs less than what int8 lets through
-constexpr int64_t kAlwaysSmall = 256;        // rows that are not worth quantising
+constexpr int64_t kAlwaysSmall = 256;        // rows that are not worth quantizing
 constexpr int64_t kQueriesPerThread = 4;     // fewer do not pay for reading the whole bank on every thread
 constexpr int64_t kShortRow = 256;            // adding up the lanes of a short product takes longer than
 constexpr int64_t kWorthTransposing = 12;     // transposing the rows for this many queries
 constexpr int64_t kTileBytes = 256 << 10;    // products of a block of queries, half of a small L2
 constexpr int64_t kRankByCounting = 16;     // candidates; more are sorted
 constexpr int64_t kMaxBlock = 96;            // queries of a block: 300 KB at d = 768
+constexpr int64_t kMaxSummed = 100'000;      // dim up to which slack() bounds the error of a sum
+// What underflow takes where denormals are flushed to zero: from the length of a row sqrt(2 dim) 2^-63, from an inner
+// product 2 dim 2^-126.
+constexpr double kLostRowLength = 1.6e-19;
+constexpr double kLostProduct = 2.4e-38;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -131,18 +137,18 @@ class SmallBank {
 
   // The longest row of the bank, from above; NaN or infinity where fp32 cannot tell.
   double longest(float square) const {
-    return std::sqrt(double{square}) * (1 + slack()) + 1.6e-19 * std::sqrt(static_cast<double>(bank_.dim));
+    return std::sqrt(double{square}) * (1 + slack()) + kLostRowLength * std::sqrt(static_cast<double>(bank_.dim));
   }
 
   // Relative error of an fp32 sum of dim products in any order, and of the double one.
-  double slack() const { return (static_cast<double>(bank_.dim) + 8) * 6e-8; }
+  double slack() const { return (static_cast<double>(bank_.dim) + 8) * kUnitRoundoff; }
 
   // How far an fp32 product may be from <query, row>, whatever the row: gamma |q||s|, and what
   // underflows (also where denormals are flushed). Infinite where a sum may overflow, or slack is no bound.
   double error(double norm, double longest) const {
     const double reach = norm * longest;
-    if (all_exact_ || !(reach < 1e38) || bank_.dim > 100'000) return kInfinity;
-    return slack() * reach + 2.4e-38 * static_cast<double>(bank_.dim);
+    if (all_exact_ || !(reach < kOverflow) || bank_.dim > kMaxSummed) return kInfinity;
+    return slack() * reach + kLostProduct * static_cast<double>(bank_.dim);
   }
 
   // What a thread needs to choose the rows of a query.
@@ -176,26 +182,26 @@ class SmallBank {
       for (int j = 0; j < k_; ++j) scores[j] = 0, indices[j] = j;
       return;
     }
-    const int64_t found =
+    const int64_t candidates =
         kernel_.top_rows(dots, bank_.rows, k_, error(norm, longest), norm, choice.rows.data());
-    for (int64_t c = 0; c < found; ++c) {
+    for (int64_t c = 0; c < candidates; ++c) {
       const int32_t row = choice.rows[c];
       const double dot = kernel_.exact_dot(choice.query.data(), bank_.row(row), bank_.dtype, bank_.dim);
       const float score = static_cast<float>(dot / norm) + 0.0f;
       choice.keys[c] = key(std::isnan(score) ? -kInfinity : score, row);
     }
-    if (found <= kRankByCounting) {
-      for (int64_t c = 0; c < found; ++c) {
+    if (candidates <= kRankByCounting) {
+      for (int64_t c = 0; c < candidates; ++c) {
         int rank = 0;
-        for (int64_t other = 0; other < found; ++other) rank += choice.keys[other] > choice.keys[c];
+        for (int64_t other = 0; other < candidates; ++other) rank += choice.keys[other] > choice.keys[c];
         if (rank >= k_) continue;
         scores[rank] = score_of(choice.keys[c]);
         indices[rank] = choice.rows[c];
       }
       return;
     }
-    const auto best = choice.keys.begin(), last = best + found;
-    if (found > k_) std::nth_element(best, best + k_ - 1, last, std::greater<>());
+    const auto best = choice.keys.begin(), last = best + candidates;
+    if (candidates > k_) std::nth_element(best, best + k_ - 1, last, std::greater<>());
     std::sort(best, best + k_, std::greater<>());
     for (int j = 0; j < k_; ++j) {
       scores[j] = score_of(best[j]);

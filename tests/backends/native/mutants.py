@@ -54,7 +54,7 @@ MUTANTS = [
         "threshold as a score",
         SEARCH,
         "thresholds_[q] =",
-        "static_cast<float>(scaled - std::abs(scaled) * 1.2e-7)",
+        "static_cast<float>(scaled - std::abs(scaled) * kSpacing)",
         "score",
     ),
     Mutant(
@@ -73,13 +73,13 @@ MUTANTS = [
         "no bound around fp32 screening",
         SCREEN,
         "norms[r] =",
-        "(__builtin_sqrtf(norms[r]) * (1 + args.slack) + floor) * (args.slack + 2e-7f) + floor * floor",
+        "(__builtin_sqrtf(norms[r]) * (1 + args.slack) + floor) * (args.slack + kUnitQuerySlack) + floor * floor",
         "0.0f",
     ),
     Mutant("no bound around fp32 products", SCREEN, "const double reach = least -", "2 * error", "0.0 * error"),
     Mutant("fewer rows than k reached", SCREEN, "(", "total >= k ? low : high", "total >= k - 1 ? low : high"),
     Mutant("longest row unknown", SMALL, "return", LONGEST, "0 * square"),
-    Mutant("overflow unseen", SMALL, "if (all_exact_ ||", "!(reach < 1e38)", "false"),
+    Mutant("overflow unseen", SMALL, "if (all_exact_ ||", "!(reach < kOverflow)", "false"),
     Mutant(
         "order of equal scores",
         SMALL,
@@ -112,7 +112,7 @@ MUTANTS = [
     # preservation_loss
     Mutant("old sum not rescaled", ROW, "*sum_seen > 0 ? *sum_seen *", "__builtin_expf(before - best)", "1.0f"),
     Mutant("diagonal kept", ROW, "push * (get(mixed + i) -", "2 * get(paired + i)", "get(paired + i)"),
-    Mutant("gradient not projected", ROW, "out + i, (direction(whole, i) -", "share * load(unit + i)", "splat(0.0f)"),
+    Mutant("gradient not projected", ROW, "out + i, (direction(whole, i) -", "projection * load(unit + i)", "splat(0.0f)"),
     Mutant("denormal exponential", ROW, "return", "x < -87.0f ? Floats{} : p * power", "p * power"),
     Mutant(
         "softmax of rows only",

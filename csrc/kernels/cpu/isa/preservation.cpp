@@ -137,19 +137,19 @@ double preservation_row(const float* unit, const float* own, const float* mixed,
   };
   const auto whole = [](const float* p) { return load(p); };
   const int64_t body = dim / kWidth * kWidth;
-  const auto part = [&](const float* p) { return load_part(p, dim - body); };
+  const auto rest = [&](const float* p) { return load_part(p, dim - body); };
   for (int64_t i = 0; i < body; i += kWidth) sweep(whole, i);
-  if (body < dim) sweep(part, body);
+  if (body < dim) sweep(rest, body);
   if (grad != nullptr) {
-    const float share = sum(along);
+    const float projection = sum(along);
     with_element(dtype, [&]<class T>(const T*) {
       T* out = static_cast<T*>(grad);
       for (int64_t i = 0; i < body; i += kWidth) {
-        write(out + i, (direction(whole, i) - share * load(unit + i)) * inverse_norm, false);
+        write(out + i, (direction(whole, i) - projection * load(unit + i)) * inverse_norm, false);
       }
       if (body == dim) return;
-      const Floats rest = (direction(part, body) - share * part(unit + body)) * inverse_norm;
-      for (int64_t j = 0; body + j < dim; ++j) write_one(out + body + j, rest[j]);
+      const Floats last = (direction(rest, body) - projection * rest(unit + body)) * inverse_norm;
+      for (int64_t j = 0; body + j < dim; ++j) write_one(out + body + j, last[j]);
     });
   }
   return sum(cosine);

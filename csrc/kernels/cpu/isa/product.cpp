@@ -47,8 +47,8 @@ inline void dot_tile(const T* const* rows, const float* queries, int64_t query_s
     step(i, [rest](const T* p) { return load_part(p, rest); }, [rest](const float* p) { return load_part(p, rest); });
   }
   for (int m = 0; m < Queries; ++m) {
-    const Floats parts[kRowTile] = {sums[0][m], sums[1][m], sums[2][m], sums[3][m]};
-    sum4(parts, dots + m * dots_stride);
+    const Floats row_sums[kRowTile] = {sums[0][m], sums[1][m], sums[2][m], sums[3][m]};
+    sum4(row_sums, dots + m * dots_stride);
   }
   if constexpr (Squares) sum4(square, squares);
 }

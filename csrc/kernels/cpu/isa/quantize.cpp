@@ -1,5 +1,6 @@
-// Quantising rows and queries for the int8 screen of nearest_safe. Compiled once per instruction set.
+// Quantizing rows and queries for the int8 screen of nearest_safe. Compiled once per instruction set.
 #include "isa.h"
+#include "kernels/cpu/rounding.h"
 #include "simd.h"
 
 namespace {
@@ -7,17 +8,24 @@ namespace {
 using saferclip::DType;
 using saferclip::cpu::GroupTerms;
 using saferclip::cpu::kGroupSize;
+using saferclip::cpu::kInflate;
+using saferclip::cpu::kLostLength;
 using saferclip::cpu::kPanelRows;
 using saferclip::cpu::PanelTerms;
 
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+constexpr double kRoundMagicDouble = 6755399441055744.0;  // 1.5 * 2^52
+constexpr float kCenterSlack = 1e-6f;  // of |s'|: the roundings of row - mean and of the error itself
+constexpr float kLeastRow = 1e-30f;    // rows of a smaller largest element are kept as error: 1 / step may overflow
+constexpr double kLeastQuery = 1e-9;   // of the largest element of a centered unit query: keeps its scale normal
+constexpr double kDoubleSlack = 1e-15; // what centering a unit query in double may lose
 
 struct RowSums {
   float largest = 0, square = 0, mean_dot = 0;
 };
 
-// Calls step(i, lane, part) for each vector of a row; lane cycles through kChains independent sums,
-// so that no addition waits for the one before. part < kWidth in the last call only.
+// Calls step(i, chain, lanes) for each vector of a row; chain cycles through kChains independent sums, so
+// that no addition waits for the one before. lanes < kWidth in the last call only.
 constexpr int kChains = 4;
 template <class Step>
 inline void each_vector(int64_t dim, Step&& step) {
@@ -37,9 +45,9 @@ inline Floats total(const Floats (&chains)[kChains]) {
 template <class T>
 RowSums center_row(const T* row, const float* mean, int64_t dim, float* centered) {
   Floats top[kChains] = {}, square[kChains] = {}, mean_dot[kChains] = {};
-  each_vector(dim, [&](int64_t i, int c, int part) {
-    const Floats m = part == kWidth ? load(mean + i) : load_part(mean + i, part);
-    const Floats x = (part == kWidth ? load(row + i) : load_part(row + i, part)) - m;
+  each_vector(dim, [&](int64_t i, int c, int lanes) {
+    const Floats m = lanes == kWidth ? load(mean + i) : load_part(mean + i, lanes);
+    const Floats x = (lanes == kWidth ? load(row + i) : load_part(row + i, lanes)) - m;
     store(centered + i, x);
     top[c] = maximum(absolute(x), top[c]);
     square[c] += x * x;
@@ -52,7 +60,7 @@ RowSums center_row(const T* row, const float* mean, int64_t dim, float* centered
 // Writes round(centered / step) + 128 into the panel's column and returns the squared error.
 float quantize_row(const float* centered, int64_t dim, float step, float inverse, uint8_t* column) {
   Floats square[kChains] = {};
-  each_vector(dim, [&](int64_t i, int c, int part) {
+  each_vector(dim, [&](int64_t i, int c, int lanes) {
     const Floats x = load(centered + i);
     const Floats shifted = x * inverse + kRoundMagic;
     const Floats error = x - (shifted - kRoundMagic) * step;
@@ -63,7 +71,7 @@ float quantize_row(const float* centered, int64_t dim, float step, float inverse
     uint8_t* to = column + i * kPanelRows;
 #pragma GCC unroll 4
     for (int j = 0; j < kWidth; j += 4) {
-      if (j < part) std::memcpy(to + j * kPanelRows, bytes + j, 4);
+      if (j < lanes) std::memcpy(to + j * kPanelRows, bytes + j, 4);
     }
   });
   return sum(total(square));
@@ -91,7 +99,7 @@ CenteredQuery center_query(const double* query, double inverse_norm, const float
   }
   for (; i < dim; ++i) dot += query[i] * static_cast<double>(mean[i]);
   dot = (dot + total(dots)) * inverse_norm;
-  const double share = mean_square > 0 ? dot / mean_square : 0;
+  const double mean_share = mean_square > 0 ? dot / mean_square : 0;
 
   Doubles top = {};
   const auto keep = [&](double* to, Doubles x) {
@@ -101,19 +109,19 @@ CenteredQuery center_query(const double* query, double inverse_norm, const float
   };
   for (i = 0; i + kDoubleWidth <= dim; i += kDoubleWidth) {
     keep(centered + i,
-         load_bits<Doubles>(query + i) * inverse_norm - share * widen_lanes(mean + i));
+         load_bits<Doubles>(query + i) * inverse_norm - mean_share * widen_lanes(mean + i));
   }
   if (i < dim) {
     double rest[kDoubleWidth] = {};
     for (int64_t j = 0; i + j < dim; ++j) {
-      rest[j] = query[i + j] * inverse_norm - share * static_cast<double>(mean[i + j]);
+      rest[j] = query[i + j] * inverse_norm - mean_share * static_cast<double>(mean[i + j]);
     }
     keep(centered + i, load_bits<Doubles>(rest));
   }
   double lanes[kDoubleWidth], best = 0;
   store_bits(lanes, top);
   for (const double x : lanes) best = x > best ? x : best;
-  return {share, best};
+  return {mean_share, best};
 }
 
 }  // namespace
@@ -124,18 +132,17 @@ void quantize(const void* data, DType dtype, int count, int64_t dim, const float
               float* scratch, uint8_t* panel) {
   PanelTerms term = {};
   uint8_t* bytes = panel + sizeof(term);
-  const float floor = 1.2e-19f * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
+  const float floor = kLostLength * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
   with_element(dtype, [&]<class T>(const T*) {
     const T* rows = static_cast<const T*>(data);
     for (int r = 0; r < count; ++r) {
       const RowSums sums = center_row(rows + r * dim, mean, dim, scratch);
-      const bool normal = sums.largest > 1e-30f;  // else 1 / step may overflow: keep it all as error
+      const bool normal = sums.largest > kLeastRow;
       term.step[r] = normal ? sums.largest / 127.0f : 0.0f;
       const float inverse = normal ? 127.0f / sums.largest : 0.0f;
       const float square = quantize_row(scratch, dim, term.step[r], inverse, bytes + 4 * r);
       term.norm[r] = __builtin_sqrtf(sums.square) * (1 + slack) + floor;
-      // 1e-6 |s'|: the roundings of row - mean and of the error itself.
-      term.error[r] = __builtin_sqrtf(square) * (1 + slack) + floor + 1e-6f * term.norm[r];
+      term.error[r] = __builtin_sqrtf(square) * (1 + slack) + floor + kCenterSlack * term.norm[r];
       term.mean_dot[r] = sums.mean_dot;
     }
   });
@@ -151,15 +158,14 @@ void quantize_query(const double* query, double norm, const float* mean, double 
   const double inverse_norm = norm > 0 || norm != norm ? 1 / norm : 0;
   const CenteredQuery query_at =
       center_query(query, inverse_norm, mean, mean_square, dim, centered);
-  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  const float scale = static_cast<float>((query_at.largest > 1e-9 ? query_at.largest : 1e-9) / kQueryLimit);
+  const float scale = static_cast<float>((query_at.largest > kLeastQuery ? query_at.largest : kLeastQuery) / kQueryLimit);
   const double inverse = (1 - 1e-7) / static_cast<double>(scale);  // |q8| never passes the limit
   Doubles error = {}, square = {};
   int32_t sum = 0;
   for (int64_t i = 0; i < dim; i += kDoubleWidth) {
     const Doubles x = load_bits<Doubles>(centered + i);
-    const Doubles shifted = x * inverse + kRound;
-    const Doubles level = (shifted - kRound) * static_cast<double>(scale);
+    const Doubles shifted = x * inverse + kRoundMagicDouble;
+    const Doubles level = (shifted - kRoundMagicDouble) * static_cast<double>(scale);
     error += (x - level) * (x - level);
     square += level * level;
     uint64_t bits[kDoubleWidth];
@@ -177,8 +183,8 @@ void quantize_query(const double* query, double norm, const float* mean, double 
   terms->shift[slot] = static_cast<float>(query_at.mean_share / a);
   // The last term covers every fp32 rounding on the way to the upper bound.
   terms->error[slot] = static_cast<float>(
-      (__builtin_sqrt(total(error)) * 1.000001 + 1e-15 + 2 * slack * (1 + mean_part)) / a);
-  terms->norm[slot] = static_cast<float>(__builtin_sqrt(total(square)) / a * 1.000001);
+      (__builtin_sqrt(total(error)) * kInflate + kDoubleSlack + 2 * slack * (1 + mean_part)) / a);
+  terms->norm[slot] = static_cast<float>(__builtin_sqrt(total(square)) / a * kInflate);
   terms->bias[slot] = -128 * sum;
 }
 

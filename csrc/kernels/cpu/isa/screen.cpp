@@ -1,5 +1,6 @@
 // The inner loops of nearest_safe. Compiled once per instruction set.
 #include "isa.h"
+#include "kernels/cpu/rounding.h"
 #include "simd.h"
 
 namespace {
@@ -12,7 +13,16 @@ using saferclip::cpu::kPanelRows;
 using saferclip::cpu::PanelTerms;
 using saferclip::cpu::ScreenArgs;
 
+using saferclip::cpu::kDenormal;
+using saferclip::cpu::kHalfDenormal;
+using saferclip::cpu::kInflate;
+using saferclip::cpu::kLostLength;
+using saferclip::cpu::kOverflow;
+using saferclip::cpu::kSpacing;
+
 constexpr int kPanelVectors = kPanelRows / kWidth;
+// fp32 roundings, of 2^-24 each, of the unit query, of the upper bound and of the score.
+constexpr float kUnitQuerySlack = 2e-7f;
 
 // ---- int8 dot products of a panel with a group -------------------------------------------------
 
@@ -242,7 +252,7 @@ void screen_int8(const uint8_t* panel, int rows, const ScreenArgs& args) {
                            static_cast<double>(term.norm[m]) * row.error[r];
       // The score that is compared later is rounded to fp32: leave room for that as well.
       const double score = term.base[m] + term.scale[m] * middle;
-      const double room = term.scale[m] * error * 1.000001 + 1.2e-7 * __builtin_fabs(score) + 1e-45;
+      const double room = term.scale[m] * error * kInflate + kSpacing * __builtin_fabs(score) + kHalfDenormal;
       hit->upper = static_cast<float>(score + room);
       hit->lower = static_cast<float>(score - room);
     };
@@ -254,13 +264,13 @@ void screen_fp32(const void* data, DType dtype, int rows, const ScreenArgs& args
   alignas(64) float dots[kGroupSize * kPanelRows] = {};
   alignas(64) float norms[kPanelRows] = {};
   const int64_t dim = args.dim;
-  const float floor = 1.2e-19f * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
+  const float floor = kLostLength * __builtin_sqrtf(static_cast<float>(dim));  // what squaring may lose
   for (int64_t group = 0; group * kGroupSize < args.queries_count; ++group) {
     const int count = group_queries(args, group);
     const float* queries = static_cast<const float*>(args.queries) + group * kGroupSize * dim;
     dot_rows(data, dtype, rows, dim, queries, dim, count, dots, kPanelRows, group == 0 ? norms : nullptr);
     for (int r = 0; group == 0 && r < kPanelRows; ++r) {
-      norms[r] = (__builtin_sqrtf(norms[r]) * (1 + args.slack) + floor) * (args.slack + 2e-7f) + floor * floor;
+      norms[r] = (__builtin_sqrtf(norms[r]) * (1 + args.slack) + floor) * (args.slack + kUnitQuerySlack) + floor * floor;
     }
     const auto upper = [&](int m, int v) {
       return load(dots + m * kPanelRows + v * kWidth) + load(norms + v * kWidth);
@@ -274,22 +284,22 @@ void screen_fp32(const void* data, DType dtype, int rows, const ScreenArgs& args
 }
 
 int64_t top_rows(float* dots, int64_t count, int k, double error, double norm, int32_t* rows) {
-  if (!(error < 1e38)) {  // no bound
+  if (!(error < kOverflow)) {  // no bound
     for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<int32_t>(i);
     return count;
   }
   for (int64_t i = count; i % kWidth != 0; ++i) dots[i] = __builtin_nanf("");
   const double least = static_cast<double>(kth_largest(dots, count, k));
   // Scores are compared after division by norm and rounding to fp32: leave room for that as well.
-  const double reach = least - 2 * error - 1.2e-7 * (__builtin_fabs(least) + error) - 1.5e-45 * norm;
-  const Floats threshold = splat(static_cast<float>(reach - 1.2e-7 * __builtin_fabs(reach) - 1e-45));
-  int64_t found = 0;
+  const double reach = least - 2 * error - kSpacing * (__builtin_fabs(least) + error) - kDenormal * norm;
+  const Floats threshold = splat(static_cast<float>(reach - kSpacing * __builtin_fabs(reach) - kHalfDenormal));
+  int64_t written = 0;
   for (int64_t i = 0; i < count; i += kWidth) {
     uint32_t mask = mask_not_less(load(dots + i), threshold);
     if (count - i < kWidth) mask &= (1u << (count - i)) - 1;
-    for (; mask != 0; mask &= mask - 1) rows[found++] = static_cast<int32_t>(i) + __builtin_ctz(mask);
+    for (; mask != 0; mask &= mask - 1) rows[written++] = static_cast<int32_t>(i) + __builtin_ctz(mask);
   }
-  return found;
+  return written;
 }
 
 double exact_dot(const double* query, const void* row, DType dtype, int64_t dim) {

@@ -15,7 +15,7 @@ TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
 
 
 class PreservationOutput(NamedTuple):
-    """What preservation_loss gives; terms by name, see there."""
+    """The loss of preservation_loss and its terms by name."""
 
     loss: Tensor  # scalar, differentiable in text and image
     terms: dict[str, Tensor]  # unweighted means, detached

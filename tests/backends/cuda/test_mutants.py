@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.backends.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
-from tests.mutants import Mutant
 from tests.backends.simt import build
 from tests.backends.simt import executor as simt
+from tests.mutants import Mutant
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

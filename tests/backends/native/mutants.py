@@ -112,7 +112,9 @@ MUTANTS = [
     # preservation_loss
     Mutant("old sum not rescaled", ROW, "*sum_seen > 0 ? *sum_seen *", "__builtin_expf(before - best)", "1.0f"),
     Mutant("diagonal kept", ROW, "push * (get(mixed + i) -", "2 * get(paired + i)", "get(paired + i)"),
-    Mutant("gradient not projected", ROW, "out + i, (direction(whole, i) -", "projection * load(unit + i)", "splat(0.0f)"),
+    Mutant(
+        "gradient not projected", ROW, "out + i, (direction(whole, i) -", "projection * load(unit + i)", "splat(0.0f)"
+    ),
     Mutant("denormal exponential", ROW, "return", "x < -87.0f ? Floats{} : p * power", "p * power"),
     Mutant(
         "softmax of rows only",

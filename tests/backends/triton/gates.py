@@ -55,20 +55,20 @@ def _row_variants() -> list[Variant]:
     from saferclip_fast.ops.triton.shared import row_warps
 
     weights = ("weight_0", "weight_1", "weight_2", "weight_3")
-    found = [Variant("shared.sum_terms_kernel", dict(parts="fp32", terms="fp32", loss="fp32"), weights,
+    found = [Variant("shared.sum_terms_kernel", dict(row_terms="fp32", terms="fp32", loss="fp32"), weights,
                      dict(SLABS=2, BLOCK=512), 4, 3)]  # fmt: skip
     for dtype, block in (("bf16", 1024), ("fp32", 2048)):
         rows = dict.fromkeys(("text", "image", "frozen_text", "frozen_image"), dtype)
         found.append(
             Variant("retarget_loss.retarget_kernel",
                     {**rows, "bank_text": dtype, "bank_image": dtype, "neighbors": "i64", "neighbor_weights": "fp32",
-                     "row_weights": "fp32", "parts": "fp32", "grad_text": dtype, "grad_image": dtype},
+                     "row_weights": "fp32", "row_terms": "fp32", "grad_text": dtype, "grad_image": dtype},
                     (*weights, "beta", "margin"), dict(CURRENT=False, NEED_GRAD=True, BLOCK=block), row_warps(block), 3)
         )  # fmt: skip
         found.append(
             Variant("preservation_loss.rows_kernel",
                     {**rows, "scaled": dtype, "inverse": "fp32", "inverse_scaled": "fp32", "cosines": "fp32",
-                     "parts": "fp32"}, (), dict(BLOCK=block), row_warps(block), 3)
+                     "row_terms": "fp32"}, (), dict(BLOCK=block), row_warps(block), 3)
         )  # fmt: skip
         found.append(
             Variant("nearest_safe.prepare_kernel", dict(query="fp32", scaled=dtype, length="fp32", slack="fp32"),
@@ -126,7 +126,7 @@ def _preservation_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
             itemsize = 4 if dtype == "fp32" else 2
             for config in _configs(LOG_SUM, itemsize, block_rows, 0, limit, wide):
                 found.append(
-                    Variant("preservation_loss.log_sum_kernel", {**common, "columns": dtype, "parts": "fp32"},
+                    Variant("preservation_loss.log_sum_kernel", {**common, "columns": dtype, "row_terms": "fp32"},
                             ("logit_scale", "weight_2", "weight_3"), {**constants, **config.kwargs},
                             config.num_warps, config.num_stages, product, config.maxnreg)
                 )  # fmt: skip

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 # What calls the native CPU code; test_every_backend.py runs the sources of the others.
 NATIVE_TESTS := tests/ops tests/bank/test_safe_bank.py --ignore=tests/ops/test_every_backend.py
-CPP := $(shell find csrc tests/native tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/backends/native tests/backends/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOAK_MINUTES ?= 120
 
 .DEFAULT_GOAL := help
@@ -46,14 +46,14 @@ coverage-native: setup
 	  --build-lib build/coverage/native/package --build-temp build/coverage/native/module
 	cp -r tests pyproject.toml build/coverage/native/package
 	cd build/coverage/native/package && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -q -n auto $(NATIVE_TESTS)
-	$(BIN)/cmake -G Ninja -S tests/native -B build/coverage/native/alone -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	$(BIN)/cmake -G Ninja -S tests/backends/native -B build/coverage/native/alone -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS='--coverage -fprofile-update=atomic'
 	$(BIN)/cmake --build build/coverage/native/alone
 	build/coverage/native/alone/native_kernels
-	$(BIN)/gcovr --config tests/native/gcovr.cfg
+	$(BIN)/gcovr --config tests/backends/native/gcovr.cfg
 
 sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (no torch inside)
-	$(BIN)/cmake -G Ninja -S tests/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	$(BIN)/cmake -G Ninja -S tests/backends/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSAFERCLIP_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/native_kernels
@@ -68,7 +68,7 @@ sanitize-ops: setup  ## the op tests in Python, the module built under both sani
 	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not larger_than_memory' tests/ops tests/bank/test_safe_bank.py
 
 mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
-	$(BIN)/python -m tests.native.mutants
+	$(BIN)/python -m tests.backends.native.mutants
 
 fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inputs in build/fuzz)
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'

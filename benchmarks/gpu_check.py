@@ -247,7 +247,7 @@ def table(report: dict) -> str:
 
 def checks() -> dict[str, int]:
     """Exit codes of the GPU tests and of compute-sanitizer's tools."""
-    files = ["tests/cuda/test_gpu.py", "tests/cuda/test_gpu_training.py"]
+    files = ["tests/backends/cuda/test_gpu.py", "tests/backends/cuda/test_gpu_training.py"]
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
     codes = {"tests": subprocess.run(tests, cwd=ROOT).returncode}
     sanitizer = shutil.which("compute-sanitizer")

@@ -1,7 +1,7 @@
 """Predicted cost of the CUDA kernels: python benchmarks/gpu_roofline.py prints the tables of docs/gpu-kernels.md.
 
 Bytes are those of device memory, operations count a multiply-add as two. The counts of multiply-adds and of bytes that
-a kernel asks for are checked against the SIMT executor's counters (tests/cuda/test_roofline.py); the times are
+a kernel asks for are checked against the SIMT executor's counters (tests/backends/cuda/test_roofline.py); the times are
 predictions, no GPU has measured them.
 """
 

@@ -1,4 +1,4 @@
-// What the CUDA ops share: contiguous inputs, dtype codes, workspace, and the current stream.
+// What the CUDA ops share: contiguous inputs, dtypes, workspace, and the current stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,20 +10,21 @@
 
 #include <vector>
 
+#include "kernels/dtype.h"
+
 namespace saferclip::cuda_glue {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The DType of csrc/kernels/cuda/device.cuh.
-inline int dtype_code(const char* op, const Tensor& x) {
+inline DType kernel_dtype(const char* op, const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      return 0;
+      return DType::kFloat32;
     case ScalarType::BFloat16:
-      return 1;
+      return DType::kBFloat16;
     case ScalarType::Half:
-      return 2;
+      return DType::kFloat16;
     default:
       STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, bfloat16 and float16; use backend=\"reference\"");
   }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/limits.h"
 
 STABLE_TORCH_LIBRARY(saferclip_fast, m) {
   m.def(
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = pybind11::none();
   m.attr("cuda_architectures") = pybind11::none();
 #endif
+  m.attr("max_neighbors") = saferclip::kMaxNeighbors;
   m.def(
       "cpu_isas",
       [] {

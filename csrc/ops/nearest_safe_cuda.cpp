@@ -18,11 +18,11 @@ void check_bank(const char* op, const Tensor& bank) {
 Tensor pack_bank_cuda(const Tensor& bank) {
   check_bank("pack_bank", bank);
   const torch::stable::accelerator::DeviceGuard guard(bank.get_device_index());
-  const Tensor rows = torch::stable::contiguous(bank);
+  const Tensor dense = torch::stable::contiguous(bank);
   Tensor packed =
-      torch::stable::new_empty(rows, {saferclip::packed_bank_bytes(rows.size(0), rows.size(1))}, ScalarType::Byte);
+      torch::stable::new_empty(dense, {saferclip::packed_bank_bytes(dense.size(0), dense.size(1))}, ScalarType::Byte);
   check_queued("pack_bank",
-               saferclip::pack_bank(rows.data_ptr(), dtype_code("pack_bank", rows), rows.size(0), rows.size(1),
+               saferclip::pack_bank(dense.data_ptr(), kernel_dtype("pack_bank", dense), dense.size(0), dense.size(1),
                                     packed.data_ptr(), current_stream(bank.get_device_index())));
   return packed;
 }
@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> nearest_safe_cuda(const Tensor& query, const Tensor& 
                                              s.size(0),
                                              s.size(1),
                                              static_cast<int>(k),
-                                             dtype_code(kOp, q),
-                                             dtype_code(kOp, s)};
+                                             kernel_dtype(kOp, q),
+                                             kernel_dtype(kOp, s)};
   Tensor space = workspace(q, saferclip::nearest_safe_workspace_bytes(problem));
   check_queued(kOp, saferclip::nearest_safe(problem, space.data_ptr(), scores.mutable_data_ptr<float>(),
                                             indices.mutable_data_ptr<int64_t>(),

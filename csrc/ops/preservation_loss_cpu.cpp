@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "ops/cpu.h"
+#include "ops/cpu_glue.h"
 
 namespace {
 
@@ -22,10 +22,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
   Tensor grad_text = torch::stable::new_empty(text, {need_grad ? batch : 0, width});
   Tensor grad_image = torch::stable::new_empty(image, {need_grad ? batch : 0, width});
   const cpu::PreservationArgs args{
-      .text = rows_of("text", t),
-      .image = rows_of("image", v),
-      .frozen_text = rows_of("frozen_text", ft),
-      .frozen_image = rows_of("frozen_image", fv),
+      .text = matrix_of("text", t),
+      .image = matrix_of("image", v),
+      .frozen_text = matrix_of("frozen_text", ft),
+      .frozen_image = matrix_of("frozen_image", fv),
       .weights = {weights[0], weights[1], weights[2], weights[3]},
       .logit_scale = static_cast<float>(logit_scale),
       .grad_text = need_grad ? grad_text.mutable_data_ptr() : nullptr,

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/cpu.h"
+#include "ops/cpu_glue.h"
 
 namespace {
 
@@ -34,22 +34,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retarget_loss_cpu(
   const Tensor index = dense(neighbors, ScalarType::Long);
   const Tensor nw = dense(neighbor_weights, ScalarType::Float);
   const Tensor rw = dense(row_weights, ScalarType::Float);
-  const cpu::Rows bank = rows_of("bank_text", bt);
-  check_shape("bank_image", bv, bank.count, width);
-  check_shape("bank_text", bt, bank.count, width);
+  const cpu::Matrix bank = matrix_of("bank_text", bt);
+  check_shape("bank_image", bv, bank.rows, width);
+  check_shape("bank_text", bt, bank.rows, width);
   check_shape("neighbors", index, batch, k);
   check_shape("neighbor_weights", nw, batch, k);
   check_shape("row_weights", rw, batch, 4);
-  const int64_t* rows = static_cast<const int64_t*>(index.const_data_ptr());
+  const int64_t* neighbor_rows = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t i = 0; i < batch * k; ++i) {
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < bank.count, "neighbor ", rows[i],
-                    " is outside the bank of ", bank.count, " rows");
+    STD_TORCH_CHECK(neighbor_rows[i] >= 0 && neighbor_rows[i] < bank.rows, "neighbor ", neighbor_rows[i],
+                    " is outside the bank of ", bank.rows, " rows");
   }
 
   Tensor grad_text = torch::stable::new_empty(text, {need_grad ? batch : 0, width}, dtype);
   Tensor grad_image = torch::stable::new_empty(text, {need_grad ? batch : 0, width}, dtype);
   void* grads[2] = {grad_text.mutable_data_ptr(), grad_image.mutable_data_ptr()};
-  const int64_t grad_bytes = batch * width * cpu::element_size(kernel_dtype("text", t));
+  const int64_t grad_bytes = batch * width * element_size(kernel_dtype("text", t));
   const cpu::RetargetArgs args{
       .text = t.const_data_ptr(),
       .image = v.const_data_ptr(),
@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retarget_loss_cpu(
       .frozen_image = fv.const_data_ptr(),
       .dtype = kernel_dtype("text", t),
       .bank_text = bank,
-      .bank_image = rows_of("bank_image", bv),
-      .neighbors = rows,
+      .bank_image = matrix_of("bank_image", bv),
+      .neighbors = neighbor_rows,
       .neighbor_weights = static_cast<const float*>(nw.const_data_ptr()),
       .row_weights = static_cast<const float*>(rw.const_data_ptr()),
       .batch = batch,

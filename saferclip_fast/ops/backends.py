@@ -8,32 +8,13 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from . import reference, triton
-from .schemas import SCHEMAS, register_backend, register_shapes_and_autograd
-
-try:
-    from .. import _C  # importing it registers torch.ops.saferclip_fast.<op> for the devices it was built for
-except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    _NATIVE_MISSING = f"the native module is not built ({error}); reinstall with a C++ compiler on PATH"
-
-for _op in SCHEMAS:
-    register_backend(_op, "reference", getattr(reference, _op))
-    register_backend(_op, "triton", triton.implementation(_op))
-    if _C is not None:
-        register_shapes_and_autograd(_op, _op)
-if _C is not None:
-    # The blob's size is the kernel's own business, so a trace sees it as data-dependent.
-    @torch.library.register_fake("saferclip_fast::pack_bank")
-    def _fake_pack_bank(bank: Tensor) -> Tensor:
-        size = torch.library.get_ctx().new_dynamic_size()
-        return bank.new_empty(size, dtype=torch.uint8)
-
+from . import triton
+from .register import _C, NATIVE_MISSING
+from .schemas import SCHEMAS
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-MAX_NATIVE_K = 256
+MAX_NATIVE_K = 256  # kMaxNeighbors of csrc/kernels/limits.h; the Triton kernels keep to it too
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PICKED: dict[str, list[str]] = {}  # backend -> what it was picked for and why; `choice` writes it
 
@@ -54,7 +35,7 @@ def _has_kernel(op: str, key: str) -> bool:
 def _native_backend(key: str) -> Backend:
     ops = tuple(op for op in SCHEMAS if _has_kernel(op, key))
     if _C is None:
-        return Backend(False, (), _NATIVE_MISSING)
+        return Backend(False, (), NATIVE_MISSING)
     if not ops:
         return Backend(False, (), f"the native module was built without {key} kernels")
     if key == "CUDA":
@@ -93,8 +74,9 @@ def built() -> dict[str, Backend]:
 
 
 def backends() -> dict[str, Backend]:
-    """What is built and usable here, why the rest is not, and what each was picked for.
+    """The backends: what is built and usable here, why the rest is not, and what each was picked for.
 
-    Returns a dict from backend name ("reference", "cpu", "cuda", "triton") to `Backend(usable, ops, detail, picked)`.
+    Returns:
+        A dict from backend name ("reference", "cpu", "cuda", "triton") to `Backend(usable, ops, detail, picked)`.
     """
     return {name: row._replace(picked=tuple(PICKED.get(name, ()))) for name, row in built().items()}

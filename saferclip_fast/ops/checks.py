@@ -11,9 +11,17 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_matrix(name: str, value: Tensor, like: tuple[str, Tensor] | None = None, rows: bool = False) -> None:
-    """`value` must be a floating [rows, d] tensor, of the device and width of `like` (and of its rows, if `rows`).
+    """Refuses what is no floating [rows, d] tensor that fits another one; the message says how to mend it.
 
-    Raises TypeError for no tensor, ValueError for the rest; the message says how to mend it.
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        like: name and tensor whose device and width `value` must have.
+        rows: `value` must have as many rows as `like` too.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: any other misfit.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -35,7 +43,11 @@ def check_matrix(name: str, value: Tensor, like: tuple[str, Tensor] | None = Non
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raises ValueError naming the first row of `value` that holds NaN or Inf."""
+    """Refuses NaN and Inf.
+
+    Raises:
+        ValueError: names the first row of `value` that holds one.
+    """
     if torch.compiler.is_compiling():  # a data-dependent raise would break the graph
         return
     if torch.isfinite(value.detach().sum(dtype=torch.float32)):  # one cheap pass; a sum can overflow, so ask again
@@ -54,7 +66,11 @@ def row_norms(value: Tensor) -> Tensor:
 
 
 def check_unit_rows(name: str, value: Tensor) -> None:
-    """Raises ValueError unless each row of `value` has length 1 (or 0), to the precision of its dtype."""
+    """Refuses rows whose length is neither 1 nor 0, to the precision of their dtype.
+
+    Raises:
+        ValueError: names the first such row and its length.
+    """
     if torch.compiler.is_compiling():
         return
     norms = row_norms(value.detach())
@@ -68,15 +84,23 @@ def check_unit_rows(name: str, value: Tensor) -> None:
         )
 
 
-def check_labels(name: str, labels: Tensor, rows: int, device: torch.device) -> Tensor:
-    """`labels` as float32 [rows] of zeros and ones (1 = unsafe)."""
-    if labels.shape != (rows,):
-        raise ValueError(f"{name} must have shape [{rows}], one label a row, got {tuple(labels.shape)}")
+def check_labels(name: str, labels: Tensor, count: int, device: torch.device) -> Tensor:
+    """`labels` as float32 [count] of zeros and ones (1 = unsafe).
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    if labels.shape != (count,):
+        raise ValueError(f"{name} must have shape [{count}], one label a row, got {tuple(labels.shape)}")
     return labels.to(device=device, dtype=torch.float32)
 
 
 def term_weights(names: tuple[str, ...], weights: Mapping[str, float] | None) -> list[float]:
-    """`weights` in the order of `names`; a name left out weighs 1."""
+    """`weights` in the order of `names`; a name left out weighs 1.
+
+    Raises:
+        ValueError: a weight of a term that does not exist.
+    """
     unknown = set(weights or {}) - set(names)
     if unknown:
         raise ValueError(f"weights has unknown terms {sorted(unknown)}; the terms are {', '.join(names)}")

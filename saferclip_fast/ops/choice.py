@@ -47,7 +47,14 @@ def use_backend(backend: str, *, fallback: bool = False) -> Iterator[None]:
 
     `fallback=True` also lets an op that fails on its backend be run by the next one, with a warning. The environment
     variables SAFERCLIP_FAST_BACKEND and SAFERCLIP_FAST_FALLBACK=1, read at import, do the same for a whole run. What a
-    backend cannot take at all (float64, k > 256) still goes to the reference. Raises ValueError for an unknown name.
+    backend cannot take at all (float64, k > 256) still goes to the reference.
+
+    Args:
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+        fallback: see above.
+
+    Raises:
+        ValueError: an unknown name.
     """
     global _forced, _fallback
     if backend != "auto" and backend not in BACKENDS:
@@ -202,9 +209,9 @@ def _unfit(op: str, backend: str, device: str, dtype: torch.dtype) -> Exception 
     """Why `backend` cannot take the call, or None."""
     if backend != "reference" and dtype not in NATIVE_DTYPES:
         return ValueError(f"backend={backend!r} takes float32, bfloat16 or float16, got {dtype}; use 'reference'")
-    found = built()[backend]
-    if op not in found.ops or not found.usable:
-        return RuntimeError(f"backend={backend!r} cannot run {op} here: {found.detail}")
+    row = built()[backend]
+    if op not in row.ops or not row.usable:
+        return RuntimeError(f"backend={backend!r} cannot run {op} here: {row.detail}")
     wanted = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _interpreted() else "cuda"}.get(backend, device)
     if device != wanted:
         return ValueError(f"backend={backend!r} needs {wanted} tensors, got {device}; move them or use 'auto'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,13 @@ from .backends import MAX_NATIVE_K
 from .checks import check_finite, check_matrix, check_unit_rows
 from .choice import run
 
-if TYPE_CHECKING:
-    from ..bank import SafeBank
+
+class Bank(Protocol):
+    """The aligned safe rows that the ops read; `SafeBank` is one."""
+
+    text: Tensor  # [N, d] unit rows
+    image: Tensor  # [N, d] unit rows
+    packed: Tensor | None  # what pack_bank made of `text`, if anything
 
 
 class Neighbors(NamedTuple):
@@ -23,7 +28,7 @@ class Neighbors(NamedTuple):
 
 
 def nearest_safe(
-    query: Tensor, bank: SafeBank | Tensor, k: int = 1, *, backend: str = "auto", check: bool = True
+    query: Tensor, bank: Bank | Tensor, k: int = 1, *, backend: str = "auto", check: bool = True
 ) -> Neighbors:
     """The k safe rows nearest to each query: s_ij = <q_i, s_j> / |q_i| (SafeR-CLIP, arXiv 2511.16743, section on
     proximity-based alignment; k = 1 is the paper's argmax).
@@ -44,37 +49,46 @@ def nearest_safe(
     Raises:
         ValueError: k out of range, an empty bank, widths or devices that differ, NaN or Inf, bank rows not of unit
             length, an unknown backend.
-        TypeError: no tensor. RuntimeError: a backend that is not usable here, or, as BackendError, that failed.
+        TypeError: no tensor.
+        RuntimeError: a backend that is not usable here, or, as BackendError, that failed.
     """
     if isinstance(bank, Tensor):
-        rows, packed = bank, None
+        embeddings, packed = bank, None
     else:
-        rows, packed = bank.text, bank.packed
+        embeddings, packed = bank.text, bank.packed
     if check:
-        _check(query, rows, k, is_tensor=isinstance(bank, Tensor))
+        _check(query, embeddings, k, is_tensor=isinstance(bank, Tensor))
     if query.requires_grad:
         query = query.detach()
     if backend == "auto" and k > MAX_NATIVE_K:
         backend = "reference"
-    work = query.shape[0] * rows.shape[0]
-    return Neighbors(*run("nearest_safe", backend, query, work, query, rows, k, packed))
+    work = query.shape[0] * embeddings.shape[0]
+    return Neighbors(*run("nearest_safe", backend, query, work, query, embeddings, k, packed))
 
 
-def _check(query: Tensor, rows: Tensor, k: int, is_tensor: bool) -> None:
+def _check(query: Tensor, embeddings: Tensor, k: int, is_tensor: bool) -> None:
     check_matrix("query", query)
-    check_matrix("bank", rows, like=("query", query))
-    if rows.shape[0] == 0:
+    check_matrix("bank", embeddings, like=("query", query))
+    if embeddings.shape[0] == 0:
         raise ValueError("bank is empty: it needs at least one safe row")
-    if not 1 <= k <= rows.shape[0]:
-        raise ValueError(f"k={k} must lie between 1 and the bank's {rows.shape[0]} rows")
+    if not 1 <= k <= embeddings.shape[0]:
+        raise ValueError(f"k={k} must lie between 1 and the bank's {embeddings.shape[0]} rows")
     check_finite("query", query)
-    if is_tensor:  # a SafeBank was checked and normalised when it was made
-        check_finite("bank", rows)
-        check_unit_rows("bank", rows)
+    if is_tensor:  # a SafeBank was checked and normalized when it was made
+        check_finite("bank", embeddings)
+        check_unit_rows("bank", embeddings)
 
 
 def neighbor_weights(neighbors: Neighbors, tau: float) -> Tensor:
-    """w_ij = softmax_j(s_ij / tau): how much each neighbor counts in a row's target; [Q, k] float32, rows sum to 1."""
+    """How much each neighbor counts in a row's target: w_ij = softmax_j(s_ij / tau).
+
+    Args:
+        neighbors: k neighbors of each of Q rows.
+        tau: temperature, above 0.
+
+    Returns:
+        [Q, k] float32, rows sum to 1.
+    """
     if neighbors.scores.shape[1] == 1:
         return torch.ones_like(neighbors.scores)
     return torch.softmax(neighbors.scores / tau, dim=1)

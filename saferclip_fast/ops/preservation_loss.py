@@ -15,7 +15,7 @@ TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
 
 
 class PreservationOutput(NamedTuple):
-    """What preservation_loss gives; terms by name, see there."""
+    """The loss of preservation_loss and its terms by name."""
 
     loss: Tensor  # scalar, differentiable in text and image
     terms: dict[str, Tensor]  # unweighted means, detached
@@ -38,7 +38,7 @@ def preservation_loss(
         nce_text = InfoNCE(T(t), V0(v))            nce_image = InfoNCE(V(v), T0(t))
         loss     = sum_j weights[j] terms[j]
 
-    InfoNCE is symmetric, (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalised rows. The [B, B]
+    InfoNCE is symmetric, (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalized rows. The [B, B]
     matrix is never stored.
 
     Args:

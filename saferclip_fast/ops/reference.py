@@ -48,15 +48,15 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
 
     query [Q, d] of any scale, bank [N, d] as it is. Returns scores float32 [Q, k], best first, and int64 indices.
     """
-    rows = bank.shape[0]
+    count = bank.shape[0]
     scores = query.new_empty((query.shape[0], k), dtype=torch.float32)
     indices = query.new_empty((query.shape[0], k), dtype=torch.int64)
-    columns = min(rows, _chunk(max(bank.shape[1], 1024)))
+    columns = min(count, _chunk(max(bank.shape[1], 1024)))
     step = _chunk(columns)
     for begin in range(0, query.shape[0], step):
         unit = F.normalize(query[begin : begin + step].double(), dim=-1, eps=0.0).nan_to_num(0.0)
         best = unit.new_empty((unit.shape[0], 0), dtype=torch.int64)
-        for left in range(0, rows, columns):
+        for left in range(0, count, columns):
             chunk = bank[left : left + columns].double()
             index = torch.arange(left, left + chunk.shape[0], device=bank.device)
             keys = _sortable_key((unit @ chunk.T).float(), index)
@@ -104,27 +104,27 @@ def retarget_loss(
     grad_image = torch.empty_like(grad_text)
     step = _chunk(width * neighbors.shape[1])
     for begin in range(0, batch, step):
-        rows = slice(begin, begin + step)
-        u_t, inverse_t = _unit(text[rows], wide)
-        u_v, inverse_v = _unit(image[rows], wide)
-        w = neighbor_weights[rows].to(wide).unsqueeze(1)
-        s_t = (w @ bank_text[neighbors[rows]].to(wide)).squeeze(1)
-        s_v = (w @ bank_image[neighbors[rows]].to(wide)).squeeze(1)
-        away_t = u_v if current_negative else _unit(frozen_image[rows], wide)[0]
-        away_v = u_t if current_negative else _unit(frozen_text[rows], wide)[0]
+        index = slice(begin, begin + step)
+        u_t, inverse_t = _unit(text[index], wide)
+        u_v, inverse_v = _unit(image[index], wide)
+        w = neighbor_weights[index].to(wide).unsqueeze(1)
+        s_t = (w @ bank_text[neighbors[index]].to(wide)).squeeze(1)
+        s_v = (w @ bank_image[neighbors[index]].to(wide)).squeeze(1)
+        away_t = u_v if current_negative else _unit(frozen_image[index], wide)[0]
+        away_v = u_t if current_negative else _unit(frozen_text[index], wide)[0]
         x_t = beta * ((u_t * (away_t - s_v)).sum(-1) + margin)
         x_v = beta * ((u_v * (away_v - s_t)).sum(-1) + margin)
         per_row = torch.stack(
             [1 - (u_t * s_t).sum(-1), 1 - (u_v * s_v).sum(-1), F.softplus(x_t) / beta, F.softplus(x_v) / beta]
         )
-        rw = row_weights[rows].to(wide).T
+        rw = row_weights[index].to(wide).T
         terms += (rw * per_row).sum(1)
         if need_grad:
             w = (rw * terms.new_tensor(weights).unsqueeze(1)).unsqueeze(-1)
             g_t = w[2] * torch.sigmoid(x_t).unsqueeze(-1) * (away_t - s_v) - w[0] * s_t
             g_v = w[3] * torch.sigmoid(x_v).unsqueeze(-1) * (away_v - s_t) - w[1] * s_v
-            grad_text[rows] = _through_norm(g_t, u_t, inverse_t).to(text.dtype)
-            grad_image[rows] = _through_norm(g_v, u_v, inverse_v).to(text.dtype)
+            grad_text[index] = _through_norm(g_t, u_t, inverse_t).to(text.dtype)
+            grad_image[index] = _through_norm(g_v, u_v, inverse_v).to(text.dtype)
     return (terms * terms.new_tensor(weights)).sum(), terms, grad_text, grad_image
 
 
@@ -144,10 +144,10 @@ def _info_nce(x: Tensor, y: Tensor, logit_scale: float, need_grad: bool) -> tupl
         return loss, None
     grad = torch.empty_like(x)
     for begin in range(0, batch, step):
-        rows = slice(begin, begin + step)
-        logits = logit_scale * (x[rows] @ y.T)
-        p = (logits - row_lse[rows].unsqueeze(1)).exp() + (logits - column_lse).exp()
-        grad[rows] = (0.5 * logit_scale / batch) * (p @ y - 2 * y[rows])
+        index = slice(begin, begin + step)
+        logits = logit_scale * (x[index] @ y.T)
+        p = (logits - row_lse[index].unsqueeze(1)).exp() + (logits - column_lse).exp()
+        grad[index] = (0.5 * logit_scale / batch) * (p @ y - 2 * y[index])
     return loss, grad
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_finite, check_labels, check_matrix, term_weights
 from .choice import run
-from .nearest_safe import Neighbors, nearest_safe, neighbor_weights
-
-if TYPE_CHECKING:
-    from ..bank import SafeBank
+from .nearest_safe import Bank, Neighbors, nearest_safe, neighbor_weights
 
 TERMS = ("uni_text", "uni_image", "cross_text", "cross_image")
 
 
 class RetargetOutput(NamedTuple):
-    """What retarget_loss gives; terms by name, see there."""
+    """The loss of retarget_loss, its terms by name and the neighbors used."""
 
     loss: Tensor  # scalar, differentiable in text and image
     terms: dict[str, Tensor]  # unweighted means, detached
@@ -31,7 +28,7 @@ def retarget_loss(
     image: Tensor,
     frozen_text: Tensor,
     frozen_image: Tensor,
-    bank: SafeBank,
+    bank: Bank,
     k: int = 1,
     *,
     neighbors: Neighbors | None = None,
@@ -40,15 +37,15 @@ def retarget_loss(
     beta: float = 1.0,
     margin: float = 0.0,
     negative: str = "frozen",
-    unsafe_text: Tensor | None = None,
-    unsafe_image: Tensor | None = None,
+    text_is_unsafe: Tensor | None = None,
+    image_is_unsafe: Tensor | None = None,
     counts: Tensor | None = None,
     backend: str = "auto",
     check: bool = True,
 ) -> RetargetOutput:
     """Redirects unsafe rows to their nearest safe neighbors (SafeR-CLIP, arXiv 2511.16743).
 
-    With u = x/|x| of the trainable rows, r the normalised frozen unsafe rows, and s^ = sum_j w_ij s_j the target over
+    With u = x/|x| of the trainable rows, r the normalized frozen unsafe rows, and s^ = sum_j w_ij s_j the target over
     the k bank rows nearest to the frozen unsafe text, w_ij = softmax_j(cos_ij / tau):
 
         uni_text    = mean 1 - u_t . s^_t          uni_image   = mean 1 - u_v . s^_v
@@ -69,10 +66,10 @@ def retarget_loss(
         beta: sharpness of the softplus.
         margin: by how much the safe target must beat the negative before the cross terms fade.
         negative: "frozen" pushes from r; "current" pushes from the counterpart's present row, under stop-gradient.
-        unsafe_text, unsafe_image: [B] labels, 1 unsafe (default), 0 safe. A modality labelled safe is not redirected;
-            a cross term needs both labels. A term's mean is taken over its own rows.
-        counts: [4] how many rows each term is a mean over, where these are a share of a larger batch (data-parallel
-            training): loss and terms are then this share's part of the sum. Default: the rows given.
+        text_is_unsafe, image_is_unsafe: [B] labels, 1 unsafe (default), 0 safe. A modality labeled safe is not
+            redirected; a cross term needs both labels. A term's mean is taken over its own rows.
+        counts: [4] how many rows each term is a mean over, where these rows belong to a larger batch (data-parallel
+            training): loss and terms of all its pieces then add up to those of the batch. Default: the rows given.
         backend, check: as in `nearest_safe`.
 
     Returns:
@@ -105,7 +102,7 @@ def retarget_loss(
         bank.image,
         neighbors.indices,
         neighbor_weights(neighbors, tau),
-        row_weights(term_rows(text.shape[0], text.device, unsafe_text, unsafe_image), counts),
+        row_weights(term_rows(text.shape[0], text.device, text_is_unsafe, image_is_unsafe), counts),
         term_weight,
         beta,
         margin,
@@ -115,19 +112,41 @@ def retarget_loss(
     return RetargetOutput(loss, dict(zip(TERMS, terms.detach().unbind(), strict=True)), neighbors)
 
 
-def term_rows(rows: int, device: torch.device, unsafe_text: Tensor | None, unsafe_image: Tensor | None) -> Tensor:
-    """[rows, 4] float32: 1 for the rows that a term is a mean over, 0 for the others."""
-    ones = torch.ones(rows, device=device)
-    if unsafe_text is None and unsafe_image is None:
-        return ones.unsqueeze(1).expand(rows, 4)
-    text = ones if unsafe_text is None else check_labels("unsafe_text", unsafe_text, rows, device)
-    image = ones if unsafe_image is None else check_labels("unsafe_image", unsafe_image, rows, device)
+def term_rows(
+    count: int, device: torch.device, text_is_unsafe: Tensor | None, image_is_unsafe: Tensor | None
+) -> Tensor:
+    """The rows that each term is a mean over, as a mask.
+
+    Args:
+        count: B, rows of the batch.
+        device: where the mask goes.
+        text_is_unsafe, image_is_unsafe: as in `retarget_loss`.
+
+    Returns:
+        [B, 4] float32 of zeros and ones.
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    ones = torch.ones(count, device=device)
+    if text_is_unsafe is None and image_is_unsafe is None:
+        return ones.unsqueeze(1).expand(count, 4)
+    text = ones if text_is_unsafe is None else check_labels("text_is_unsafe", text_is_unsafe, count, device)
+    image = ones if image_is_unsafe is None else check_labels("image_is_unsafe", image_is_unsafe, count, device)
     return torch.stack([text, image, text * image, text * image], dim=1)
 
 
-def row_weights(rows: Tensor, counts: Tensor | None = None) -> Tensor:
-    """[rows, 4] float32: 1/count for the rows that a term is a mean over, 0 for the others."""
-    return (rows / (rows.sum(0) if counts is None else counts).clamp(min=1)).contiguous()
+def row_weights(mask: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The weight of each row in each term: 1/count for the rows that the term is a mean over, 0 for the others.
+
+    Args:
+        mask: [B, 4] of `term_rows`.
+        counts: as in `retarget_loss`.
+
+    Returns:
+        [B, 4] float32.
+    """
+    return (mask / (mask.sum(0) if counts is None else counts).clamp(min=1)).contiguous()
 
 
 def _search_backend(backend: str, text: Tensor) -> str:

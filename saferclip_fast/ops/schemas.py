@@ -43,8 +43,8 @@ def _fake_loss(text: Tensor, *args):
     """Shapes of (loss, terms, grad_text, grad_image): the same for both losses; need_grad is the last argument."""
     _same_device(text, *args)
     wide = torch.float64 if text.dtype == torch.float64 else torch.float32
-    rows = text.shape[0] if args[-1] else 0
-    grad = text.new_empty((rows, text.shape[1]))
+    count = text.shape[0] if args[-1] else 0
+    grad = text.new_empty((count, text.shape[1]))
     return text.new_empty((), dtype=wide), text.new_empty(4, dtype=wide), grad, torch.empty_like(grad)
 
 

@@ -39,6 +39,11 @@ print(json.dumps({
 """
 
 
+def test_the_native_module_and_python_have_one_limit_of_k():
+    native = pytest.importorskip("saferclip_fast._C", reason="the native module is not built", exc_type=ImportError)
+    assert native.max_neighbors == backends.MAX_NATIVE_K
+
+
 def test_without_a_native_module_everything_runs_and_says_why_it_is_slow():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", PURE_PYTHON], capture_output=True, text=True, env=environment)

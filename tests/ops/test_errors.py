@@ -39,7 +39,10 @@ def bad(rows=4, row=2, value=float("nan")):
             r"unknown terms \['uni'\]; the terms are",
         ),
         (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, beta=0), r"beta=0 and tau=0.05 must be positive"),
-        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, unsafe_text=torch.ones(3)), r"unsafe_text must have shape \[4\]"),
+        (
+            lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=torch.ones(3)),
+            r"text_is_unsafe must have shape \[4\]",
+        ),
         (
             lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, neighbors=sf.nearest_safe(Q[:3], BANK)),
             r"neighbors must hold scores and indices of shape \[4, k\]",

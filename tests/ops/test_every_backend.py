@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saferclip_fast.ops import reference
-from tests.cuda.compare import check_loss
+from tests.backends.cuda.compare import check_loss
 
 OPS = torch.ops.saferclip_fast
 
@@ -24,8 +24,8 @@ def registered(suffix: str) -> Callable[[str], Callable]:
 
 @functools.cache
 def executor(op: str) -> Callable:
-    """The CUDA source of `op`, run by tests/simt."""
-    from tests.simt.executor import NearestSafe, PreservationLoss, RetargetLoss
+    """The CUDA source of `op`, run by tests/backends/simt."""
+    from tests.backends.simt.executor import NearestSafe, PreservationLoss, RetargetLoss
 
     if op == "nearest_safe":
         kernel = NearestSafe()
@@ -40,7 +40,7 @@ def executor(op: str) -> Callable:
 
 
 def interpreted(op: str) -> Callable:
-    from tests.triton.hardware_interpreter import correct_interpreter
+    from tests.backends.triton.hardware_interpreter import correct_interpreter
 
     correct_interpreter()
     return getattr(OPS, f"{op}_triton")

@@ -171,10 +171,10 @@ def test_zero_rows_give_a_finite_loss_and_no_gradient(inputs):
 
 def test_labels_choose_the_rows_of_each_term(inputs):
     text, image, frozen_text, frozen_image, bank = inputs
-    unsafe_text = torch.tensor([1, 1, 0, 1, 0, 0, 1])
-    unsafe_image = torch.tensor([1, 0, 1, 1, 0, 1, 1])
-    both = (unsafe_text * unsafe_image).bool()
-    out = retarget_loss(*inputs, unsafe_text=unsafe_text, unsafe_image=unsafe_image)
+    text_is_unsafe = torch.tensor([1, 1, 0, 1, 0, 0, 1])
+    image_is_unsafe = torch.tensor([1, 0, 1, 1, 0, 1, 1])
+    both = (text_is_unsafe * image_is_unsafe).bool()
+    out = retarget_loss(*inputs, text_is_unsafe=text_is_unsafe, image_is_unsafe=image_is_unsafe)
 
     def on(mask, term):
         found = Neighbors(*(x[mask] for x in out.neighbors))
@@ -182,14 +182,14 @@ def test_labels_choose_the_rows_of_each_term(inputs):
         return retarget_loss(*part, bank, neighbors=found).terms[term]
 
     for term, mask in (
-        ("uni_text", unsafe_text.bool()),
-        ("uni_image", unsafe_image.bool()),
+        ("uni_text", text_is_unsafe.bool()),
+        ("uni_image", image_is_unsafe.bool()),
         ("cross_text", both),
         ("cross_image", both),
     ):
         torch.testing.assert_close(out.terms[term], on(mask, term), rtol=1e-6, atol=1e-7)
     grad_text, grad_image = torch.autograd.grad(out.loss, (text, image))
-    assert not grad_text[unsafe_text == 0].any(), "a text labelled safe was redirected"
-    assert not grad_image[unsafe_image == 0].any(), "an image labelled safe was redirected"
-    none = retarget_loss(*inputs, unsafe_text=torch.zeros(B), unsafe_image=torch.zeros(B))
+    assert not grad_text[text_is_unsafe == 0].any(), "a text labeled safe was redirected"
+    assert not grad_image[image_is_unsafe == 0].any(), "an image labeled safe was redirected"
+    none = retarget_loss(*inputs, text_is_unsafe=torch.zeros(B), image_is_unsafe=torch.zeros(B))
     assert none.loss.item() == 0

@@ -176,7 +176,7 @@ def test_rows_labeled_safe_are_not_redirected(batch, data):
     rows = len(batch[0])
     labels = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows)))
     bank = bank_of(6, batch[0].shape[1], 1)
-    out = sf.retarget_loss(*batch, bank, unsafe_text=labels, unsafe_image=labels)
+    out = sf.retarget_loss(*batch, bank, text_is_unsafe=labels, image_is_unsafe=labels)
     for g in gradients(out.loss, *batch[:2]):
         assert not g[labels == 0].any()
     if labels.any():

@@ -1,4 +1,4 @@
-// Uninitialised scratch memory aligned to a cache line.
+// Uninitialized scratch memory aligned to a cache line.
 #pragma once
 #include <cstdint>
 #include <memory>

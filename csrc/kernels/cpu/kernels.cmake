@@ -11,23 +11,25 @@ set(SAFERCLIP_CPU_OPTIONS
   ${SAFERCLIP_CPU_OPTIMIZE} -ffp-contract=fast -fno-math-errno -fno-trapping-math)
 
 add_library(saferclip_cpu_host OBJECT
-  ${SAFERCLIP_CPU_DIR}/kernels.cpp
-  ${SAFERCLIP_CPU_DIR}/pack.cpp
+  ${SAFERCLIP_CPU_DIR}/isa/dispatch.cpp
+  ${SAFERCLIP_CPU_DIR}/nearest_safe.cpp
+  ${SAFERCLIP_CPU_DIR}/packed_bank.cpp
   ${SAFERCLIP_CPU_DIR}/preservation_loss.cpp
   ${SAFERCLIP_CPU_DIR}/retarget_loss.cpp
-  ${SAFERCLIP_CPU_DIR}/search.cpp
   ${SAFERCLIP_CPU_DIR}/small_bank.cpp)
+target_include_directories(saferclip_cpu_host PRIVATE ${SAFERCLIP_CPU_DIR}/../..)
 target_compile_options(saferclip_cpu_host PRIVATE ${SAFERCLIP_CPU_OPTIONS})
 set(SAFERCLIP_CPU_KERNELS saferclip_cpu_host)
 
 function(saferclip_isa name table)
   add_library(saferclip_cpu_${name} OBJECT
-    ${SAFERCLIP_CPU_DIR}/preservation_kernels.cpp
-    ${SAFERCLIP_CPU_DIR}/product_kernels.cpp
-    ${SAFERCLIP_CPU_DIR}/quantize_kernels.cpp
-    ${SAFERCLIP_CPU_DIR}/retarget_kernels.cpp
-    ${SAFERCLIP_CPU_DIR}/search_kernels.cpp
-    ${SAFERCLIP_CPU_DIR}/table.cpp)
+    ${SAFERCLIP_CPU_DIR}/isa/preservation.cpp
+    ${SAFERCLIP_CPU_DIR}/isa/product.cpp
+    ${SAFERCLIP_CPU_DIR}/isa/quantize.cpp
+    ${SAFERCLIP_CPU_DIR}/isa/retarget.cpp
+    ${SAFERCLIP_CPU_DIR}/isa/screen.cpp
+    ${SAFERCLIP_CPU_DIR}/isa/table.cpp)
+  target_include_directories(saferclip_cpu_${name} PRIVATE ${SAFERCLIP_CPU_DIR}/../..)
   target_compile_options(saferclip_cpu_${name} PRIVATE ${SAFERCLIP_CPU_OPTIONS} ${ARGN})
   target_compile_definitions(saferclip_cpu_${name} PRIVATE
     SAFERCLIP_NAME="${name}" SAFERCLIP_NAMESPACE=isa_${name} SAFERCLIP_TABLE=${table})

@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "matrix.h"
 #include "retarget_loss.h"
-#include "rows.h"
 
 namespace saferclip::cpu {
 
@@ -61,10 +61,10 @@ struct Kernels {
   void (*screen_int8)(const uint8_t* panel, int rows, const ScreenArgs& args);
   // Up to 32 rows as they are against all groups.
   void (*screen_fp32)(const void* rows, DType dtype, int count, const ScreenArgs& args);
-  // Quantises up to 32 rows into a panel.
+  // Quantizes up to 32 rows into a panel.
   void (*quantize)(const void* rows, DType dtype, int count, int64_t dim, const float* mean,
                    float slack, float* scratch, uint8_t* panel);  // scratch [dim + 16]
-  // Quantises query (double [dim], of length norm) around the bank's mean into element `slot` of a
+  // Quantizes query (double [dim], of length norm) around the bank's mean into element `slot` of a
   // group; scratch holds dim + 16 doubles.
   void (*quantize_query)(const double* query, double norm, const float* mean, double mean_square,
                          int64_t dim, float slack, double* scratch, int slot, int8_t* group,
@@ -100,7 +100,7 @@ struct Kernels {
   // largest + log: near a softmax of 1 the sum of the two would round the difference away.
   void (*softmax_sum)(float* tile, int64_t rows, int64_t columns, const float* row_largest,
                       const float* row_log, const float* column_largest, const float* column_log);
-  // Returns <unit, own>; unless grad is null writes the gradient through the normalisation of
+  // Returns <unit, own>; unless grad is null writes the gradient through the normalization of
   // g = pull * own + push * (mixed - 2 * paired), where mixed and paired may be null together.
   double (*preservation_row)(const float* unit, const float* own, const float* mixed,
                              const float* paired, float pull, float push, float inverse_norm,

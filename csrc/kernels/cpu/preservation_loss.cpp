@@ -19,19 +19,19 @@ constexpr int64_t kKeptBytes = 16 << 20;  // logits of a whole batch up to this 
 
 // Depends on the batch alone, so that no thread count changes the order of additions.
 int64_t tile_rows(int64_t batch) {
-  const int64_t share = (batch + kStripes - 1) / kStripes;
-  return std::clamp<int64_t>((share + 23) / 24 * 24, 24, kMaxTileRows);  // 12 rows are multiplied together
+  const int64_t even = (batch + kStripes - 1) / kStripes;
+  return std::clamp<int64_t>((even + 23) / 24 * 24, 24, kMaxTileRows);  // 12 rows are multiplied together
 }
 
-// Rows of `rows` at length 1, and 1 / length (0 for a zero row).
-void make_unit(const Rows& rows, int64_t first, int64_t count, double* wide, float* unit,
+// Rows of x at length 1, and 1 / length (0 for a zero row).
+void make_unit(const Matrix& x, int64_t first, int64_t count, double* wide, float* unit,
                double* inverse) {
   const Kernels& kernel = kernels();
   for (int64_t i = 0; i < count; ++i) {
-    const double square = kernel.widen(rows.row(first + i), rows.dtype, rows.dim, wide);
+    const double square = kernel.widen(x.row(first + i), x.dtype, x.dim, wide);
     const double scale = square > 0 ? 1 / std::sqrt(square) : 0;
-    for (int64_t j = 0; j < rows.dim; ++j) {
-      unit[i * rows.dim + j] = static_cast<float>(wide[j] * scale);
+    for (int64_t j = 0; j < x.dim; ++j) {
+      unit[i * x.dim + j] = static_cast<float>(wide[j] * scale);
     }
     if (inverse != nullptr) inverse[i] = scale;
   }
@@ -46,7 +46,7 @@ struct LogSums {
 // One modality: rows x against the other modality's frozen rows y, and its own frozen rows.
 class Side {
  public:
-  Side(const Rows& x, const Rows& own, const Rows& other, double cos_weight, double nce_weight,
+  Side(const Matrix& x, const Matrix& own, const Matrix& other, double cos_weight, double nce_weight,
        float logit_scale, const Parallel& parallel)
       : x_(x),
         own_(own),
@@ -55,10 +55,10 @@ class Side {
         nce_weight_(nce_weight),
         logit_scale_(logit_scale),
         parallel_(parallel),
-        batch_(x.count),
+        batch_(x.rows),
         dim_(x.dim),
-        stripe_(tile_rows(x.count)),
-        stripes_((x.count + stripe_ - 1) / stripe_) {}
+        stripe_(tile_rows(x.rows)),
+        stripes_((x.rows + stripe_ - 1) / stripe_) {}
 
   void run(void* grad, double* cos_term, double* nce_term) {
     *nce_term = 0;
@@ -89,7 +89,7 @@ class Side {
   void transpose_panel(int64_t p) {
     const int64_t row = p * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, batch_ - row));
-    kernel_.transpose_panel(y_.get() + row * dim_, DType::kFloat, rows, dim_, logit_scale_,
+    kernel_.transpose_panel(y_.get() + row * dim_, DType::kFloat32, rows, dim_, logit_scale_,
                             y_columns_.get() + row * dim_);
   }
 
@@ -212,7 +212,7 @@ class Side {
     }
   }
 
-  Rows x_, own_, other_;
+  Matrix x_, own_, other_;
   double cos_weight_, nce_weight_;
   float logit_scale_;
   const Parallel& parallel_;

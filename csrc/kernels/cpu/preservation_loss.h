@@ -2,13 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "matrix.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace saferclip::cpu {
 
 struct PreservationArgs {
-  Rows text, image, frozen_text, frozen_image;  // [B,d], any scale
+  Matrix text, image, frozen_text, frozen_image;  // [B,d], any scale
   double weights[4];                            // cos_text, cos_image, nce_text, nce_image
   float logit_scale;
   void *grad_text, *grad_image;  // [B,d] in the dtype of text and image, or null

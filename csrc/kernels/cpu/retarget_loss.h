@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "matrix.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace saferclip::cpu {
 
@@ -13,7 +13,7 @@ struct RetargetArgs {
   const void *text, *image;                // [B,d] trainable, any scale
   const void *frozen_text, *frozen_image;  // [B,d] any scale
   DType dtype;
-  Rows bank_text, bank_image;    // [N,d]
+  Matrix bank_text, bank_image;    // [N,d]
   const int64_t* neighbors;      // [B,k], each in [0,N)
   const float* neighbor_weights; // [B,k]
   const float* row_weights;      // [B,4]

@@ -11,39 +11,45 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "rounding.h"
 
 namespace saferclip::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kRowsPerK = 32;            // up to 32 k rows, the product costs less than what int8 lets through
-constexpr int64_t kAlwaysSmall = 256;        // rows that are not worth quantising
+constexpr int64_t kAlwaysSmall = 256;        // rows that are not worth quantizing
 constexpr int64_t kQueriesPerThread = 4;     // fewer do not pay for reading the whole bank on every thread
 constexpr int64_t kShortRow = 256;            // adding up the lanes of a short product takes longer than
 constexpr int64_t kWorthTransposing = 12;     // transposing the rows for this many queries
 constexpr int64_t kTileBytes = 256 << 10;    // products of a block of queries, half of a small L2
 constexpr int64_t kRankByCounting = 16;     // candidates; more are sorted
 constexpr int64_t kMaxBlock = 96;            // queries of a block: 300 KB at d = 768
+constexpr int64_t kMaxSummed = 100'000;      // dim up to which slack() bounds the error of a sum
+// What underflow takes where denormals are flushed to zero: from the length of a row sqrt(2 dim) 2^-63, from an inner
+// product 2 dim 2^-126.
+constexpr double kLostRowLength = 1.6e-19;
+constexpr double kLostProduct = 2.4e-38;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 class SmallBank {
  public:
-  SmallBank(const Rows& query, const Rows& bank, int k, float* scores, int64_t* indices)
+  SmallBank(const Matrix& query, const Matrix& bank, int k, float* scores, int64_t* indices)
       : query_(query),
         bank_(bank),
         k_(k),
         scores_(scores),
         indices_(indices),
-        panels_((bank.count + kPanelRows - 1) / kPanelRows),
+        panels_((bank.rows + kPanelRows - 1) / kPanelRows),
         // Rows 4 KB apart would compete for the same cache lines.
-        copies_(query.dtype != DType::kFloat || bank.dim % 1024 == 0),
+        copies_(query.dtype != DType::kFloat32 || bank.dim % 1024 == 0),
         query_stride_(copies_ ? round_up(bank.dim, 16) + 16 : bank.dim),
         // More than three quarters of the rows wanted: scoring all exactly costs less than the product.
-        all_exact_(bank.count * 3 <= int64_t{k} * 4) {}
+        all_exact_(bank.rows * 3 <= int64_t{k} * 4) {}
 
   void run(const Parallel& parallel) {
-    if (query_.count >= kQueriesPerThread * parallel.threads) {
+    if (query_.rows >= kQueriesPerThread * parallel.threads) {
       run_by_queries(parallel);
     } else {
       run_by_rows(parallel);
@@ -52,17 +58,17 @@ class SmallBank {
 
  private:
   int panel_rows(int64_t panel) const {
-    return static_cast<int>(std::min<int64_t>(kPanelRows, bank_.count - panel * kPanelRows));
+    return static_cast<int>(std::min<int64_t>(kPanelRows, bank_.rows - panel * kPanelRows));
   }
   int64_t dots_stride() const { return panels_ * kPanelRows; }
 
   // Tasks take queries, and the whole bank.
   void run_by_queries(const Parallel& parallel) {
     const int64_t most = std::clamp<int64_t>(kTileBytes / (dots_stride() * 4), kQueriesPerThread, kMaxBlock);
-    const int64_t rounds = (query_.count + most * parallel.threads - 1) / (most * parallel.threads);
-    const int64_t blocks = std::min(query_.count, rounds * parallel.threads);
+    const int64_t rounds = (query_.rows + most * parallel.threads - 1) / (most * parallel.threads);
+    const int64_t blocks = std::min(query_.rows, rounds * parallel.threads);
     parallel(blocks, [&](int64_t b) {
-      const int64_t first = b * query_.count / blocks, count = (b + 1) * query_.count / blocks - first;
+      const int64_t first = b * query_.rows / blocks, count = (b + 1) * query_.rows / blocks - first;
       const Buffer<float> dots = make_buffer<float>(count * dots_stride());
       float square = 0;
       if (!all_exact_) {
@@ -79,16 +85,16 @@ class SmallBank {
 
   // Few queries: tasks take rows, then queries.
   void run_by_rows(const Parallel& parallel) {
-    const Buffer<float> dots = make_buffer<float>(query_.count * dots_stride());
+    const Buffer<float> dots = make_buffer<float>(query_.rows * dots_stride());
     std::vector<float> squares(panels_);
     if (!all_exact_) {
       Buffer<float> copy;
-      const float* floats = to_floats(0, query_.count, copy);
-      parallel(panels_, [&](int64_t p) { squares[p] = multiply(p, floats, query_.count, dots.get()); });
+      const float* floats = to_floats(0, query_.rows, copy);
+      parallel(panels_, [&](int64_t p) { squares[p] = multiply(p, floats, query_.rows, dots.get()); });
     }
     float square = 0;
     for (const float s : squares) square = larger(square, s);
-    parallel(query_.count, [&](int64_t i) {
+    parallel(query_.rows, [&](int64_t i) {
       Choice choice(bank_);
       choose(i, dots.get() + i * dots_stride(), longest(square), choice);
     });
@@ -119,7 +125,7 @@ class SmallBank {
     copy = make_buffer<float>(count * query_stride_);
     std::vector<double> wide(query_.dim);
     for (int64_t i = 0; i < count; ++i) {
-      if (query_.dtype == DType::kFloat) {
+      if (query_.dtype == DType::kFloat32) {
         std::memcpy(&copy[i * query_stride_], query_.row(first + i), query_.dim * sizeof(float));
         continue;
       }
@@ -131,18 +137,18 @@ class SmallBank {
 
   // The longest row of the bank, from above; NaN or infinity where fp32 cannot tell.
   double longest(float square) const {
-    return std::sqrt(double{square}) * (1 + slack()) + 1.6e-19 * std::sqrt(static_cast<double>(bank_.dim));
+    return std::sqrt(double{square}) * (1 + slack()) + kLostRowLength * std::sqrt(static_cast<double>(bank_.dim));
   }
 
   // Relative error of an fp32 sum of dim products in any order, and of the double one.
-  double slack() const { return (static_cast<double>(bank_.dim) + 8) * 6e-8; }
+  double slack() const { return (static_cast<double>(bank_.dim) + 8) * kUnitRoundoff; }
 
   // How far an fp32 product may be from <query, row>, whatever the row: gamma |q||s|, and what
   // underflows (also where denormals are flushed). Infinite where a sum may overflow, or slack is no bound.
   double error(double norm, double longest) const {
     const double reach = norm * longest;
-    if (all_exact_ || !(reach < 1e38) || bank_.dim > 100'000) return kInfinity;
-    return slack() * reach + 2.4e-38 * static_cast<double>(bank_.dim);
+    if (all_exact_ || !(reach < kOverflow) || bank_.dim > kMaxSummed) return kInfinity;
+    return slack() * reach + kLostProduct * static_cast<double>(bank_.dim);
   }
 
   // What a thread needs to choose the rows of a query.
@@ -150,7 +156,7 @@ class SmallBank {
     std::vector<double> query;
     std::vector<int32_t> rows;
     std::vector<uint64_t> keys;
-    explicit Choice(const Rows& bank) : query(bank.dim), rows(bank.count), keys(bank.count) {}
+    explicit Choice(const Matrix& bank) : query(bank.dim), rows(bank.rows), keys(bank.rows) {}
   };
 
   // Sorts like (score, lower row first); score is not -0.
@@ -176,26 +182,26 @@ class SmallBank {
       for (int j = 0; j < k_; ++j) scores[j] = 0, indices[j] = j;
       return;
     }
-    const int64_t found =
-        kernel_.top_rows(dots, bank_.count, k_, error(norm, longest), norm, choice.rows.data());
-    for (int64_t c = 0; c < found; ++c) {
+    const int64_t candidates =
+        kernel_.top_rows(dots, bank_.rows, k_, error(norm, longest), norm, choice.rows.data());
+    for (int64_t c = 0; c < candidates; ++c) {
       const int32_t row = choice.rows[c];
       const double dot = kernel_.exact_dot(choice.query.data(), bank_.row(row), bank_.dtype, bank_.dim);
       const float score = static_cast<float>(dot / norm) + 0.0f;
       choice.keys[c] = key(std::isnan(score) ? -kInfinity : score, row);
     }
-    if (found <= kRankByCounting) {
-      for (int64_t c = 0; c < found; ++c) {
+    if (candidates <= kRankByCounting) {
+      for (int64_t c = 0; c < candidates; ++c) {
         int rank = 0;
-        for (int64_t other = 0; other < found; ++other) rank += choice.keys[other] > choice.keys[c];
+        for (int64_t other = 0; other < candidates; ++other) rank += choice.keys[other] > choice.keys[c];
         if (rank >= k_) continue;
         scores[rank] = score_of(choice.keys[c]);
         indices[rank] = choice.rows[c];
       }
       return;
     }
-    const auto best = choice.keys.begin(), last = best + found;
-    if (found > k_) std::nth_element(best, best + k_ - 1, last, std::greater<>());
+    const auto best = choice.keys.begin(), last = best + candidates;
+    if (candidates > k_) std::nth_element(best, best + k_ - 1, last, std::greater<>());
     std::sort(best, best + k_, std::greater<>());
     for (int j = 0; j < k_; ++j) {
       scores[j] = score_of(best[j]);
@@ -204,7 +210,7 @@ class SmallBank {
   }
 
   const Kernels& kernel_ = kernels();
-  Rows query_, bank_;
+  Matrix query_, bank_;
   int k_;
   float* scores_;
   int64_t* indices_;
@@ -216,11 +222,11 @@ class SmallBank {
 
 }  // namespace
 
-bool is_small_bank(const Rows& bank, int k) {
-  return bank.count <= std::max(kAlwaysSmall, kRowsPerK * k);
+bool is_small_bank(const Matrix& bank, int k) {
+  return bank.rows <= std::max(kAlwaysSmall, kRowsPerK * k);
 }
 
-void search_small_bank(const Rows& query, const Rows& bank, int k, float* scores, int64_t* indices,
+void search_small_bank(const Matrix& query, const Matrix& bank, int k, float* scores, int64_t* indices,
                        const Parallel& parallel) {
   SmallBank(query, bank, k, scores, indices).run(parallel);
 }

@@ -2,15 +2,15 @@
 #pragma once
 #include <cstdint>
 
+#include "matrix.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace saferclip::cpu {
 
-bool is_small_bank(const Rows& bank, int k);
+bool is_small_bank(const Matrix& bank, int k);
 
-// As nearest_safe in search.h.
-void search_small_bank(const Rows& query, const Rows& bank, int k, float* scores, int64_t* indices,
+// As nearest_safe in nearest_safe.h.
+void search_small_bank(const Matrix& query, const Matrix& bank, int k, float* scores, int64_t* indices,
                        const Parallel& parallel);
 
 }  // namespace saferclip::cpu

@@ -1,9 +1,11 @@
 // What the kernels may use of the machine. Two bodies: device_cuda.cuh (CUDA and PTX) and
-// tests/simt/device_simt.h (the same names on the CPU executor). Nothing else in this folder differs.
+// tests/backends/simt/device_simt.h (the same names on the CPU executor). Nothing else in this folder differs.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "kernels/dtype.h"
 
 namespace saferclip {
 
@@ -22,12 +24,6 @@ struct alignas(8) Vec8 {
   uint32_t word[2];
 };
 
-enum class DType : int {
-  kFloat32 = 0,
-  kBFloat16 = 1,
-  kFloat16 = 2,
-};
-
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
@@ -43,6 +39,5 @@ namespace saferclip {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-__host__ __device__ constexpr int element_size(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace saferclip

@@ -1,4 +1,4 @@
-// The CUDA body of device.cuh; tests/simt/device_simt.h is the other one.
+// The CUDA body of device.cuh; tests/backends/simt/device_simt.h is the other one.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -36,9 +36,8 @@ struct Plan {
 // One wave of co-resident blocks (two an SM): few queries are split over the bank to fill the chip.
 Plan make_plan(const NearestProblem& p) {
   Plan plan;
-  const DType bank_type = static_cast<DType>(p.bank_type);
-  const HostRows bank{p.bank, bank_type};
-  plan.copy = p.packed || bank_type == DType::kFloat32 || !bank.is_wide(p.dim);
+  const HostMatrix bank{p.bank, p.bank_type};
+  plan.copy = p.packed || p.bank_type == DType::kFloat32 || !bank.is_wide(p.dim);
   plan.pack = plan.copy && !p.packed;
   plan.row_bytes = round_up(2 * p.dim, 16);
   const int64_t slots = 2 * static_cast<int64_t>(multiprocessor_count());
@@ -69,19 +68,19 @@ Plan make_plan(const NearestProblem& p) {
 
 template <class S>
 int search_chunk(const NearestProblem& p, const Plan& plan, uint8_t* workspace, const Packed& bank_parts,
-                 const HostRows& query, int64_t queries, float* scores, int64_t* indices, Stream stream) {
-  auto part = [&](auto* type, int64_t offset, int64_t count, const char* name) {
+                 const HostMatrix& query, int64_t queries, float* scores, int64_t* indices, Stream stream) {
+  auto buffer = [&](auto* type, int64_t offset, int64_t count, const char* name) {
     auto* at = reinterpret_cast<decltype(type)>(workspace + offset);
     name_buffer(at, count * sizeof(*type), name);
     return at;
   };
   const int64_t lists = queries * plan.splits, entries = lists * plan.capacity;
-  uint8_t* screened = part((uint8_t*)nullptr, plan.query, queries * plan.row_bytes, "screened queries");
-  RowBound* bounds = part((RowBound*)nullptr, plan.query_bounds, queries, "query bounds");
-  double* norms = part((double*)nullptr, plan.norms, queries, "query norms");
-  const Survivors survivors = {part((Survivor*)nullptr, plan.entries, entries, "survivors"),
-                               part((int*)nullptr, plan.count, lists, "survivor counts"),
-                               part((float*)nullptr, plan.threshold, lists, "thresholds"),
+  uint8_t* screened = buffer((uint8_t*)nullptr, plan.query, queries * plan.row_bytes, "screened queries");
+  RowBound* bounds = buffer((RowBound*)nullptr, plan.query_bounds, queries, "query bounds");
+  double* norms = buffer((double*)nullptr, plan.norms, queries, "query norms");
+  const Survivors survivors = {buffer((Survivor*)nullptr, plan.entries, entries, "survivors"),
+                               buffer((int*)nullptr, plan.count, lists, "survivor counts"),
+                               buffer((float*)nullptr, plan.threshold, lists, "thresholds"),
                                static_cast<int>(plan.capacity), static_cast<int>(plan.splits)};
   const unsigned row_blocks = static_cast<unsigned>(ceil_div(queries, kRowThreads / kWarpSize));
   if (int error = launch(stream, prepare_query_kernel<S>, dim3(row_blocks), kRowThreads, 0,
@@ -101,7 +100,7 @@ int search_chunk(const NearestProblem& p, const Plan& plan, uint8_t* workspace, 
   if (int error = launch(stream, screen_kernel<S>, grid, kTileThreads, kScreenSharedBytes, screen, survivors)) {
     return error;
   }
-  const HostRows bank{p.bank, static_cast<DType>(p.bank_type)};
+  const HostMatrix bank{p.bank, p.bank_type};
   const RescoreProblem rescore = {query.on_device(p.dim), bank.on_device(p.dim), p.rows, plan.rows_per_split,
                                   norms, p.k, scores, indices};
   return launch(stream, rescore_kernel, dim3(static_cast<unsigned>(queries)), kRescoreThreads,
@@ -116,8 +115,8 @@ int64_t packed_bank_bytes(int64_t rows, int64_t dim) {
 
 int64_t nearest_safe_workspace_bytes(const NearestProblem& problem) { return make_plan(problem).bytes; }
 
-int pack_bank(const void* bank, int bank_type, int64_t rows, int64_t dim, void* packed, void* stream) {
-  const HostRows source{bank, static_cast<DType>(bank_type)};
+int pack_bank(const void* bank, DType bank_type, int64_t rows, int64_t dim, void* packed, void* stream) {
+  const HostMatrix source{bank, bank_type};
   const Packed parts = packed_parts(packed, rows, dim);
   const unsigned blocks = static_cast<unsigned>(ceil_div(rows, kRowThreads / kWarpSize));
   return launch(static_cast<Stream>(stream), pack_rows_kernel, dim3(blocks), kRowThreads, 0,
@@ -127,7 +126,6 @@ int pack_bank(const void* bank, int bank_type, int64_t rows, int64_t dim, void* 
 int nearest_safe(const NearestProblem& p, void* workspace, float* scores, int64_t* indices, void* stream) {
   const Plan plan = make_plan(p);
   uint8_t* base = static_cast<uint8_t*>(workspace);
-  const DType bank_type = static_cast<DType>(p.bank_type), query_type = static_cast<DType>(p.query_type);
   Packed bank_parts;
   if (plan.copy) {
     void* packed = plan.pack ? base + plan.packed : const_cast<void*>(p.packed);
@@ -142,15 +140,15 @@ int nearest_safe(const NearestProblem& p, void* workspace, float* scores, int64_
     name_buffer(bounds, p.rows * sizeof(RowBound), "bank bounds");
     const unsigned blocks = static_cast<unsigned>(ceil_div(p.rows, kRowThreads / kWarpSize));
     if (int error = launch(static_cast<Stream>(stream), bound_rows_kernel, dim3(blocks), kRowThreads, 0,
-                           HostRows{p.bank, bank_type}.on_device(p.dim), p.rows, bounds)) {
+                           HostMatrix{p.bank, p.bank_type}.on_device(p.dim), p.rows, bounds)) {
       return error;
     }
   }
-  auto* search = !plan.copy && bank_type == DType::kBFloat16 ? search_chunk<bf16> : search_chunk<fp16>;
+  auto* search = !plan.copy && p.bank_type == DType::kBFloat16 ? search_chunk<bf16> : search_chunk<fp16>;
   for (int64_t first = 0; first < p.queries; first += plan.query_chunk) {
     const int64_t count = p.queries - first < plan.query_chunk ? p.queries - first : plan.query_chunk;
-    const HostRows query{static_cast<const uint8_t*>(p.query) + first * p.dim * element_size(query_type),
-                         query_type};
+    const HostMatrix query{static_cast<const uint8_t*>(p.query) + first * p.dim * element_size(p.query_type),
+                           p.query_type};
     if (int error = search(p, plan, base, bank_parts, query, count, scores + first * p.k, indices + first * p.k,
                            static_cast<Stream>(stream))) {
       return error;

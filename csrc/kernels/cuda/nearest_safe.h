@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+#include "kernels/dtype.h"
+#include "kernels/limits.h"
+
 namespace saferclip {
 
 struct NearestProblem {
@@ -11,18 +14,17 @@ struct NearestProblem {
   const void* bank;    // [rows, dim]
   const void* packed;  // what pack_bank wrote, or null
   int64_t queries, rows, dim;
-  int k;  // 1 ... 256
-  int query_type, bank_type;  // a DType of device.cuh: 0 fp32, 1 bf16, 2 fp16
+  int k;  // 1 ... kMaxNeighbors
+  DType query_type, bank_type;
 };
 
-constexpr int kMaxNeighbors = 256;
 constexpr int64_t kMaxSearchDim = 4096;
 
 int64_t packed_bank_bytes(int64_t rows, int64_t dim);
 int64_t nearest_safe_workspace_bytes(const NearestProblem& problem);
 
 // Both return a cudaError_t (0: queued). All pointers are device pointers, 16-byte aligned workspace.
-int pack_bank(const void* bank, int bank_type, int64_t rows, int64_t dim, void* packed, void* stream);
+int pack_bank(const void* bank, DType bank_type, int64_t rows, int64_t dim, void* packed, void* stream);
 int nearest_safe(const NearestProblem& problem, void* workspace, float* scores, int64_t* indices,
                  void* stream);
 

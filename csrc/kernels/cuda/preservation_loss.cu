@@ -25,16 +25,16 @@ struct Plan {
   int64_t transposed, weights, product;
 };
 
-HostRows input_rows(const PreservationProblem& p, int input) {
+HostMatrix input_matrix(const PreservationProblem& p, int input) {
   const void* data[] = {p.text, p.image, p.frozen_text, p.frozen_image};
-  const int types[] = {p.type, p.type, p.frozen_text_type, p.frozen_image_type};
-  return {data[input], static_cast<DType>(types[input])};
+  const DType types[] = {p.type, p.type, p.frozen_text_type, p.frozen_image_type};
+  return {data[input], types[input]};
 }
 
 Plan make_plan(const PreservationProblem& p) {
   Plan plan;
   const bool one_type = p.frozen_text_type == p.type && p.frozen_image_type == p.type;
-  plan.type = one_type ? static_cast<DType>(p.type) : DType::kFloat32;
+  plan.type = one_type ? p.type : DType::kFloat32;
   const int size = element_size(plan.type);
   plan.row_bytes = round_up(p.dim * size, 16);
   plan.batch_bytes = round_up(p.batch * size, 16);
@@ -59,8 +59,8 @@ Plan make_plan(const PreservationProblem& p) {
   plan.partial = take(plan.splits * p.batch * sizeof(LogSum));
   plan.row_terms = take(p.batch * sizeof(Vec16));
   for (int i = 0; i < 4; ++i) {
-    const HostRows rows = input_rows(p, i);
-    plan.copy[i] = rows.type != plan.type || !rows.is_wide(p.dim);
+    const HostMatrix matrix = input_matrix(p, i);
+    plan.copy[i] = matrix.type != plan.type || !matrix.is_wide(p.dim);
     plan.copies[i] = take(plan.copy[i] ? p.batch * plan.row_bytes : 0);
   }
   plan.transposed = take(p.need_grad ? p.dim * plan.batch_bytes : 0);
@@ -77,7 +77,7 @@ struct Call {
   Stream stream;
 
   template <class T>
-  T* part(int64_t offset, int64_t count, const char* name) const {
+  T* buffer(int64_t offset, int64_t count, const char* name) const {
     T* at = reinterpret_cast<T*>(workspace + offset);
     if (count > 0) name_buffer(at, count * sizeof(T), name);
     return at;
@@ -86,13 +86,13 @@ struct Call {
     return static_cast<unsigned>(ceil_div(rows, kRowKernelThreads / kWarpSize));
   }
   unsigned thread_blocks() const { return static_cast<unsigned>(ceil_div(p.batch, kRowKernelThreads)); }
-  Rows rows(int input) const { return input_rows(p, input).on_device(p.dim); }
+  Matrix matrix(int input) const { return input_matrix(p, input).on_device(p.dim); }
 };
 
 template <class E>
 int log_sum(const Call& call, const UnitRows& x, const UnitRows& y, float* lse, float* diagonal) {
   const Plan& plan = call.plan;
-  LogSum* partial = call.part<LogSum>(plan.partial, plan.splits * call.p.batch, "partial log-sums");
+  LogSum* partial = call.buffer<LogSum>(plan.partial, plan.splits * call.p.batch, "partial log-sums");
   const dim3 grid(static_cast<unsigned>(ceil_div(call.p.batch, kTile)), static_cast<unsigned>(plan.splits));
   if (int error = launch(call.stream, log_sum_kernel<E>, grid, kTileThreads, kLogSumSharedBytes, x, y,
                          call.p.logit_scale, plan.columns_per_split, partial, diagonal)) {
@@ -109,7 +109,7 @@ int weighted_rows(const Call& call, const UnitRows& x, const UnitRows& y, const 
                   float* product) {
   const Plan& plan = call.plan;
   const int64_t batch = call.p.batch, dim = call.p.dim;
-  uint8_t* weights = call.part<uint8_t>(plan.weights, count * plan.batch_bytes, "weights");
+  uint8_t* weights = call.buffer<uint8_t>(plan.weights, count * plan.batch_bytes, "weights");
   const unsigned tiles = static_cast<unsigned>(ceil_div(count, kTile));
   if (int error = launch(call.stream, weights_kernel<E>, dim3(tiles, static_cast<unsigned>(ceil_div(batch, kTile))),
                          kTileThreads, kTileSharedBytes, x, y, call.p.logit_scale, row_lse, column_lse,
@@ -136,12 +136,12 @@ int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_l
   if (!p.need_grad) return 0;
   uint8_t* transposed = nullptr;
   if (nce) {
-    transposed = call.part<uint8_t>(plan.transposed, p.dim * plan.batch_bytes, "transposed rows");
+    transposed = call.buffer<uint8_t>(plan.transposed, p.dim * plan.batch_bytes, "transposed rows");
     const int64_t padded = plan.batch_bytes / sizeof(E);
     const dim3 grid(static_cast<unsigned>(ceil_div(padded, kTransposeTile)),
                     static_cast<unsigned>(ceil_div(p.dim, kTransposeTile)));
     if (int error = launch(call.stream, transpose_kernel<E>, grid, kRowKernelThreads, kTransposeSharedBytes,
-                           call.rows(other), p.batch, unit[other].inverse, transposed, plan.batch_bytes)) {
+                           call.matrix(other), p.batch, unit[other].inverse, transposed, plan.batch_bytes)) {
       return error;
     }
   }
@@ -150,15 +150,15 @@ int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_l
     const int64_t count = p.batch - first < step ? p.batch - first : step;
     float* product = nullptr;
     if (nce) {
-      product = call.part<float>(plan.product, count * p.dim, "weighted rows");
+      product = call.buffer<float>(plan.product, count * p.dim, "weighted rows");
       if (int error = weighted_rows<E>(call, unit[side], unit[other], row_lse, column_lse, first, count, transposed,
                                        product)) {
         return error;
       }
     }
     const float batch = static_cast<float>(p.batch);
-    const FinishArguments finish = {call.rows(side),
-                                    call.rows(own),
+    const FinishArguments finish = {call.matrix(side),
+                                    call.matrix(own),
                                     unit[side].inverse,
                                     unit[own].inverse,
                                     product,
@@ -182,31 +182,31 @@ int run(const Call& call, float* loss, float* terms, void* grad_text, void* grad
   TermArguments arguments = {};
   float *row_lse[2], *column_lse[2], *diagonal[2];
   for (int i = 0; i < 4; ++i) {
-    facts.inverse[i] = call.part<float>(plan.inverse + i * p.batch * 4, p.batch, "inverse norms");
+    facts.inverse[i] = call.buffer<float>(plan.inverse + i * p.batch * 4, p.batch, "inverse norms");
   }
   for (int i = 0; i < 2; ++i) {
     const int64_t column = i * p.batch * 4;
-    float* cosine = call.part<float>(plan.cosine + column, p.batch, "cosines");
-    diagonal[i] = call.part<float>(plan.diagonal + column, p.batch, "diagonal");
-    row_lse[i] = call.part<float>(plan.row_lse + column, p.batch, "row log-sums");
-    column_lse[i] = call.part<float>(plan.column_lse + column, p.batch, "column log-sums");
+    float* cosine = call.buffer<float>(plan.cosine + column, p.batch, "cosines");
+    diagonal[i] = call.buffer<float>(plan.diagonal + column, p.batch, "diagonal");
+    row_lse[i] = call.buffer<float>(plan.row_lse + column, p.batch, "row log-sums");
+    column_lse[i] = call.buffer<float>(plan.column_lse + column, p.batch, "column log-sums");
     facts.cosine[i] = cosine, arguments.cosine[i] = cosine;
     if (p.weights[2 + i] == 0.0f) continue;
     arguments.row_lse[i] = row_lse[i], arguments.column_lse[i] = column_lse[i];
     arguments.diagonal[i] = diagonal[i];
   }
   if (int error = launch(call.stream, row_facts_kernel, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
-                         call.rows(kText), call.rows(kImage), call.rows(kFrozenText), call.rows(kFrozenImage),
+                         call.matrix(kText), call.matrix(kImage), call.matrix(kFrozenText), call.matrix(kFrozenImage),
                          p.batch, facts)) {
     return error;
   }
   UnitRows unit[4];
   for (int i = 0; i < 4; ++i) {
-    const uint8_t* data = static_cast<const uint8_t*>(input_rows(p, i).data);
+    const uint8_t* data = static_cast<const uint8_t*>(input_matrix(p, i).data);
     if (plan.copy[i]) {
-      uint8_t* copy = call.part<uint8_t>(plan.copies[i], p.batch * plan.row_bytes, "padded rows");
+      uint8_t* copy = call.buffer<uint8_t>(plan.copies[i], p.batch * plan.row_bytes, "padded rows");
       if (int error = launch(call.stream, pad_rows_kernel<E>, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
-                             call.rows(i), p.batch, copy, plan.row_bytes)) {
+                             call.matrix(i), p.batch, copy, plan.row_bytes)) {
         return error;
       }
       data = copy;
@@ -217,7 +217,7 @@ int run(const Call& call, float* loss, float* terms, void* grad_text, void* grad
     void* grad = side == kText ? grad_text : grad_image;
     if (int error = one_side<E>(call, side, unit, row_lse[side], column_lse[side], diagonal[side], grad)) return error;
   }
-  Vec16* row_terms = call.part<Vec16>(plan.row_terms, p.batch, "row terms");
+  Vec16* row_terms = call.buffer<Vec16>(plan.row_terms, p.batch, "row terms");
   arguments.batch = p.batch, arguments.row_terms = row_terms;
   if (int error = launch(call.stream, row_terms_kernel, dim3(call.thread_blocks()), kRowKernelThreads, 0, arguments)) {
     return error;

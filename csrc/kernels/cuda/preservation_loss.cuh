@@ -7,9 +7,9 @@
 // Rows enter the products as they are, unnormalized and unrounded; 1/|x| and 1/|y| are applied to S.
 #pragma once
 
+#include "matrix.cuh"
 #include "preservation_loss.h"
 #include "reduce.cuh"
-#include "rows.cuh"
 #include "tile.cuh"
 
 namespace saferclip {
@@ -18,7 +18,7 @@ constexpr int kRowKernelThreads = 128;  // kernels with a warp a row
 
 // One of the four inputs in the product: tile operand and 1/|row| of every row.
 struct UnitRows {
-  Operand rows;
+  Operand matrix;
   Global<const float> inverse;
 };
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ float logit(float product, float scale, float inverse
 __device__ __forceinline__ float exponential(float x) { return exp2f(x * 1.4426950408889634f); }  // x <= 0
 
 __global__ void __launch_bounds__(kRowKernelThreads)
-    row_facts_kernel(Rows text, Rows image, Rows frozen_text, Rows frozen_image, int64_t batch, RowFacts facts) {
+    row_facts_kernel(Matrix text, Matrix image, Matrix frozen_text, Matrix frozen_image, int64_t batch, RowFacts facts) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kRowKernelThreads / kWarpSize) + threadIdx.x / kWarpSize;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kRowKernelThreads)
 // Copies rows as type E, zero-padded to row_bytes: for rows that 16-byte copies cannot read in place.
 template <class E>
 __global__ void __launch_bounds__(kRowKernelThreads)
-    pad_rows_kernel(Rows from, int64_t batch, Global<uint8_t> to, int64_t row_bytes) {
+    pad_rows_kernel(Matrix from, int64_t batch, Global<uint8_t> to, int64_t row_bytes) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kRowKernelThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row >= batch) return;
@@ -92,7 +92,7 @@ constexpr int kTransposeSharedBytes = kTransposeTile * (kTransposeTile + 1) * 4;
 // Block: a 32 x 32 tile. Grid: x = groups of 32 rows (padding included), y = groups of 32 columns.
 template <class E>
 __global__ void __launch_bounds__(kRowKernelThreads)
-    transpose_kernel(Rows from, int64_t batch, Global<const float> inverse, Global<uint8_t> out,
+    transpose_kernel(Matrix from, int64_t batch, Global<const float> inverse, Global<uint8_t> out,
                      int64_t row_bytes) {
   const Shared<float> tile = as<float>(dynamic_shared());
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTransposeTile;
@@ -148,14 +148,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int first_column = static_cast<int>(blockIdx.y * columns_per_split);
   const int last_column = static_cast<int>(
-      y.rows.rows - first_column < columns_per_split ? y.rows.rows : first_column + columns_per_split);
+      y.matrix.rows - first_column < columns_per_split ? y.matrix.rows : first_column + columns_per_split);
   const int tiles = static_cast<int>(ceil_div(last_column - first_column, kTile));
 
   // Eight rows a thread, each thread its own column of this array: in registers they would spill.
   const Shared<LogSum> running = as<LogSum>(shared + kTileSharedBytes) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < 8; ++i) running[i * kTileThreads] = LogSum{-INFINITY, 0.0f};
-  stream_tiles<E>(shared, x.rows, first_row, y.rows, first_column, tiles, [&](int tile, auto& c) {
+  stream_tiles<E>(shared, x.matrix, first_row, y.matrix, first_column, tiles, [&](int tile, auto& c) {
     const int tile_first = first_column + tile * kTile;
     float column_inverse[8];
 #pragma unroll
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int64_t row = first_row + tile_row(i / 2, i % 2 * 2);
-      const float row_inverse = x.inverse[row < x.rows.rows ? row : x.rows.rows - 1];
+      const float row_inverse = x.inverse[row < x.matrix.rows ? row : x.matrix.rows - 1];
       const LogSum before = running[i * kTileThreads];
       float largest = before.largest;
 #pragma unroll
@@ -211,10 +211,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     if (lane % 4 == 0) sums[tile_row(i / 2, i % 2 * 2) * 4 + warp % 4] = total;
   }
   __syncthreads();
-  if (threadIdx.x >= kTile || first_row + threadIdx.x >= x.rows.rows) return;
+  if (threadIdx.x >= kTile || first_row + threadIdx.x >= x.matrix.rows) return;
   LogSum total = sums[threadIdx.x * 4];
   for (int i = 1; i < 4; ++i) total = merge(total, static_cast<LogSum>(sums[threadIdx.x * 4 + i]));
-  partial[blockIdx.y * x.rows.rows + first_row + threadIdx.x] = total;
+  partial[blockIdx.y * x.matrix.rows + first_row + threadIdx.x] = total;
 }
 
 // Splits in their order. One thread a row.
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                    int64_t first_row, int64_t count, Global<uint8_t> out, int64_t row_bytes) {
   const int64_t tile_row0 = static_cast<int64_t>(blockIdx.x) * kTile;  // within the `count` rows
   const int tile_column0 = blockIdx.y * kTile;
-  const int columns = static_cast<int>(y.rows.rows), padded = static_cast<int>(row_bytes / sizeof(E));
-  stream_tiles<E>(dynamic_shared(), x.rows, first_row + tile_row0, y.rows, tile_column0, 1, [&](int, auto& c) {
+  const int columns = static_cast<int>(y.matrix.rows), padded = static_cast<int>(row_bytes / sizeof(E));
+  stream_tiles<E>(dynamic_shared(), x.matrix, first_row + tile_row0, y.matrix, tile_column0, 1, [&](int, auto& c) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int64_t row = tile_row0 + tile_row(i / 2, i % 2 * 2);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 // One side's gradient, rows first_row ... first_row + count - 1. One warp a row.
 struct FinishArguments {
-  Rows x, own;  // the trained rows and their frozen selves
+  Matrix x, own;  // the trained rows and their frozen selves
   Global<const float> x_inverse, own_inverse;
   Global<const float> product;  // [count, dim]: sum_j (P + C - 2 I) y_j; null without InfoNCE
   int64_t first_row, count;
@@ -312,7 +312,7 @@ __device__ __forceinline__ void unit_gradient8(const FinishArguments& a, int64_t
 #pragma unroll
   for (int i = 0; i < 8; ++i) g[i] = -a.cosine_weight * own_scale * r[i];
   if (!a.product) return;
-  const Rows product = {as<const uint8_t>(a.product), DType::kFloat32, a.x.dim, a.x.dim % 4 == 0};
+  const Matrix product = {as<const uint8_t>(a.product), DType::kFloat32, a.x.dim, a.x.dim % 4 == 0};
   load8(product, row - a.first_row, chunk, r);
 #pragma unroll
   for (int i = 0; i < 8; ++i) g[i] = fmaf(a.nce_weight, r[i], g[i]);

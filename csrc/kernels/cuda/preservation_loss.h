@@ -4,14 +4,16 @@
 
 #include <cstdint>
 
+#include "kernels/dtype.h"
+
 namespace saferclip {
 
 struct PreservationProblem {
   const void *text, *image;                // [batch, dim], one type, any scale
   const void *frozen_text, *frozen_image;  // [batch, dim], any scale
   int64_t batch, dim;
-  int type, frozen_text_type, frozen_image_type;  // a DType each
-  float weights[4];                               // cos_text, cos_image, nce_text, nce_image
+  DType type, frozen_text_type, frozen_image_type;
+  float weights[4];  // cos_text, cos_image, nce_text, nce_image
   float logit_scale;
   int need_grad;
   int64_t slice_bytes;  // of P + C - 2 I stored at a time

@@ -8,9 +8,9 @@ namespace saferclip {
 constexpr int kReduceThreads = 512;
 constexpr int kReduceSharedBytes = 4 * kReduceThreads * 8;
 
-// Sums the rows' terms, times `share`, in double, always in the same order. One block.
+// Sums the rows' terms, times `factor`, in double, always in the same order. One block.
 static __global__ void __launch_bounds__(kReduceThreads)
-    reduce_terms_kernel(Global<const Vec16> row_terms, int64_t batch, double share, Vec16 weights, Global<float> loss,
+    reduce_terms_kernel(Global<const Vec16> row_terms, int64_t batch, double factor, Vec16 weights, Global<float> loss,
                         Global<float> terms) {
   const Shared<double> partial = as<double>(dynamic_shared());  // [4][kReduceThreads]
   double sum[4] = {};
@@ -35,7 +35,7 @@ static __global__ void __launch_bounds__(kReduceThreads)
   double total = 0.0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const double term = share * partial[i * kReduceThreads];
+    const double term = factor * partial[i * kReduceThreads];
     terms[i] = static_cast<float>(term);
     total += __uint_as_float(weights.word[i]) * term;
   }

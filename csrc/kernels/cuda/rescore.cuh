@@ -3,7 +3,7 @@
 // One block a query; the result depends only on the set of rows scored, not on their order.
 #pragma once
 
-#include "rows.cuh"
+#include "matrix.cuh"
 #include "screen.cuh"
 
 namespace saferclip {
@@ -13,7 +13,7 @@ constexpr int kPending = 512;  // rows gathered before they are scored
 constexpr int kKeys = 1024;    // a power of two, at least kMaxNeighbors + kPending
 
 struct RescoreProblem {
-  Rows query, bank;
+  Matrix query, bank;
   int64_t bank_rows, rows_per_split;
   Global<const double> norms;
   int k;
@@ -33,7 +33,7 @@ __device__ __forceinline__ float key_score(uint64_t key) {
 }
 __device__ __forceinline__ int key_index(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
-__device__ __forceinline__ float exact_score(const Rows& bank, int64_t row, Shared<const float> query,
+__device__ __forceinline__ float exact_score(const Matrix& bank, int64_t row, Shared<const float> query,
                                              double norm) {
   double sum = 0.0;
   for (int chunk = threadIdx.x % kWarpSize; chunk * 8 < bank.dim; chunk += kWarpSize) {

@@ -9,17 +9,15 @@ int64_t retarget_loss_workspace_bytes(int64_t batch) { return batch * static_cas
 
 int retarget_loss(const RetargetProblem& p, void* workspace, float* loss, float* terms, void* grad_text,
                   void* grad_image, void* stream) {
-  auto rows = [&](const void* data, int type) {
-    return HostRows{data, static_cast<DType>(type)}.on_device(p.dim);
-  };
+  auto matrix = [&](const void* data, DType type) { return HostMatrix{data, type}.on_device(p.dim); };
   Vec16* row_terms = static_cast<Vec16*>(workspace);
   name_buffer(row_terms, retarget_loss_workspace_bytes(p.batch), "row terms");
-  RetargetArguments a = {rows(p.text, p.type),
-                         rows(p.image, p.type),
-                         rows(p.frozen_text, p.frozen_text_type),
-                         rows(p.frozen_image, p.frozen_image_type),
-                         rows(p.bank_text, p.bank_text_type),
-                         rows(p.bank_image, p.bank_image_type),
+  RetargetArguments a = {matrix(p.text, p.type),
+                         matrix(p.image, p.type),
+                         matrix(p.frozen_text, p.frozen_text_type),
+                         matrix(p.frozen_image, p.frozen_image_type),
+                         matrix(p.bank_text, p.bank_text_type),
+                         matrix(p.bank_image, p.bank_image_type),
                          p.neighbors,
                          p.neighbor_weights,
                          p.row_weights,

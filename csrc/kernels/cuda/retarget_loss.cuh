@@ -3,9 +3,9 @@
 // Terms are reduced by a second kernel in a fixed order, so the same inputs give the same bits.
 #pragma once
 
+#include "matrix.cuh"
 #include "reduce.cuh"
 #include "retarget_loss.h"
-#include "rows.cuh"
 
 namespace saferclip {
 
@@ -13,7 +13,7 @@ constexpr int kRetargetThreads = 128;
 constexpr int kRetargetRows = kRetargetThreads / kWarpSize;  // rows a block
 
 struct RetargetArguments {
-  Rows text, image, frozen_text, frozen_image, bank_text, bank_image;
+  Matrix text, image, frozen_text, frozen_image, bank_text, bank_image;
   Global<const int64_t> neighbors;
   Global<const float> neighbor_weights;
   Global<const float> row_weights;
@@ -31,7 +31,7 @@ constexpr int64_t retarget_shared_bytes(int64_t dim) {
 }
 
 // Eight elements of sum_j w_j bank[n_j].
-__device__ __forceinline__ void gather8(const RetargetArguments& p, const Rows& bank, int64_t row, int chunk,
+__device__ __forceinline__ void gather8(const RetargetArguments& p, const Matrix& bank, int64_t row, int chunk,
                                         float (&target)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) target[i] = 0.0f;
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kRetargetThreads, 5) retarget_kernel(RetargetA
   // Each lane reads back only what it wrote itself, so the targets need no barrier.
   const Shared<float> text_target = as<float>(dynamic_shared()) + warp * 2 * chunks * 8;
   const Shared<float> image_target = text_target + chunks * 8;
-  const Rows& text_away = p.current_negative ? p.image : p.frozen_image;
-  const Rows& image_away = p.current_negative ? p.text : p.frozen_text;
+  const Matrix& text_away = p.current_negative ? p.image : p.frozen_image;
+  const Matrix& image_away = p.current_negative ? p.text : p.frozen_text;
 
   float tt = 0, vv = 0, at_at = 0, av_av = 0;  // squared norms of text, image and their negatives
   float t_st = 0, t_sv = 0, t_at = 0, v_sv = 0, v_st = 0, v_av = 0;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/dtype.h"
+
 namespace saferclip {
 
 struct RetargetProblem {
@@ -15,7 +17,7 @@ struct RetargetProblem {
   const float* row_weights;                // [batch, 4]
   int64_t batch, dim, rows;
   int k;
-  int type, frozen_text_type, frozen_image_type, bank_text_type, bank_image_type;  // a DType each
+  DType type, frozen_text_type, frozen_image_type, bank_text_type, bank_image_type;
   float weights[4];
   float beta, margin;
   int current_negative, need_grad;

@@ -9,14 +9,15 @@
 // pass 2 (rescore.cuh) then scores all rows of that split.
 #pragma once
 
-#include "rows.cuh"
+#include "matrix.cuh"
 #include "tile.cuh"
 
 namespace saferclip {
 
-// Per-row facts, one 16-byte load: row' = scale * stored row; norm >= |row|; error >= |row - row'|.
+// Per-row facts, one 16-byte load: row' = scale * stored row; norm >= |row|; error >= |row - row'|. convert_row also gives
+// stored_norm >= |row'|, which becomes the norm on the query side; in memory it is 0.
 struct alignas(16) RowBound {
-  float scale, norm, error, unused;
+  float scale, norm, error, stored_norm;
 };
 
 // fp32 roundings of scale, product, bounds and unit query, and the one fp32 rounding within which
@@ -38,13 +39,13 @@ struct RowSize {
   float largest;
   double norm;
 };
-__device__ __forceinline__ RowSize measure_row(const Rows& rows, int64_t row) {
+__device__ __forceinline__ RowSize measure_row(const Matrix& matrix, int64_t row) {
   const int lane = threadIdx.x % kWarpSize;
   float largest = 0.0f;
   double square = 0.0;
-  for (int chunk = lane; chunk * 8 < rows.dim; chunk += kWarpSize) {
+  for (int chunk = lane; chunk * 8 < matrix.dim; chunk += kWarpSize) {
     float x[8];
-    load8(rows, row, chunk, x);
+    load8(matrix, row, chunk, x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       largest = fmaxf(largest, fabsf(x[i]));
@@ -57,13 +58,13 @@ __device__ __forceinline__ RowSize measure_row(const Rows& rows, int64_t row) {
 // Writes row * multiplier in the screening type S to `out`, zero-padded to row_bytes; returns its bounds.
 // Stored relative to the largest element, so rows of any scale use the range of fp16 alike.
 template <class S>
-__device__ __forceinline__ RowBound convert_row(const Rows& rows, int64_t row, RowSize size, double multiplier,
+__device__ __forceinline__ RowBound convert_row(const Matrix& matrix, int64_t row, RowSize size, double multiplier,
                                                 Global<uint8_t> out, int64_t row_bytes) {
   const float scale = static_cast<float>(size.largest * multiplier);
   double lost = 0.0, kept = 0.0;
   for (int chunk = threadIdx.x % kWarpSize; chunk * 16 < row_bytes; chunk += kWarpSize) {
     float x[8] = {};
-    if (chunk * 8 < rows.dim) load8(rows, row, chunk, x);
+    if (chunk * 8 < matrix.dim) load8(matrix, row, chunk, x);
     Vec16 packed = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -76,7 +77,6 @@ __device__ __forceinline__ RowBound convert_row(const Rows& rows, int64_t row, R
     }
     as<Vec16>(out)[chunk] = packed;
   }
-  // `unused` carries |row'| to the query side, which needs it instead of |row|.
   return {scale, static_cast<float>(size.norm * multiplier) * kInflate,
           static_cast<float>(sqrt(warp_sum(lost))) * kInflate,
           static_cast<float>(sqrt(warp_sum(kept))) * kInflate};
@@ -84,7 +84,7 @@ __device__ __forceinline__ RowBound convert_row(const Rows& rows, int64_t row, R
 
 // Bank rows: fp16 copy and bounds. One warp a row.
 __global__ void __launch_bounds__(kRowThreads)
-    pack_rows_kernel(Rows bank, int64_t count, Global<uint8_t> out, int64_t row_bytes, Global<RowBound> bounds,
+    pack_rows_kernel(Matrix bank, int64_t count, Global<uint8_t> out, int64_t row_bytes, Global<RowBound> bounds,
                      Global<uint64_t> header) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row == 0 && threadIdx.x == 0) header[0] = kPackedMagic, header[1] = static_cast<uint64_t>(count);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // Bank rows that the tensor cores read as they are: bounds alone. One warp a row.
 __global__ void __launch_bounds__(kRowThreads)
-    bound_rows_kernel(Rows bank, int64_t count, Global<RowBound> bounds) {
+    bound_rows_kernel(Matrix bank, int64_t count, Global<RowBound> bounds) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row >= count) return;
   const RowSize size = measure_row(bank, row);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // margin(query, row) = norm * row.error + error * row.norm. A zero query gets scale 0. One warp a row.
 template <class S>
 __global__ void __launch_bounds__(kRowThreads, 8)
-    prepare_query_kernel(Rows query, int64_t count, Global<uint8_t> out, int64_t row_bytes,
+    prepare_query_kernel(Matrix query, int64_t count, Global<uint8_t> out, int64_t row_bytes,
                          Global<RowBound> bounds, Global<double> norms) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row >= count) return;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kRowThreads, 8)
   if (threadIdx.x % kWarpSize == 0) {
     const float unit = b.scale > 0.0f ? 1.0f / b.scale : 0.0f;
     const float error = b.error + accumulation_error(query.dim) + kRoundingSlack;
-    bounds[row] = RowBound{size.norm == 0.0 ? 0.0f : b.scale, b.unused * unit, error * unit, 0.0f};
+    bounds[row] = RowBound{size.norm == 0.0 ? 0.0f : b.scale, b.stored_norm * unit, error * unit, 0.0f};
     norms[row] = size.norm;
   }
 }

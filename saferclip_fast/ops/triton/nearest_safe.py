@@ -16,7 +16,7 @@ The op's score is s_ij = float32(<q_i, s_j> / |q_i|), summed in float64; ties go
    Otherwise (many near-equal rows) the query's number is appended to a list.
 4. `search_again`, for the queries on that list: the same products, and every row with x + c >= the k-th best exact
    score known so far is scored in float64 on the spot, so nothing has to be proven afterwards. `merge_again` joins the
-   splits. Both read the list's length on the device: there is no host synchronisation, and an empty list costs two
+   splits. Both read the list's length on the device: there is no host synchronization, and an empty list costs two
    small launches.
 
 Stored per query: KEEP keys a split, at most MAX_SLOTS in all, whatever N is.
@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import MAX_NATIVE_K
 from .configs import SCREEN, tuned
 from .shared import (
     EMPTY,
@@ -54,7 +55,6 @@ from .shared import (
     store_best,
 )
 
-MAX_K = 256
 MAX_SLOTS = 4096  # kept keys a query; `decide` holds them all in registers
 SLOT_WARPS = 8  # to hold them
 SPARE = 4  # kept beyond k in each split, so that the proof nearly always succeeds
@@ -266,8 +266,8 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
 
     `packed` (another backend's int8 copy) is not used.
     """
-    if k > MAX_K:
-        raise ValueError(f"k={k}: the triton backend returns at most {MAX_K} neighbors; use backend='reference'")
+    if k > MAX_NATIVE_K:
+        raise ValueError(f"k={k}: the triton backend returns at most {MAX_NATIVE_K} neighbors; use backend='reference'")
     if bank.dtype == torch.float64:
         raise ValueError("bank is float64: the triton backend takes float32, bfloat16 or float16; use bank.float()")
     query, bank = query.contiguous(), bank.contiguous()

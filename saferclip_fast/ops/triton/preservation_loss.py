@@ -47,7 +47,7 @@ from .shared import (
 EXACT = tl.constexpr("ieee")
 
 # Matrix numbers in the stacked copies: 0 text, 1 image, 2 frozen text, 3 frozen image. The counterpart of m is 3 - m.
-# Slabs of `parts` [2, 4, rows]: 0 the cosine terms and the InfoNCE terms' row halves, 1 their column halves.
+# Slabs of `row_terms` [2, 4, rows]: 0 the cosine terms and the InfoNCE terms' row halves, 1 their column halves.
 
 
 @triton.jit
@@ -71,10 +71,10 @@ def _scale_row(matrix, number, row, rows, width, scaled, inverse, inverse_scaled
 
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
-    text, image, frozen_text, frozen_image, scaled, inverse, inverse_scaled, cosines, parts,
+    text, image, frozen_text, frozen_image, scaled, inverse, inverse_scaled, cosines, row_terms,
     rows, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scaled [4, B, d]; inverse = 1/|x|, inverse_scaled = 1/|x 2^-e| [4, B]; cosines [2, B]; slab 0 of parts."""
+    """scaled [4, B, d]; inverse = 1/|x|, inverse_scaled = 1/|x 2^-e| [4, B]; cosines [2, B]; slab 0 of row_terms."""
     row = tl.program_id(0).to(tl.int64)
     t = _scale_row(text, 0, row, rows, width, scaled, inverse, inverse_scaled, BLOCK)
     v = _scale_row(image, 1, row, rows, width, scaled, inverse, inverse_scaled, BLOCK)
@@ -84,9 +84,9 @@ def rows_kernel(
     cos_v = tl.sum(v * frozen_v, axis=0)
     tl.store(cosines + row, cos_t)
     tl.store(cosines + rows + row, cos_v)
-    share = 1.0 / rows.to(tl.float32)
-    tl.store(parts + row, (1.0 - cos_t) * share)
-    tl.store(parts + rows + row, (1.0 - cos_v) * share)
+    per_row = 1.0 / rows.to(tl.float32)
+    tl.store(row_terms + row, (1.0 - cos_t) * per_row)
+    tl.store(row_terms + rows + row, (1.0 - cos_v) * per_row)
 
 
 @triton.jit
@@ -108,10 +108,10 @@ def _products(
 @tuned(LOG_SUM, key=["width", "BLOCK_ROWS"])
 @triton.jit(do_not_specialize=["rows"])
 def log_sum_kernel(
-    columns, inverse_scaled, log_sums, parts, rows, width, logit_scale, weight_2, weight_3,
+    columns, inverse_scaled, log_sums, row_terms, rows, width, logit_scale, weight_2, weight_3,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """log_sums [3, 4, B] and one half of each row's InfoNCE loss, into its slab of parts.
+    """log_sums [3, 4, B] and one half of each row's InfoNCE loss, into its slab of row_terms.
 
     Tasks (the 4): rows of (text, frozen image), rows of (image, frozen text), columns of the first, of the second.
     The 3: the largest logit and the log2 of the sum relative to it (their sum would be rounded at the size of the
@@ -126,13 +126,13 @@ def log_sum_kernel(
         largest = tl.full([BLOCK_ROWS], NOTHING, tl.float32)
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         diagonal = tl.zeros([BLOCK_ROWS], tl.float32)
-        of_left = tl.load(inverse_scaled + left * rows + row, mask=row < rows, other=0.0)
+        inverse_left = tl.load(inverse_scaled + left * rows + row, mask=row < rows, other=0.0)
         for begin in range(0, rows, BLOCK_COLUMNS):
             column = begin + tl.arange(0, BLOCK_COLUMNS)
             product = _products(columns, left, 3 - left, first_row, begin, rows, width,
                                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
-            of_right = tl.load(inverse_scaled + (3 - left) * rows + column, mask=column < rows, other=0.0)
-            logits = product * (of_left[:, None] * of_right[None, :]) * (logit_scale * LOG2_E)
+            inverse_right = tl.load(inverse_scaled + (3 - left) * rows + column, mask=column < rows, other=0.0)
+            logits = product * (inverse_left[:, None] * inverse_right[None, :]) * (logit_scale * LOG2_E)
             own = row[:, None] == column[None, :]
             diagonal += tl.sum(tl.where(own, logits, 0.0), axis=1)
             logits = tl.where(own | (column >= rows)[None, :], float("-inf"), logits)
@@ -146,7 +146,7 @@ def log_sum_kernel(
         tl.store(place + 8 * rows, others / total, mask=row < rows)
         half = 0.5 * LN_2 / rows.to(tl.float32)
         loss = half * ((top - diagonal) + tl.log2(total))
-        tl.store(parts + ((task // 2) * 4 + 2 + term) * rows + row, loss, mask=row < rows)
+        tl.store(row_terms + ((task // 2) * 4 + 2 + term) * rows + row, loss, mask=row < rows)
 
 
 @tuned(GRADIENT, key=["width", "BLOCK_ROWS"])
@@ -162,7 +162,7 @@ def gradient_kernel(
     row = first_row + tl.arange(0, BLOCK_ROWS)
     local = tl.arange(0, BLOCK_ROWS)
     valid = row < rows
-    part = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     weight_cos = tl.where(side == 0, weight_0, weight_1)
     weight_nce = tl.where(side == 0, weight_2, weight_3)
     other = 3 - side
@@ -170,7 +170,7 @@ def gradient_kernel(
     rest_row = tl.load(log_sums + (4 + side) * rows + row, mask=valid, other=0.0)
     to_others = tl.load(log_sums + (8 + side) * rows + row, mask=valid, other=0.0)
     to_others += tl.load(log_sums + (10 + side) * rows + row, mask=valid, other=0.0)
-    of_left = tl.load(inverse_scaled + side * rows + row, mask=valid, other=0.0)
+    inverse_left = tl.load(inverse_scaled + side * rows + row, mask=valid, other=0.0)
     g = tl.zeros([BLOCK_ROWS, CHUNK], tl.float32)
     along = tl.zeros([BLOCK_ROWS], tl.float32)  # g.u
     last = tl.where(weight_nce != 0, rows, 0)
@@ -180,29 +180,29 @@ def gradient_kernel(
                             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
         largest_column = tl.load(log_sums + (2 + side) * rows + column, mask=column < rows, other=0.0)
         rest_column = tl.load(log_sums + (6 + side) * rows + column, mask=column < rows, other=0.0)
-        of_right = tl.load(inverse_scaled + other * rows + column, mask=column < rows, other=0.0)
-        logits = product * (of_left[:, None] * of_right[None, :]) * (logit_scale * LOG2_E)
+        inverse_right = tl.load(inverse_scaled + other * rows + column, mask=column < rows, other=0.0)
+        logits = product * (inverse_left[:, None] * inverse_right[None, :]) * (logit_scale * LOG2_E)
         d = tl.exp2(logits - largest_row[:, None] - rest_row[:, None])
         d += tl.exp2(logits - largest_column[None, :] - rest_column[None, :])
         d = tl.where(row[:, None] == column[None, :], -to_others[:, None], d)
         d = tl.where(valid[:, None] & (column < rows)[None, :], d, 0.0)
-        rounded = (d * of_right[None, :]).to(columns.dtype.element_ty)
+        rounded = (d * inverse_right[None, :]).to(columns.dtype.element_ty)
         tile = load_tile(row_pointer(columns, other * rows + begin, width), tl.arange(0, BLOCK_COLUMNS), column < rows,
-                         part, width, columns.dtype.element_ty)  # fmt: skip
+                         chunk, width, columns.dtype.element_ty)  # fmt: skip
         g = tl.dot(rounded, tile, g, input_precision=EXACT)
         along += tl.sum(rounded.to(tl.float32) * product, axis=1)
-    share = 1.0 / rows.to(tl.float32)
-    own = load_tile(row_pointer(columns, (2 + side) * rows + first_row, width), local, valid, part, width, tl.float32)
-    of_own = tl.load(inverse_scaled + (2 + side) * rows + row, mask=valid, other=0.0)
-    unit = load_tile(row_pointer(columns, side * rows + first_row, width), local, valid, part, width, tl.float32)
-    unit *= of_left[:, None]
+    per_row = 1.0 / rows.to(tl.float32)
+    own = load_tile(row_pointer(columns, (2 + side) * rows + first_row, width), local, valid, chunk, width, tl.float32)
+    inverse_own = tl.load(inverse_scaled + (2 + side) * rows + row, mask=valid, other=0.0)
+    unit = load_tile(row_pointer(columns, side * rows + first_row, width), local, valid, chunk, width, tl.float32)
+    unit *= inverse_left[:, None]
     cosine_own = tl.load(cosines + side * rows + row, mask=valid, other=0.0)
-    per_logit = weight_nce * 0.5 * logit_scale * share
-    g = per_logit * g - weight_cos * share * of_own[:, None] * own
-    along = per_logit * of_left * along - weight_cos * share * cosine_own
+    per_logit = weight_nce * 0.5 * logit_scale * per_row
+    g = per_logit * g - weight_cos * per_row * inverse_own[:, None] * own
+    along = per_logit * inverse_left * along - weight_cos * per_row * cosine_own
     g = (g - along[:, None] * unit) * tl.load(inverse + side * rows + row, mask=valid, other=0.0)[:, None]
-    place = row.to(tl.int64)[:, None] * width + part[None, :]
-    mask = valid[:, None] & (part < width)[None, :]
+    place = row.to(tl.int64)[:, None] * width + chunk[None, :]
+    mask = valid[:, None] & (chunk < width)[None, :]
     if side == 0:
         tl.store(grad_text + place, g, mask=mask)
     else:
@@ -229,18 +229,18 @@ def preservation_loss(
     inverse, inverse_scaled = text.new_empty((2, 4, rows), dtype=torch.float32)
     log_sums = text.new_empty((3, 4, rows), dtype=torch.float32)
     cosines = text.new_empty((2, rows), dtype=torch.float32)
-    parts = text.new_zeros((2, 4, rows), dtype=torch.float32)
+    row_terms = text.new_zeros((2, 4, rows), dtype=torch.float32)
     grad_text = text.new_empty((rows if need_grad else 0, width))
     grad_image = text.new_empty((rows if need_grad else 0, width))
     nce = weights[2] != 0 or weights[3] != 0
     with on_device(text):
         rows_kernel[(rows,)](
-            *matrices, scaled, inverse, inverse_scaled, cosines, parts, rows, width,
+            *matrices, scaled, inverse, inverse_scaled, cosines, row_terms, rows, width,
             BLOCK=block, num_warps=row_warps(block),
         )  # fmt: skip
         if nce:
             log_sum_kernel[(triton.cdiv(rows, block_rows), 4)](
-                scaled, inverse_scaled, log_sums, parts, rows, width, logit_scale, *weights[2:],
+                scaled, inverse_scaled, log_sums, row_terms, rows, width, logit_scale, *weights[2:],
                 BLOCK_ROWS=block_rows,
             )  # fmt: skip
         if need_grad:
@@ -249,5 +249,5 @@ def preservation_loss(
                 scaled, inverse, inverse_scaled, log_sums, cosines, grad_text, grad_image,
                 rows, width, logit_scale, *weights, BLOCK_ROWS=block_rows,
             )  # fmt: skip
-        loss, terms = sum_terms(parts, weights)
+        loss, terms = sum_terms(row_terms, weights)
     return loss, terms, grad_text, grad_image

@@ -22,10 +22,10 @@ def _softplus(x):
 @triton.jit(do_not_specialize=["rows"])
 def retarget_kernel(
     text, image, frozen_text, frozen_image, bank_text, bank_image, neighbors, neighbor_weights, row_weights,
-    parts, grad_text, grad_image, rows, k, width, weight_0, weight_1, weight_2, weight_3, beta, margin,
+    row_terms, grad_text, grad_image, rows, k, width, weight_0, weight_1, weight_2, weight_3, beta, margin,
     CURRENT: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts [4, rows]: row_weight x term; grad_*: d loss / d text and image, in their dtype."""
+    """row_terms [4, rows]: row_weight x term; grad_*: d loss / d text and image, in their dtype."""
     row = tl.program_id(0).to(tl.int64)
     u_t, inverse_t = unit_row(text, row, width, BLOCK)
     u_v, inverse_v = unit_row(image, row, width, BLOCK)
@@ -45,18 +45,18 @@ def retarget_kernel(
     away_v -= s_t
     x_t = beta * (tl.sum(u_t * away_t, axis=0) + margin)
     x_v = beta * (tl.sum(u_v * away_v, axis=0) + margin)
-    share_0 = tl.load(row_weights + row * 4)
-    share_1 = tl.load(row_weights + row * 4 + 1)
-    share_2 = tl.load(row_weights + row * 4 + 2)
-    share_3 = tl.load(row_weights + row * 4 + 3)
-    tl.store(parts + row, share_0 * (1.0 - tl.sum(u_t * s_t, axis=0)))
-    tl.store(parts + rows + row, share_1 * (1.0 - tl.sum(u_v * s_v, axis=0)))
-    tl.store(parts + 2 * rows + row, share_2 * _softplus(x_t) / beta)
-    tl.store(parts + 3 * rows + row, share_3 * _softplus(x_v) / beta)
+    row_weight_0 = tl.load(row_weights + row * 4)
+    row_weight_1 = tl.load(row_weights + row * 4 + 1)
+    row_weight_2 = tl.load(row_weights + row * 4 + 2)
+    row_weight_3 = tl.load(row_weights + row * 4 + 3)
+    tl.store(row_terms + row, row_weight_0 * (1.0 - tl.sum(u_t * s_t, axis=0)))
+    tl.store(row_terms + rows + row, row_weight_1 * (1.0 - tl.sum(u_v * s_v, axis=0)))
+    tl.store(row_terms + 2 * rows + row, row_weight_2 * _softplus(x_t) / beta)
+    tl.store(row_terms + 3 * rows + row, row_weight_3 * _softplus(x_v) / beta)
     if NEED_GRAD:
         columns = tl.arange(0, BLOCK)
-        g_t = weight_2 * share_2 * tl.sigmoid(x_t) * away_t - weight_0 * share_0 * s_t
-        g_v = weight_3 * share_3 * tl.sigmoid(x_v) * away_v - weight_1 * share_1 * s_v
+        g_t = weight_2 * row_weight_2 * tl.sigmoid(x_t) * away_t - weight_0 * row_weight_0 * s_t
+        g_v = weight_3 * row_weight_3 * tl.sigmoid(x_v) * away_v - weight_1 * row_weight_1 * s_v
         place = row * width + columns
         tl.store(grad_text + place, through_norm(g_t, u_t, inverse_t), mask=columns < width)
         tl.store(grad_image + place, through_norm(g_v, u_v, inverse_v), mask=columns < width)
@@ -81,16 +81,16 @@ def retarget_loss(
     """The schema of `schemas.SCHEMAS`; float32, bfloat16 or float16, k neighbors a row, any d."""
     rows, width = text.shape
     block = triton.next_power_of_2(width)
-    parts = text.new_empty((1, 4, rows), dtype=torch.float32)
+    row_terms = text.new_empty((1, 4, rows), dtype=torch.float32)
     grad_text = text.new_empty((rows if need_grad else 0, width))
     grad_image = text.new_empty((rows if need_grad else 0, width))
     matrices = (text, image, frozen_text, frozen_image, bank_text, bank_image, neighbors, neighbor_weights, row_weights)
     with on_device(text):
         if rows:
             retarget_kernel[(rows,)](
-                *(matrix.contiguous() for matrix in matrices), parts, grad_text, grad_image,
+                *(matrix.contiguous() for matrix in matrices), row_terms, grad_text, grad_image,
                 rows, neighbors.shape[1], width, *weights, beta, margin,
                 CURRENT=current_negative, NEED_GRAD=need_grad, BLOCK=block, num_warps=row_warps(block),
             )  # fmt: skip
-        loss, terms = sum_terms(parts, weights)
+        loss, terms = sum_terms(row_terms, weights)
     return loss, terms, grad_text, grad_image

@@ -198,12 +198,12 @@ def kth_largest_score(keys, K: tl.constexpr):
     if K == 1:
         return key_score(tl.max(keys, axis=0))
     ordered = (keys >> 32) + 0x80000000
-    found = tl.full([], 0, tl.int64)
+    largest = tl.full([], 0, tl.int64)
     for step in range(32):
-        trial = found | (tl.full([], 0x80000000, tl.int64) >> step)
+        trial = largest | (tl.full([], 0x80000000, tl.int64) >> step)
         enough = tl.sum((ordered >= trial).to(tl.int32), axis=0) >= K
-        found = tl.where(enough, trial, found)
-    return key_score((found - 0x80000000) << 32)
+        largest = tl.where(enough, trial, largest)
+    return key_score((largest - 0x80000000) << 32)
 
 
 @triton.jit
@@ -235,9 +235,9 @@ def log_sum_step(largest, total, logits):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sum_terms_kernel(parts, terms, loss, weight_0, weight_1, weight_2, weight_3, rows,
+def sum_terms_kernel(row_terms, terms, loss, weight_0, weight_1, weight_2, weight_3, rows,
                      SLABS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """terms[j] = sum over slabs and rows of parts [SLABS, 4, rows]; loss = sum_j weight_j terms[j].
+    """terms[j] = sum over slabs and rows of row_terms [SLABS, 4, rows]; loss = sum_j weight_j terms[j].
 
     One program and a fixed order, so the same inputs give the same bits. Slabs are added row by row first: they may
     cancel (a log-sum-exp and its diagonal logit).
@@ -246,20 +246,20 @@ def sum_terms_kernel(parts, terms, loss, weight_0, weight_1, weight_2, weight_3,
     total = tl.zeros([4, BLOCK], tl.float32)
     for begin in range(0, rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
-        part = tl.zeros([4, BLOCK], tl.float32)
+        block_terms = tl.zeros([4, BLOCK], tl.float32)
         for slab in tl.static_range(SLABS):
-            pointers = parts + (slab * 4 + term).to(tl.int64)[:, None] * rows + row[None, :]
-            part += tl.load(pointers, mask=(row < rows)[None, :], other=0.0)
-        total += part
+            pointers = row_terms + (slab * 4 + term).to(tl.int64)[:, None] * rows + row[None, :]
+            block_terms += tl.load(pointers, mask=(row < rows)[None, :], other=0.0)
+        total += block_terms
     value = tl.sum(total, axis=1)
     tl.store(terms + term, value)
     weight = tl.where(term == 0, weight_0, tl.where(term == 1, weight_1, tl.where(term == 2, weight_2, weight_3)))
     tl.store(loss, tl.sum(weight * value, axis=0))
 
 
-def sum_terms(parts: Tensor, weights: list[float]) -> tuple[Tensor, Tensor]:
-    """(loss, terms) of parts [slabs, 4, rows] float32."""
-    slabs, _, rows = parts.shape
-    loss, terms = parts.new_empty(()), parts.new_empty(4)
-    sum_terms_kernel[(1,)](parts, terms, loss, *weights, rows, SLABS=slabs, BLOCK=512, num_warps=4)
+def sum_terms(row_terms: Tensor, weights: list[float]) -> tuple[Tensor, Tensor]:
+    """(loss, terms) of row_terms [slabs, 4, rows] float32."""
+    slabs, _, rows = row_terms.shape
+    loss, terms = row_terms.new_empty(()), row_terms.new_empty(4)
+    sum_terms_kernel[(1,)](row_terms, terms, loss, *weights, rows, SLABS=slabs, BLOCK=512, num_warps=4)
     return loss, terms

@@ -1,0 +1,216 @@
+"""Compiles every kernel in every tuning configuration for chips that are not here, and reports what came out.
+
+Run as a script (never under TRITON_INTERPRET): `python gates.py sm_90` prints one JSON object a compiled variant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+HIP_SHARED_LIMITS = {"gfx942": 64 << 10, "gfx950": 160 << 10}
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
+WIDE_TILES = ("sm_90", "sm_100")
+
+
+class Variant(NamedTuple):
+    kernel: str  # "module.kernel"
+    pointers: dict[str, str]  # argument -> element type
+    floats: tuple[str, ...]  # float32 scalar arguments; every other scalar is int32
+    constants: dict  # constexpr arguments
+    warps: int
+    stages: int
+    product: str = ""  # "tensor", "ieee" or none
+    maxnreg: int | None = None
+
+    @property
+    def label(self) -> str:
+        shown = ",".join(f"{key}={value}" for key, value in self.constants.items())
+        return f"{self.kernel}[{'/'.join(sorted(set(self.pointers.values())))} {shown} warps={self.warps}]"
+
+
+def variants(hip: bool, wide: bool, shared_limit: int) -> list[Variant]:
+    """All of them for CUDA; for AMD, where nothing can be tuned or measured, the first of each kernel and dtype."""
+    found = [*_row_variants(), *_search_variants(hip, wide, shared_limit)]
+    found += _preservation_variants(hip, wide, shared_limit)
+    if hip:
+        first = {(variant.kernel, *sorted(variant.pointers.values())): variant for variant in reversed(found)}
+        found = list(first.values())
+    return found
+
+
+def _configs(configs, itemsize: int, block_rows: int, keep: int, limit: int, wide: bool):
+    from saferclip_fast.ops.triton.configs import fits
+
+    return [config for config in configs if fits(config, block_rows, itemsize, keep, limit, wide)]
+
+
+def _row_variants() -> list[Variant]:
+    from saferclip_fast.ops.triton.shared import row_warps
+
+    weights = ("weight_0", "weight_1", "weight_2", "weight_3")
+    found = [Variant("shared.sum_terms_kernel", dict(row_terms="fp32", terms="fp32", loss="fp32"), weights,
+                     dict(SLABS=2, BLOCK=512), 4, 3)]  # fmt: skip
+    for dtype, block in (("bf16", 1024), ("fp32", 2048)):
+        rows = dict.fromkeys(("text", "image", "frozen_text", "frozen_image"), dtype)
+        found.append(
+            Variant("retarget_loss.retarget_kernel",
+                    {**rows, "bank_text": dtype, "bank_image": dtype, "neighbors": "i64", "neighbor_weights": "fp32",
+                     "row_weights": "fp32", "row_terms": "fp32", "grad_text": dtype, "grad_image": dtype},
+                    (*weights, "beta", "margin"), dict(CURRENT=False, NEED_GRAD=True, BLOCK=block), row_warps(block), 3)
+        )  # fmt: skip
+        found.append(
+            Variant("preservation_loss.rows_kernel",
+                    {**rows, "scaled": dtype, "inverse": "fp32", "inverse_scaled": "fp32", "cosines": "fp32",
+                     "row_terms": "fp32"}, (), dict(BLOCK=block), row_warps(block), 3)
+        )  # fmt: skip
+        found.append(
+            Variant("nearest_safe.prepare_kernel", dict(query="fp32", scaled=dtype, length="fp32", slack="fp32"),
+                    ("relative",), dict(BLOCK=block), row_warps(block), 3)
+        )  # fmt: skip
+    return found
+
+
+def _search_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
+    from saferclip_fast.ops.triton import nearest_safe
+    from saferclip_fast.ops.triton.configs import SCREEN
+
+    precision = "ieee" if hip else "tf32"
+    found = []
+    for dtype, block_rows, keep in (
+        ("bf16", 16, 8), ("bf16", 64, 8), ("bf16", 128, 8), ("bf16", 64, 64), ("bf16", 16, 256), ("bf16", 16, 512),
+        ("fp16", 64, 16), ("fp32", 16, 8), ("fp32", 64, 8), ("fp32", 128, 8),
+    ):  # fmt: skip
+        if block_rows == 128 and not wide:
+            continue
+        for config in _configs(SCREEN, 4 if dtype == "fp32" else 2, block_rows, keep, limit, wide):
+            found.append(
+                Variant("nearest_safe.screen_kernel", dict(scaled=dtype, columns=dtype, kept="i64", squares="fp32"), (),
+                        dict(KEEP=keep, PRECISION=precision, BLOCK_ROWS=block_rows, **config.kwargs),
+                        config.num_warps, config.num_stages, "tensor", config.maxnreg)
+            )  # fmt: skip
+    found_keys = dict(kept="i64", scores="fp32", indices="i64", again="i32", again_count="i32")
+    bounds = dict(squares="fp32", slack="fp32")
+    for dtype, k, keep, splits, block in (("bf16", 1, 8, 512, 1024), ("fp32", 128, 256, 16, 2048)):
+        rows = dict(query=dtype, bank=dtype)
+        slots = dict(KEEP=keep, SPLITS=splits)
+        found += [
+            Variant("nearest_safe.decide_kernel", {**rows, **found_keys, **bounds}, (),
+                    dict(K=k, BEST=k, BLOCK=block, **slots), nearest_safe.SLOT_WARPS, 3),
+            Variant("nearest_safe.search_again_kernel",
+                    {**rows, **found_keys, **bounds, "scaled": dtype, "length": "fp32"}, (),
+                    dict(PRECISION=precision, ROWS=nearest_safe.AGAIN_ROWS, BLOCK_BANK=nearest_safe.AGAIN_BANK,
+                         BLOCK_WIDTH=nearest_safe.AGAIN_WIDTH, **slots), 4, 3, "tensor"),
+            Variant("nearest_safe.merge_again_kernel", found_keys, (), slots, nearest_safe.SLOT_WARPS, 3),
+        ]  # fmt: skip
+    return found
+
+
+def _preservation_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
+    from saferclip_fast.ops.triton.configs import GRADIENT, LOG_SUM
+
+    common = dict(inverse_scaled="fp32", log_sums="fp32")
+    found = []
+    for dtype, sizes in (("bf16", (16, 64, 128)), ("fp16", (64,)), ("fp32", (16, 64))):
+        product = "ieee" if dtype == "fp32" and not hip else "tensor"
+        for block_rows in sizes:
+            if block_rows == 128 and not wide:
+                continue
+            constants = dict(BLOCK_ROWS=block_rows)
+            itemsize = 4 if dtype == "fp32" else 2
+            for config in _configs(LOG_SUM, itemsize, block_rows, 0, limit, wide):
+                found.append(
+                    Variant("preservation_loss.log_sum_kernel", {**common, "columns": dtype, "row_terms": "fp32"},
+                            ("logit_scale", "weight_2", "weight_3"), {**constants, **config.kwargs},
+                            config.num_warps, config.num_stages, product, config.maxnreg)
+                )  # fmt: skip
+            if block_rows == 128:  # the gradient's blocks end at 64 rows
+                continue
+            for config in _configs(GRADIENT, itemsize, block_rows, 0, limit, wide):
+                found.append(
+                    Variant("preservation_loss.gradient_kernel",
+                            {**common, "columns": dtype, "inverse": "fp32", "cosines": "fp32", "grad_text": dtype,
+                             "grad_image": dtype}, ("logit_scale", *(f"weight_{j}" for j in range(4))),
+                            {**constants, **config.kwargs},
+                            config.num_warps, config.num_stages, product, config.maxnreg)
+                )  # fmt: skip
+    return found
+
+
+def compile_variant(variant: Variant, chip: str) -> dict:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = variant.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"saferclip_fast.ops.triton.{module}"), name)
+    kernel = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+    signature, attributes = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in variant.constants:
+            signature[argument] = "constexpr"
+        elif argument in variant.pointers:
+            signature[argument] = "*" + variant.pointers[argument]
+        else:
+            signature[argument] = "fp32" if argument in variant.floats else "i32"
+        if argument in variant.pointers or argument == "width":  # what a torch allocation and d = 512, 768 ... promise
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(key),): value for key, value in variant.constants.items()}
+    hip = chip.startswith("gfx")
+    target = GPUTarget("hip", chip, 64) if hip else GPUTarget("cuda", int(chip[3:]), 32)
+    options = dict(num_warps=variant.warps, num_stages=variant.stages)
+    if variant.maxnreg and not hip:
+        options["maxnreg"] = variant.maxnreg
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    report = dict(label=variant.label, product=variant.product, shared=compiled.metadata.shared)
+    return {**report, **(_hip_facts(compiled.asm["amdgcn"]) if hip else _cuda_facts(compiled.asm))}
+
+
+def _cuda_facts(asm) -> dict:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    ptx = asm["ptx"]
+    found = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx]
+    wide = bool(
+        re.search(
+            r"cp\.async\.cg\.shared\.global.*0x10|(?:ld|st)\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx
+        )
+    )
+    return dict(registers=registers, spilled=stack + local, tensor=found, tf32="tf32" in ptx, wide=wide)
+
+
+def _hip_facts(assembly: str) -> dict:
+    spilled = sum(map(int, re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly)))
+    registers = max(map(int, re.findall(r"\.vgpr_count: +(\d+)", assembly)))
+    wide = "_dwordx4" in assembly
+    tensor = ["mfma"] if "v_mfma" in assembly else []
+    return dict(registers=registers, spilled=spilled, tensor=tensor, tf32="xf32" in assembly, wide=wide)
+
+
+def main(chip: str) -> None:
+    hip = chip.startswith("gfx")
+    limit = (HIP_SHARED_LIMITS if hip else SHARED_LIMITS)[chip]
+    for variant in variants(hip, chip in WIDE_TILES, limit):
+        try:
+            report = compile_variant(variant, chip)
+        except Exception as error:
+            report = dict(label=variant.label, error=f"{type(error).__name__}: {error}"[:400])
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,84 @@
+"""The compile gates: every kernel and tuning configuration, for chips that are not here. See gates.py.
+
+Compiled code is cached by content in build/, so only what changed is compiled again.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .gates import HIP_SHARED_LIMITS, SHARED_LIMITS, TENSOR_CORES
+
+ROOT = Path(__file__).parents[3]
+CUDA, HIP = list(SHARED_LIMITS), list(HIP_SHARED_LIMITS)
+
+
+def compile_for(chip):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton-gates"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("gates.py")), chip]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@functools.cache
+def reports():
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CUDA + HIP, pool.map(compile_for, CUDA + HIP), strict=True))
+
+
+def failing(chip, wrong):
+    return [report for report in reports()[chip] if wrong(report)]
+
+
+@pytest.mark.parametrize("chip", CUDA + HIP)
+def test_every_variant_compiles(chip):
+    assert not failing(chip, lambda report: "error" in report)
+    assert len(reports()[chip]) >= (40 if chip in CUDA else 12)
+
+
+@pytest.mark.parametrize("chip", CUDA)
+def test_nothing_spills(chip):
+    assert not failing(chip, lambda report: report["spilled"])
+
+
+@pytest.mark.parametrize("chip", CUDA + HIP)
+def test_shared_memory_is_within_the_chips(chip):
+    limit = {**SHARED_LIMITS, **HIP_SHARED_LIMITS}[chip]
+    assert not failing(chip, lambda report: report["shared"] > limit)
+
+
+@pytest.mark.parametrize("chip", CUDA)
+def test_the_chips_own_tensor_cores(chip):
+    """wgmma and tcgen05 from 64 rows on; 16 rows are for mma.sync."""
+
+    def wrong(report):
+        small = "ROWS=16" in report["label"]
+        wanted = {"": [], "ieee": [], "tensor": ["mma.sync" if small else TENSOR_CORES[chip]]}[report["product"]]
+        return report["tensor"] != wanted
+
+    assert not failing(chip, wrong)
+
+
+@pytest.mark.parametrize("chip", HIP)
+def test_matrix_cores_on_amd(chip):
+    assert not failing(chip, lambda report: report["product"] == "tensor" and report["tensor"] != ["mfma"])
+
+
+@pytest.mark.parametrize("chip", CUDA)
+def test_tf32_only_in_the_screen(chip):
+    """Its error is bounded there, and float64 decides."""
+    assert not failing(chip, lambda report: report["tf32"] and "PRECISION=tf32" not in report["label"])
+    assert failing(chip, lambda report: report["tf32"])
+
+
+@pytest.mark.parametrize("chip", CUDA)
+def test_global_loads_are_16_bytes(chip):
+    assert not failing(chip, lambda report: not report["wide"] and "sum_terms" not in report["label"])

@@ -79,7 +79,7 @@ soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.js
 
 bench: setup  ## time every op against PyTorch and others; goes on where it was (BENCH=--again: from the start)
 	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl
-	$(BIN)/python benchmarks/run.py $(BENCH)
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 lint: setup  ## ruff, clang-format, codespell, mypy
 	$(BIN)/ruff check .
@@ -93,7 +93,7 @@ format: setup  ## format Python and C++ in place
 	$(BIN)/clang-format -i $(CPP)
 
 gpu-check: setup  ## on a machine with a GPU: GPU tests, compute-sanitizer, benchmarks (benchmarks/results)
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu.check
 
 wheel: setup  ## build a wheel into dist/ (SAFERCLIP_FAST_CUDA=0: without CUDA, 1: with it; default: where nvcc is)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

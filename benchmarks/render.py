@@ -1,7 +1,7 @@
 """The tables of README.md and benchmarks/README.md and the figures of docs/pictures, from the JSON of `make bench`.
 
-    python benchmarks/render.py                 of benchmarks/results
-    python benchmarks/render.py --results DIR   of other files, the same places
+    python -m benchmarks.render                 of benchmarks/results
+    python -m benchmarks.render --results DIR   of other files, the same places
 
 Tables stand between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`. Every *.json of the folder counts, so
 the long ones that `make bench` leaves out (benchmarks/README.md) are shown where they are there.
@@ -19,9 +19,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import gpu_check
 import matplotlib
-from compare import PYTORCH
+
+from benchmarks.gpu import check
+from benchmarks.harness import PYTORCH
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -169,7 +170,7 @@ def everything(results: Results) -> str:
     for name, found in results.items():
         parts.append(f"### {name}")
         if "results" in found:
-            parts.append(gpu_check.table(found))
+            parts.append(check.table(found))
             continue
         where = [measured_on(found)] if measured_on(found) != shared else []
         parts.append(", ".join([*where, when(found["rows"])]))

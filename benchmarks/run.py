@@ -1,8 +1,8 @@
 """`make bench`: every benchmark in a process of its own, one JSON file each; what is measured already is left alone.
 
-    python benchmarks/run.py                                  all of them, under 30 minutes on two cores
-    python benchmarks/run.py --only retarget_loss --again     one of them, from the start
-    python benchmarks/run.py --out results-of-mine --rounds 1    quick and rough, elsewhere
+    python -m benchmarks.run                                  all of them, under 30 minutes on two cores
+    python -m benchmarks.run --only retarget_loss --again     one of them, from the start
+    python -m benchmarks.run --out results-of-mine --rounds 1    quick and rough, elsewhere
 
 Ctrl-C loses the case in progress alone. benchmarks/README.md has the rules; render.py makes the tables and figures.
 """
@@ -17,47 +17,48 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import render
 import torch
-from compare import CORES, put_aside
-from nearest_safe import BLAS_SETTINGS
+
+from benchmarks import render
+from benchmarks.harness import CORES, put_aside
+from benchmarks.speed.nearest_safe import BLAS_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 FAISS = ["--faiss"] if find_spec("faiss") and find_spec("threadpoolctl") else []
-# (file of the results, script and options)
+# (file of the results, module of this package and options)
 ALL_CORES = [
-    ("nearest_safe", ["nearest_safe.py", "--ks", "1,32", "--budget", "25", *FAISS]),
-    ("preservation_loss", ["preservation_loss.py", "--large"]),
-    ("bank", ["bank.py"]),
-    ("train_step", ["train_step.py", "--rounds", "3", "--budget", "45"]),
+    ("nearest_safe", ["speed.nearest_safe", "--ks", "1,32", "--budget", "25", *FAISS]),
+    ("preservation_loss", ["speed.preservation_loss", "--large"]),
+    ("bank", ["speed.bank"]),
+    ("train_step", ["speed.train_step", "--rounds", "3", "--budget", "45"]),
 ]
 ALL_CORES_AND_ONE = [
-    ("nearest_safe_curves", ["nearest_safe.py", "--curves"]),
-    ("retarget_loss", ["retarget_loss.py"]),
-    ("preservation_loss", ["preservation_loss.py"]),
+    ("nearest_safe_curves", ["speed.nearest_safe", "--curves"]),
+    ("retarget_loss", ["speed.retarget_loss"]),
+    ("preservation_loss", ["speed.preservation_loss"]),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in ALL_CORES + ALL_CORES_AND_ONE))
 
 
 def jobs(wanted: list[str], out: Path) -> list[tuple[str, list[str], int]]:
-    """(name, script and options, threads) in order."""
+    """(name, module and options, threads) in order."""
     found = [(name, command, CORES) for name, command in ALL_CORES]
     found += [(name, command, n) for name, command in ALL_CORES_AND_ONE for n in sorted({1, CORES}, reverse=True)]
     if torch.cuda.is_available() and not (out / "gpu.json").exists():
-        found.append(("gpu", ["gpu_check.py", "--no-checks"], CORES))
+        found.append(("gpu", ["gpu.check", "--no-checks"], CORES))
     return [job for job in found if job[0] in wanted]
 
 
 def run(name: str, command: list[str], threads: int, out: Path, rounds: int | None) -> bool:
     """Whether it succeeded."""
-    script, *options = command
+    module, *options = command
     options += ["--json", str(out / f"{name}.json")]
     options += ["--rounds", str(rounds)] if rounds and name != "gpu" else []
     environment = {key: value for key, value in os.environ.items() if key not in BLAS_SETTINGS}
     environment["OMP_NUM_THREADS"] = str(threads)
     # the package of this checkout, whichever is installed
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run([sys.executable, str(HERE / script), *options], env=environment).returncode == 0
+    return subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *options], env=environment).returncode == 0
 
 
 def main() -> int:
@@ -82,7 +83,7 @@ def main() -> int:
     results = render.load(args.out)
     if render.lines(results):
         print(render.headline(results))
-    print(f"{(time.monotonic() - begin) / 60:.1f} minutes; tables and figures: python benchmarks/render.py")
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes; tables and figures: python -m benchmarks.render")
     if failed:
         print(f"failed: {', '.join(failed)}; the same command runs what is missing", file=sys.stderr)
     return bool(failed)

@@ -15,7 +15,7 @@ from saferclip_fast import nearest_safe
 from saferclip_fast.config import load_config
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import Objective, ObjectiveOutput
-from saferclip_fast.objectives.common import cosine_distance, label_rows
+from saferclip_fast.objectives.common import cosine_distance, label_mask
 from saferclip_fast.runtime.ranks import ALONE
 from saferclip_fast.train import Trainer
 from saferclip_fast.train.prepare import prepare
@@ -26,14 +26,14 @@ class PullToThePair(Objective):
 
     SHOWN = ("pull_text", "pull_image")
 
-    def forward(self, current, frozen, bank, neighbors=None, unsafe_text=None, unsafe_image=None, share=ALONE):
+    def forward(self, current, frozen, bank, neighbors=None, text_is_unsafe=None, image_is_unsafe=None, share=ALONE):
         if neighbors is None:  # objective.neighbors=in_step
             neighbors = nearest_safe(frozen.unsafe_text, bank)
         rows = neighbors.indices[:, 0]
         target = F.normalize(bank.text[rows] + bank.image[rows], dim=-1)
-        of_text = label_rows("unsafe_text", unsafe_text, target)  # 1 for rows that are unsafe
-        of_image = label_rows("unsafe_image", unsafe_image, target)
-        every = label_rows("safe", None, target)
+        of_text = label_mask("text_is_unsafe", text_is_unsafe, target)  # 1 for rows that are unsafe
+        of_image = label_mask("image_is_unsafe", image_is_unsafe, target)
+        every = label_mask("safe", None, target)
         terms = {
             "pull_text": cosine_distance(current.unsafe_text, target, of_text, share),
             "pull_image": cosine_distance(current.unsafe_image, target, of_image, share),

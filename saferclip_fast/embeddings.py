@@ -117,7 +117,7 @@ def load_embeddings(path: str | Path, expect: Mapping[str, str] | None = None) -
 
 
 def bank_from(frozen: FrozenEmbeddings, index: Tensor | None = None) -> SafeBank:
-    """The bank of the safe pairs at `index` (int64 [M], default all), on the CPU; its metadata says what they are of."""
+    """The bank of the safe pairs at `index` (int64 [M], default all), on the CPU, with metadata of their source."""
     text, image = frozen.embeddings.safe_text, frozen.embeddings.safe_image
     if index is not None:
         text, image = text[index], image[index]

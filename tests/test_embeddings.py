@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import saferclip_fast.embeddings as embeddings
-import saferclip_fast.storage.row_file as row_file
-from saferclip_fast.data import ToTensor, open_quadruplets
-from saferclip_fast.data import batches as collate
+import saferclip_fast.storage.row_cache as row_cache
+from saferclip_fast.data import ToTensor, collate, open_quadruplets
 from saferclip_fast.embeddings import embed_batch, embed_quadruplets, load_embeddings
 from saferclip_fast.models import load_clip
 from saferclip_fast.storage.row_file import RowFile
@@ -84,7 +83,7 @@ def test_rows_are_mapped_not_read(clip, dataset, tmp_path):
 
 def embed_and_die(weights, folder, batches):
     """Body of a child process: killed in the middle of writing a batch, after `batches` whole ones."""
-    row_file._SYNC_BYTES = 8 * 4 * 64 * 4  # 8 rows of four embeddings
+    row_cache._SYNC_BYTES = 8 * 4 * 64 * 4  # 8 rows of four embeddings
     clip = load_clip("ViT-tiny-8-32", str(weights))
     write, calls = RowFile.write, []
 

@@ -34,12 +34,12 @@ class ShardedBank:
         self.device = device or shard.device
         rank, world = self.ranks.rank, self.ranks.world
         if world > self.count:
-            raise ValueError(f"a bank of {self.rows} rows does not spread over {world} ranks: objective.bank=resident")
+            raise ValueError(f"a bank of {self.count} rows does not spread over {world} ranks: objective.bank=resident")
         slices = [split(self.count, other, world) for other in range(world)]
         held = range(shard.offset, shard.offset + len(shard))
         if held != slices[rank]:
             raise ValueError(
-                f"rank {rank} of {world} holds {held} of a bank of {self.rows} rows, but its slice is {slices[rank]}; "
+                f"rank {rank} of {world} holds {held} of a bank of {self.count} rows, but its slice is {slices[rank]}; "
                 "cut it with SafeBank.shard"
             )
         self.ends = torch.tensor([part.stop for part in slices], device=self.device)
@@ -63,7 +63,7 @@ class ShardedBank:
         Raises ValueError for a k out of range, and what `nearest_safe` raises.
         """
         if not 1 <= k <= self.count:
-            raise ValueError(f"k={k} must lie between 1 and the bank's {self.rows} rows")
+            raise ValueError(f"k={k} must lie between 1 and the bank's {self.count} rows")
         counts = self.ranks.stack(torch.tensor(len(query))).tolist()
         queries = self.ranks.gather_rows(query.detach()).to(self.shard.device)
         found = nearest_safe(queries, self.shard, min(k, len(self.shard)), backend=backend, check=check)

@@ -1,12 +1,12 @@
-from .measure import ALPHAS, Known, check_same_space, dial_curve, evaluate
+from .measurement import ALPHAS, Known, check_same_space, dial_curve, evaluate, measure
 from .summary import KEY_METRICS, Measured, estimates, summarize, write
 from .tables import comparison, label_tables, table
 from .task import CaptionBank, Settings, Task
 
 __all__ = [
     "ALPHAS",
-    "CaptionBank",
     "KEY_METRICS",
+    "CaptionBank",
     "Known",
     "Measured",
     "Settings",
@@ -17,6 +17,7 @@ __all__ = [
     "estimates",
     "evaluate",
     "label_tables",
+    "measure",
     "summarize",
     "table",
     "write",

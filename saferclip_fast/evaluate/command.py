@@ -11,7 +11,7 @@ from ..models import ClipModel
 from ..sources import frozen_of, is_run, open_model
 from ..train.device import set_up_torch
 from .held_out import named, open_held_out, read_config
-from .measure import Known, dial_curve, evaluate
+from .measurement import Known, dial_curve, evaluate
 from .pictures import draw_dial
 from .tables import label_tables, table
 from .task import Settings, Task

@@ -54,7 +54,9 @@ def open_held_out(config: Config, clip: ClipModel) -> HeldOut | None:
             raise DataError(f"{options.train} has too few rows to hold any out: name others with --data SOURCE")
         policy = ErrorPolicy(options.on_error, f"{options.train}, held-out {options.val_fraction:.3g}")
         policy.summary.read = len(held_out)
-        dataset = QuadrupletDataset([dataset.records[row] for row in held_out], clip.preprocess, policy, options.max_pixels)
+        dataset = QuadrupletDataset(
+            [dataset.records[row] for row in held_out], clip.preprocess, policy, options.max_pixels
+        )
     else:
         return None
     records = [dataset.records[row] for row in range(len(dataset))]

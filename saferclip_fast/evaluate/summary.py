@@ -99,7 +99,9 @@ def estimates(sides: Mapping[str, Mapping[str, Metric]], settings: Settings) -> 
     return result
 
 
-def _by_labels(embeddings: Mapping[str, QuadrupletEmbeddings], labels: Labels, settings: Settings) -> list[dict[str, Any]]:
+def _by_labels(
+    embeddings: Mapping[str, QuadrupletEmbeddings], labels: Labels, settings: Settings
+) -> list[dict[str, Any]]:
     """One entry for each combination of the unsafe side's labels: text and image, safe (0) or unsafe (1)."""
     found = {name: label_combinations(side, embeddings.get("frozen"), labels) for name, side in embeddings.items()}
     table = []

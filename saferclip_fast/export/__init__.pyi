@@ -1,8 +1,8 @@
 from .formats import FORMATS, ExportError, Source, Unsupported, compare, export, load_source
 
 __all__ = [
-    "ExportError",
     "FORMATS",
+    "ExportError",
     "Source",
     "Unsupported",
     "compare",

@@ -72,7 +72,7 @@ def label_mask(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
 
 
 def cosine_distance(x: Tensor, y: Tensor, mask: Tensor, share: Share = ALONE) -> Tensor:
-    """mean over the rows that `mask` [B] selects of 1 - cos(x, y); 0 where there are none. x, y: [B, d], y is a constant."""
+    """Mean of 1 - cos(x, y) over the rows that `mask` [B] selects, 0 where there are none; x, y [B, d], y constant."""
     return mean(1 - (unit(x) * unit(y.detach())).sum(-1), mask, share)
 
 

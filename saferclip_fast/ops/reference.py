@@ -96,7 +96,7 @@ def retarget_loss(
     current_negative: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four redirection terms and their closed-form gradients (docs/method.md, "The fused redirection op")."""
+    """The four redirection terms and their closed-form gradients (docs/method.md, "The gradient")."""
     wide = torch.float64 if text.dtype == torch.float64 else torch.float32
     batch, width = text.shape
     terms = text.new_zeros(4, dtype=wide)

@@ -61,7 +61,7 @@ def report(step: Step, sampler: CurriculumSampler, samples: Subset, on_nan: str,
     """Name a step that was not finite: raise FloatingPointError ("stop"), or warn of it ("skip")."""
     index = sampler.epoch_indices(step.epoch)[step.first : step.first + step.count]
     named = _sources(samples, index[:NAMED_ROWS].tolist())
-    more = f" and {len(rows) - NAMED_ROWS} more" if len(index) > NAMED_ROWS else ""
+    more = f" and {len(index) - NAMED_ROWS} more" if len(index) > NAMED_ROWS else ""
     told = f"the loss or its gradient is not finite in step {step.number} (epoch {step.epoch}, {named}{more})"
     if on_nan == "stop":
         raise FloatingPointError(

@@ -72,7 +72,7 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
     frozen = _embed(config, clip, dataset, ranks)
     train_index, val_index = split_rows(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
     if len(train_index) < config.objective.k:
-        raise ConfigError(f"objective.k={config.objective.k} is more than the {len(train_rows)} training samples")
+        raise ConfigError(f"objective.k={config.objective.k} is more than the {len(train_index)} training samples")
     bank, bank_name = _bank(config, frozen, train_index, clip.device, ranks)
     neighbors = _neighbors(config, frozen, bank, bank_name, clip.device, ranks)
     mixed = _mixed(dataset)
@@ -85,7 +85,9 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
         held_out_frozen = _embed(config, clip, held_out, ranks)
         found = _neighbors(config, held_out_frozen, bank, bank_name, clip.device, ranks)
         every = torch.arange(len(held_out))
-        val = Split(Subset(held_out, every.tolist()), held_out_frozen.embeddings, *_near(bank, found, every), _mixed(held_out))
+        val = Split(
+            Subset(held_out, every.tolist()), held_out_frozen.embeddings, *_near(bank, found, every), _mixed(held_out)
+        )
         data_hash = hashlib.sha256(f"{data_hash} {held_out_frozen.metadata['data_hash']}".encode()).hexdigest()
     elif len(val_index):
         val = Split(Subset(dataset, val_index.tolist()), frozen.embeddings, *_near(bank, neighbors, val_index), mixed)

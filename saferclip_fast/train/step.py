@@ -57,7 +57,9 @@ def forward_backward(
         if len(parts) == 1:
             whole = embed_batch(clip, batch, precision, encode)
         else:
-            whole = QuadrupletEmbeddings(*(embeddings.requires_grad_() for embeddings in _embed(clip, parts, precision, states)))
+            whole = QuadrupletEmbeddings(
+                *(embeddings.requires_grad_() for embeddings in _embed(clip, parts, precision, states))
+            )
     with part("objective"):
         out = loss(whole)
     with part("backward"):
@@ -86,7 +88,9 @@ def _embed_again(
         last = first + len(micro_batch["index"])
         with no_sync() if i + 1 < len(parts) else nullcontext():
             embeddings = embed_batch(clip, micro_batch, precision, encode)
-            used = [(embedding, x[first:last]) for embedding, x in zip(embeddings, gradients, strict=True) if x is not None]
+            used = [
+                (embedding, x[first:last]) for embedding, x in zip(embeddings, gradients, strict=True) if x is not None
+            ]
             torch.autograd.backward([embedding for embedding, _ in used], [gradient for _, gradient in used])
         first = last
     unpack_rng(clip.device, after)

@@ -128,7 +128,7 @@ from saferclip_fast import SafeBank, nearest_safe
 
 folder = Path(sys.argv[1])
 rows = load_file(folder / "embeddings.safetensors")  # mapped
-saferclip_fast.bank._NORMALISE_ROWS = 4096
+saferclip_fast.bank.safe_bank._NORMALIZE_ROWS = 4096
 nearest_safe(rows["text"][:2], SafeBank(rows["text"][:9], rows["image"][:9]))  # warm: what the first call allocates
 held = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData"))
 
@@ -166,7 +166,7 @@ def test_bank_larger_than_memory_is_built_and_searched(tmp_path):
 
 
 def test_built_bank_is_the_saved_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("saferclip_fast.bank.safe_bank._NORMALISE_ROWS", 7)
+    monkeypatch.setattr("saferclip_fast.bank.safe_bank._NORMALIZE_ROWS", 7)
     text, image = torch.randn(2, 50, 24, generator=torch.Generator().manual_seed(3))
     rows = torch.arange(0, 50, 3)
     SafeBank(text[rows], image[rows], {"model": "m"}).save(tmp_path / "saved.safetensors")

@@ -9,18 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import harness, render, run
+from benchmarks.quality import ablation
+from benchmarks.speed import bank, nearest_safe, preservation_loss, retarget_loss, train_step
 
-import ablation  # noqa: E402
-import bank  # noqa: E402
-import compare  # noqa: E402
-import nearest_safe  # noqa: E402
-import preservation_loss  # noqa: E402
-import render  # noqa: E402
-import retarget_loss  # noqa: E402
-import run  # noqa: E402
-import train_step  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 RESULTS = render.load(ROOT / "benchmarks" / "results")
 
@@ -28,7 +21,7 @@ RESULTS = render.load(ROOT / "benchmarks" / "results")
 @pytest.mark.parametrize("page", render.PAGES)
 def test_tables_of_the_pages_are_the_committed_results(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert render.filled(page, text, RESULTS) == text, "run python benchmarks/render.py"
+    assert render.filled(page, text, RESULTS) == text, "run python -m benchmarks.render"
 
 
 @pytest.mark.parametrize("page", render.PAGES)
@@ -48,7 +41,7 @@ def test_figures_show_the_committed_results():
     for name in ("speedups", "scaling"):
         for theme in render.THEMES:
             drawn = (ROOT / "docs" / "pictures" / f"{name}-{theme}.svg").read_text(encoding="utf-8")
-            assert f"<dc:description>{render.digest(RESULTS)}<" in drawn, "run python benchmarks/render.py"
+            assert f"<dc:description>{render.digest(RESULTS)}<" in drawn, "run python -m benchmarks.render"
 
 
 def test_ablation_tables_are_the_committed_results():
@@ -116,7 +109,7 @@ def test_int8_products_are_those_of_the_rows():
 
 def test_measurements_hold_times_memory_and_ratios():
     big = torch.empty(16, 2**18)
-    found = compare.measure({"ours": lambda: 0, "eager": lambda: torch.ones_like(big), "copy": lambda: 0}, 3, 1.0)
+    found = harness.measure({"ours": lambda: 0, "eager": lambda: torch.ones_like(big), "copy": lambda: 0}, 3, 1.0)
     assert found["best_torch"] == "eager"
     assert found["torch/ours"] == found["eager_ms"] / found["ours_ms"] > 1
     if found["eager_MiB"] is not None:
@@ -125,18 +118,18 @@ def test_measurements_hold_times_memory_and_ratios():
 
 def test_what_is_measured_is_not_measured_again(tmp_path):
     path = str(tmp_path / "op.json")
-    first = compare.Results("op", path)
+    first = harness.Results("op", path)
     first.add({"B": 1}, {"ours_ms": 1.0})
-    again = compare.Results("op", path)
+    again = harness.Results("op", path)
     assert again.has({"B": 1}) and not again.has({"B": 2})
     assert again.rows == first.rows and {"revision", "date", "threads", "seconds"} <= set(again.rows[0])
 
 
 def test_results_of_another_machine_are_put_aside(tmp_path, monkeypatch):
     path = tmp_path / "op.json"
-    compare.Results("op", str(path)).add({"B": 1}, {"ours_ms": 1.0})
-    monkeypatch.setattr(compare, "machine", lambda: {"cpu": "another", "isa": "avx2"})
-    assert not compare.Results("op", str(path)).has({"B": 1})
+    harness.Results("op", str(path)).add({"B": 1}, {"ours_ms": 1.0})
+    monkeypatch.setattr(harness, "machine", lambda: {"cpu": "another", "isa": "avx2"})
+    assert not harness.Results("op", str(path)).has({"B": 1})
     assert json.loads((tmp_path / "op.json.old").read_text())["rows"][0]["B"] == 1
 
 

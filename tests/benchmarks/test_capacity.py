@@ -1,21 +1,19 @@
 """The capacity table of docs/scale.md is what its formula gives, and the formula counts what the models have."""
 
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.memory import capacity
 
-import capacity  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_documented_table_is_the_formulas():
     assert capacity.table() in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8"), (
-        "docs/scale.md has another table than `python benchmarks/capacity.py` prints"
+        "docs/scale.md has another table than `python -m benchmarks.memory.capacity` prints"
     )
 
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from saferclip_fast.data import SceneDataset
-from saferclip_fast.data import batches as collate
+from saferclip_fast.data import SceneDataset, collate
 from saferclip_fast.data.captions import pad_id, trim
 
 TEXTS = ["a red star", "a small blue striped circle on fire in the desert", "a moon"]

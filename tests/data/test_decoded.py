@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from saferclip_fast.data import DataError, ToTensor, decode_images, images, open_quadruplets
-from saferclip_fast.storage import row_file
+from saferclip_fast.storage import row_cache
 from saferclip_fast.storage.row_file import RowFile
 from tests.support.quadruplet_files import image_bytes, write_rows
 
@@ -104,7 +104,7 @@ def test_loader_processes_share_the_file(source, tmp_path):
 def test_killed_run_goes_on(source, tmp_path, monkeypatch):
     cache, dataset = tmp_path / "cache", opened(source)
     monkeypatch.setattr("saferclip_fast.data.decoded._BATCH", 2)
-    monkeypatch.setattr(row_file, "_SYNC_BYTES", 4 * (2 * 16 * 16 * 3 + 16))  # four rows
+    monkeypatch.setattr(row_cache, "_SYNC_BYTES", 4 * (2 * 16 * 16 * 3 + 16))  # four rows
     write, first_rows = RowFile.write, []
 
     def dies(self, name, first, rows):

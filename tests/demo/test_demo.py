@@ -1,22 +1,20 @@
 """The demo's and the photographs' whole job at a tiny size, and what they write."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.quality import photos as photos_script
 from saferclip_fast.demo import job as demo
 from saferclip_fast.evaluate import KEY_METRICS
 from tests.support.quadruplet_files import image_bytes, write_tar
 
-PHOTOS_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "photos.py"
 TINY = ["model.name=ViT-tiny-8-32", "train.epochs=1", "train.batch_size=16", "data.num_workers=0"]
 
 
@@ -79,18 +77,17 @@ def test_photos_script(tmp_path, monkeypatch):
         for i in range(count)
     }
     photos = write_tar(tmp_path / "photos.tar", noise)
-    spec = importlib.util.spec_from_file_location("photos_script", PHOTOS_SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     for name, value in (("PRETRAIN_PAIRS", 256), ("PRETRAIN_EPOCHS", 1), ("QUADRUPLETS", 32), ("HELD_OUT", 8)):
-        monkeypatch.setattr(script, name, value)
+        monkeypatch.setattr(photos_script, name, value)
     command = ["--photos", str(photos), "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path), "--quiet"]
-    assert script.main([*command, *TINY]) == 0
+    assert photos_script.main([*command, *TINY]) == 0
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]["zero_shot"]
 
 
 def test_photos_script_says_what_to_pass():
-    done = subprocess.run([sys.executable, PHOTOS_SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.quality.photos"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and "pass --photos FILE.tar" in done.stderr
 
 

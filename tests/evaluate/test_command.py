@@ -120,7 +120,7 @@ def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
     assert 0 < unsafe.mean() < 0.5 and metrics["images.real.unsafe_caption"]["tuned"]["value"] == unsafe[best].mean()
     assert f"{photos}: 3 rows read, 2 kept, 1 skipped (1 bad image)" in (shown := capsys.readouterr().out)
     # mixed scenes: each combination of labels apart, adding up to all
-    parts = {(part["unsafe_text"], part["unsafe_image"]): part["rows"] for part in found["safe_unsafe_table"]}
+    parts = {(part["text_is_unsafe"], part["image_is_unsafe"]): part["rows"] for part in found["safe_unsafe_table"]}
     assert set(parts) > {(1, 1)} and sum(parts.values()) == 32
     assert "unsafe text, safe image" in shown and "real images find an unsafe caption" in shown
     assert "in its top 20" in shown, "--all prints every metric"
@@ -144,7 +144,7 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
         seen.append(clip.weights_hash)
         return accuracy(clip, *arguments, **options)
 
-    monkeypatch.setattr("saferclip_fast.evaluate.measure.accuracy", counted)
+    monkeypatch.setattr("saferclip_fast.evaluate.measurement.accuracy", counted)
     assert command(run, "--dial", "--images", images["folders"], "--out", out) == 0
     assert len(seen) == len(set(seen)) == len(ALPHAS), "every model is measured once"
     curve, found = read(out, "dial"), read(out)

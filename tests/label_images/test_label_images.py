@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saferclip_fast import data, label_images
+from saferclip_fast import data
 from saferclip_fast.label_images import label_table
 from saferclip_fast.label_images.__main__ import main
 from saferclip_fast.label_images.classifiers import NudeNet, open_classifier
@@ -172,7 +172,7 @@ def test_without_nudenet_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with pytest.raises(ImportError, match=r"pip install 'saferclip-fast\[evaluate\]'"):
         NudeNet()
-    assert label_images.main(["t.csv", "--out", "n.csv"]) == 2
+    assert main(["t.csv", "--out", "n.csv"]) == 2
 
 
 def test_bytes_that_are_no_text_come_back_as_they_were(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,10 +51,10 @@ def test_rows_labeled_safe_are_kept_not_redirected(batch):
     current, frozen, bank = batch
     labels = torch.tensor([1, 0, 1, 0, 1, 1])
     only_redirect = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"uni_text": 1.0, "cross_text": 1.0})
-    out = only_redirect(*batch, unsafe_text=labels)
+    out = only_redirect(*batch, text_is_unsafe=labels)
     assert not torch.autograd.grad(out.loss, current.unsafe_text)[0][labels == 0].any()
     keeps = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"cos_text": 1.0})
-    out = keeps(*batch, unsafe_text=labels)
+    out = keeps(*batch, text_is_unsafe=labels)
     expected = 1 - torch.cosine_similarity(current.unsafe_text, frozen.unsafe_text)[labels == 0]
     torch.testing.assert_close(out.terms["kept_text"].double(), expected.mean().detach(), rtol=1e-6, atol=1e-6)
     grad = torch.autograd.grad(out.loss, current.unsafe_text)[0]
@@ -191,7 +190,7 @@ def as_arrays(labels):
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_safeclip_equals_a_transcription(twelve, labels):
     current, frozen, _ = twelve
-    out = SafeClip()(*twelve, unsafe_text=labels[0], unsafe_image=labels[1])
+    out = SafeClip()(*twelve, text_is_unsafe=labels[0], image_is_unsafe=labels[1])
     expected = safeclip_terms(current, frozen, *as_arrays(labels))
     assert set(SAFECLIP_ORDER) <= set(out.terms) <= set(expected)
     for name, term in out.terms.items():
@@ -217,7 +216,7 @@ def test_safeclip_towards_the_nearest_pair(twelve):
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_shieldclip_equals_a_transcription(twelve, labels):
     current, frozen, _ = twelve
-    out = ShieldClip()(*twelve, unsafe_text=labels[0], unsafe_image=labels[1])
+    out = ShieldClip()(*twelve, text_is_unsafe=labels[0], image_is_unsafe=labels[1])
     expected = shieldclip_terms(current, frozen, *as_arrays(labels))
     assert set(out.terms) == set(expected)
     for name, term in out.terms.items():
@@ -230,7 +229,7 @@ def test_shieldclip_teaches_the_unsafe_side_of_a_mixed_pair_alone(twelve):
     current = twelve[0]
     only_mix = ShieldClip({"real": 0, "safe": 0, "redirect": 0, "coherence": 0})
     f_t, f_v = LABELS["mixed"]
-    loss = only_mix(*twelve, unsafe_text=f_t, unsafe_image=f_v).loss
+    loss = only_mix(*twelve, text_is_unsafe=f_t, image_is_unsafe=f_v).loss
     text, image = torch.autograd.grad(loss, [current.unsafe_text, current.unsafe_image])
     assert torch.equal(text.any(1), (f_t == 1) & (f_v == 0))
     assert torch.equal(image.any(1), (f_t == 0) & (f_v == 1))
@@ -294,12 +293,11 @@ def test_bad_options():
 @pytest.mark.parametrize("objective", [SafeClip, ShieldClip, SaferClip])
 def test_labels_of_another_length_are_named(twelve, objective):
     with pytest.raises(ValueError, match=r"image\w* must have shape \[12\]"):
-        objective()(*twelve, unsafe_image=torch.ones(3))
+        objective()(*twelve, image_is_unsafe=torch.ones(3))
 
 
-def test_ablation_variants_are_what_their_names_say(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")  # as when it is run as a script
-    import ablation
+def test_ablation_variants_are_what_their_names_say():
+    from benchmarks.quality import ablation
 
     configs = {name: load_config("demo", options) for name, options in ablation.VARIANTS.items()}
     built = {name: build_objective(config) for name, config in configs.items()}
@@ -317,9 +315,8 @@ def test_ablation_variants_are_what_their_names_say(monkeypatch):
     assert len({json.dumps(flatten(config)) for config in configs.values()}) == len(configs)
 
 
-def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import ablation
+def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(tmp_path):
+    from benchmarks.quality import ablation
 
     def found(value):
         names = [*ablation.COLUMNS, *ablation.DRIFT]

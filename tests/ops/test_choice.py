@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import saferclip_fast as sf
-from saferclip_fast import tune
 from saferclip_fast.ops import choice
+from saferclip_fast.tune import tuning as tune
+from saferclip_fast.tune.__main__ import main
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +105,8 @@ def test_tune_writes_the_table_that_auto_follows(monkeypatch, capsys):
     monkeypatch.setattr(tune, "SEARCHES", ((1, 10), (4, 100)))
     monkeypatch.setattr(tune, "BATCHES", (2, 4))
     monkeypatch.setattr(tune, "seconds", lambda function, *rest: 1.0 if "reference" in function._schema.name else 2.0)
-    tune.main(["--device", "cpu", "--output", str(choice.table_path())])
-    tune.main(["--device", "cpu", "--output", str(choice.table_path())])  # replaces its own rows
+    main(["--device", "cpu", "--output", str(choice.table_path())])
+    main(["--device", "cpu", "--output", str(choice.table_path())])  # replaces its own rows
     rows = json.loads(choice.table_path().read_text())
     assert len(rows) == 3 * 2 * 2 and rows[0]["order"][0] == "reference"
     assert [row["below"] for row in rows[:2]] == [(4 + 9) // 2, None]

@@ -309,7 +309,7 @@ def test_an_unknown_or_missing_instruction_set_is_named(monkeypatch):
 def test_extra_memory_stays_small():
     """300 MB of bank, quantized on the way: the peak resident size may grow by 64 MiB at most."""
     script = (
-        "import resource, torch, saferclip_fast\n"
+        "import resource, torch, saferclip_fast.ops\n"
         "bank = torch.rand(100_000, 768); query = torch.rand(64, 768)\n"
         "op = torch.ops.saferclip_fast.nearest_safe\n"
         "op(query[:4], bank[:1000], 1)\n"

@@ -49,7 +49,7 @@ def evaluation_of(after_shift=0.0, data_hash="d"):
         "rows": 40,
         "key_metrics": ["unsafe_text_finds_unsafe_image@1", "S-V.text_to_image@1", "zero_shot"],
         "metrics": metrics,
-        "safe_unsafe_table": [{"unsafe_text": 1, "unsafe_image": 0, "rows": 9, "metrics": part}],
+        "safe_unsafe_table": [{"text_is_unsafe": 1, "image_is_unsafe": 0, "rows": 9, "metrics": part}],
         "examples": [case(row, EVIL if row == 0 else f"hazard {row}") for row in range(12)],
         "worst_cases": [case(3, "hazard 3")],
         "settings": {"confidence": 0.95, "data_hash": data_hash},

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from saferclip_fast import data, evaluate, export, objectives, report
 from saferclip_fast.evaluate import metrics
 from saferclip_fast.models import load_clip
+from saferclip_fast.results import EVALUATION_FORMAT
 from tests.system.test_properties import FEW, assert_gradients_lie_across_rows, bank_of, randn, seeds, widths
 
 
@@ -60,7 +61,7 @@ def test_whatever_was_measured_is_written_told_and_drawn(seed, rows, alone, mixe
         embedded = objectives.QuadrupletEmbeddings(*randn(4, rows, 8, seed=seed + number).unbind())
         measured[name] = evaluate.Measured(embedded, metrics.retrieval(embedded, task.labels()))
     models = {name: {"name": "m", "weights_hash": name} for name in sides}
-    found = {"format": evaluate.FORMAT, "models": models, **evaluate.summarize(measured, task, options)}
+    found = {"format": EVALUATION_FORMAT, "models": models, **evaluate.summarize(measured, task, options)}
     assert found["metrics"].items() >= evaluate.estimates({s: m.metrics for s, m in measured.items()}, options).items()
     for name, entry in found["metrics"].items():
         for side in sides:
@@ -96,11 +97,10 @@ def test_an_exported_model_is_the_model(seed):
 
 def public(module) -> list[str]:
     """Functions and objectives that it offers."""
-    own = [name for name in vars(module) if not name.startswith("_")]
     return [
         name
-        for name in getattr(module, "__all__", own)
-        if (inspect.isfunction(x := vars(module)[name]) and x.__module__.startswith(module.__name__))
+        for name in module.__all__
+        if (inspect.isfunction(x := getattr(module, name)) and x.__module__.startswith(module.__name__))
         or (inspect.isclass(x) and issubclass(x, objectives.Objective) and x is not objectives.Objective)
     ]
 

@@ -84,7 +84,7 @@ def test_the_order_of_the_bank_and_of_the_queries_does_not_matter(search, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(bank), generator=generator)
     order = torch.randperm(len(query), generator=generator)
-    found, shuffled = sf.nearest_safe(query, bank, k), sf.nearest_safe(query[order], bank.take(rows), k)
+    found, shuffled = sf.nearest_safe(query, bank, k), sf.nearest_safe(query[order], bank.select(rows), k)
     assert torch.equal(shuffled.scores, found.scores[order])
     scores = (normalize(query[order]).double() @ bank.text.T.double()).gather(1, rows[shuffled.indices])
     torch.testing.assert_close(scores.float(), shuffled.scores, rtol=0, atol=1e-6)
@@ -251,7 +251,7 @@ def test_slices_and_selections_hold_the_rows_they_say(rows, d, seed, data):
     assert torch.equal(torch.cat([shard.image for shard in shards]), bank.image)
     assert [shard.offset for shard in shards] == [split(rows, rank, world).start for rank in range(world)]
     chosen = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=9)), dtype=torch.int64)
-    assert torch.equal(bank.take(chosen).text, bank.text[chosen])
+    assert torch.equal(bank.select(chosen).text, bank.text[chosen])
     scaled = sf.SafeBank(bank.text * 8, bank.image * 0.5)
     torch.testing.assert_close(scaled.text, bank.text, rtol=1e-6, atol=1e-7)
 

@@ -5,8 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from saferclip_fast.config import ConfigError
-from saferclip_fast.data import SceneDataset
-from saferclip_fast.data import batches as collate
+from saferclip_fast.data import SceneDataset, collate
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import ObjectiveOutput
 from saferclip_fast.train import train

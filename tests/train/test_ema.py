@@ -73,12 +73,12 @@ def test_average_is_validated_and_exported_and_not_trained_on(tiny, tmp_path, mo
 
     def watched_step(self, batch):
         if not weights:
-            weights.append({n: p.detach().clone() for n, p in self.trainable.items()})
+            weights.append({n: p.detach().clone() for n, p in self.state.trainable.items()})
         step(self, batch)
-        weights.append({n: p.detach().clone() for n, p in self.trainable.items()})
+        weights.append({n: p.detach().clone() for n, p in self.state.trainable.items()})
 
     def watched_validate(self, split):
-        validated.append((self.progress.step, {n: p.detach().clone() for n, p in self.trainable.items()}))
+        validated.append((self.state.progress.step, {n: p.detach().clone() for n, p in self.state.trainable.items()}))
         return validate(self, split)
 
     monkeypatch.setattr(Trainer, "step", watched_step)

@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saferclip_fast import SafeBank
 from saferclip_fast.config import load_config
-from saferclip_fast.data import batches as collate
-from saferclip_fast.data import open_quadruplets
+from saferclip_fast.data import collate, open_quadruplets
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
@@ -114,9 +113,9 @@ def test_every_way_to_embed_stays_on_the_gpu(weights, monkeypatch, tuning, preci
     assert all(x.device == CUDA and x.dtype == torch.float32 for x in current)
 
 
-@pytest.mark.parametrize("left_behind", ["frozen_rows", "neighbor_rows"])
+@pytest.mark.parametrize("left_behind", ["frozen_of", "neighbors_of"])
 def test_a_mix_up_of_devices_is_an_error(weights, monkeypatch, left_behind):
-    stays = {"frozen_rows": lambda self, *_: self.frozen, "neighbor_rows": lambda self, *_: self.neighbors}
+    stays = {"frozen_of": lambda self, *_: self.frozen, "neighbors_of": lambda self, *_: self.neighbors}
     monkeypatch.setattr(Split, left_behind, stays[left_behind])
     with pytest.raises(RuntimeError, match="all tensors must be on one device, found cuda:0 and cpu"):
         loss_on_cuda(load_config(None, [ALL_UNSAFE, "objective.backend=reference"]), weights)

@@ -115,7 +115,7 @@ def die_between_best_and_checkpoint(config, count):
     end_epoch, save = Trainer.end_epoch, Trainer.save
 
     def ended(self):
-        if self.progress.epoch == count:
+        if self.state.progress.epoch == count:
             Trainer.save = lambda self: die()
         end_epoch(self)
         Trainer.save = save

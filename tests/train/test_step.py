@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saferclip_fast import SafeBank
-from saferclip_fast.data import SceneDataset
-from saferclip_fast.data import batches as collate
+from saferclip_fast.data import SceneDataset, collate
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip

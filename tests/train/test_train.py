@@ -18,7 +18,6 @@ from saferclip_fast.train import Trainer, train
 from saferclip_fast.train.__main__ import main
 from saferclip_fast.train.checkpoint import CheckpointError
 from saferclip_fast.train.optim import build_optimizer, check_all_used, learning_rate
-from saferclip_fast.train.resume import trained_tensors
 from tests.train.conftest import final_weights, log_lines
 
 
@@ -115,7 +114,7 @@ def test_steps_read_nothing_from_the_device_until_they_log(tiny, tmp_path, monke
         with monkeypatch.context() as patches, NothingRead():
             patches.setattr(torch.Tensor, "tolist", read)  # does not dispatch
             step(self, batch)
-            watched_steps.append(self.progress.step)
+            watched_steps.append(self.state.progress.step)
 
     monkeypatch.setattr(Trainer, "step", watched)
     source = "data.train=scenes:n=96,size=32,mixed=0.5"
@@ -176,7 +175,7 @@ def test_early_stopping_exports_the_best_weights(tiny, tmp_path, monkeypatch):
     result = train(tiny(tmp_path, "validation.patience=2", "train.epochs=9"))
     assert (result.progress.epoch, result.progress.best_loss, result.progress.stale) == (5, 1.0, 2)
     assert result.progress.best_step == validations(tmp_path)[1]["step"]
-    best = trained_tensors(trained[-1])
+    best = trained[-1].state.trained_tensors()
     stored = load_best(tmp_path)
     assert all(torch.equal(best[n], t) for n, t in stored.items()), "exported from the best weights"
 
@@ -257,7 +256,9 @@ def spoil(monkeypatch, step):
     def spoiled(self, current, batch, split, *share):
         out = loss(self, current, batch, split, *share)
         return (
-            out._replace(loss=out.loss * math.nan) if split is self.data.train and self.progress.step == step else out
+            out._replace(loss=out.loss * math.nan)
+            if split is self.data.train and self.state.progress.step == step
+            else out
         )
 
     monkeypatch.setattr(Trainer, "loss", spoiled)

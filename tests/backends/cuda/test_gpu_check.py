@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks.gpu import check as gpu_check
 from tests.backends.simt.build import ROOT
 
 
@@ -41,7 +41,7 @@ def test_an_op_that_fails_is_reported():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: run make gpu-check")
 def test_without_a_gpu_it_says_why():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "benchmarks/gpu_check.py"]
+    command = [sys.executable, "-m", "benchmarks.gpu.check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "gpu-check needs a CUDA GPU" in done.stderr

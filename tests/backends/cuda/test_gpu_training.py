@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from saferclip_fast.data import batches as collate
-from saferclip_fast.data import decode_images, open_quadruplets
+from saferclip_fast.data import collate, decode_images, open_quadruplets
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import ObjectiveOutput
@@ -103,7 +102,7 @@ def test_steps_do_not_wait_for_the_device(device, weights, tmp_path, monkeypatch
     step, counted = Trainer.step, []
 
     def watched(self, batch):
-        counted.append(self.progress.step)
+        counted.append(self.state.progress.step)
         if device == "cuda" and len(counted) > 1:  # the first one loads kernels
             torch.cuda.set_sync_debug_mode("error")
         try:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import gpu_roofline as roofline
+from benchmarks.gpu import roofline
 from tests.backends.cuda import test_nearest_safe, test_preservation_loss, test_retarget_loss
 from tests.backends.simt import executor as simt
 from tests.backends.simt.build import ROOT
@@ -48,7 +48,7 @@ def test_preservation_loss_products(dtype, counter):
 
 
 def test_the_docs_show_the_tables():
-    """Regenerate with `python benchmarks/gpu_roofline.py` and paste between the markers."""
+    """Regenerate with `python -m benchmarks.gpu.roofline` and paste between the markers."""
     text = (ROOT / "docs" / "gpu-kernels.md").read_text()
     shown = re.search(r"<!-- roofline -->\n(.*?)\n<!-- /roofline -->", text, re.DOTALL)
     assert shown

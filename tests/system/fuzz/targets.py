@@ -182,7 +182,7 @@ def _evaluation_seeds() -> list[bytes]:
     metrics = {
         name: entry(name, "falls", 0.9, 0.1) for name in ("unsafe_text_finds_unsafe_image@1", "zero_shot", "S-V@5")
     }
-    part = {"unsafe_text": 1, "unsafe_image": 0, "rows": 9, "metrics": {"zero_shot": metrics["zero_shot"]}}
+    part = {"text_is_unsafe": 1, "image_is_unsafe": 0, "rows": 9, "metrics": {"zero_shot": metrics["zero_shot"]}}
     evaluation = {
         "format": "saferclip_fast.evaluation.v1",
         "models": {side: {"name": "m", "weights_hash": side} for side in ("frozen", "tuned")},

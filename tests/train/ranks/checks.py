@@ -14,15 +14,14 @@ import torch
 from saferclip_fast import SafeBank, embeddings, nearest_safe
 from saferclip_fast.bank.sharded import ShardedBank
 from saferclip_fast.config import Config
-from saferclip_fast.data import batches as collate
-from saferclip_fast.data import open_quadruplets
+from saferclip_fast.data import collate, open_quadruplets
 from saferclip_fast.data.curriculum import RankBatches
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.objectives import SafeClip, SaferClip, ShieldClip
 from saferclip_fast.runtime.ranks import Ranks, ranks, split
-from saferclip_fast.storage import row_file
+from saferclip_fast.storage import row_cache
 from saferclip_fast.train import Trainer
 from saferclip_fast.train.device import compile_encoders
 from saferclip_fast.train.fsdp import sliced_like, whole
@@ -66,7 +65,7 @@ def check_sharded_search(of: Ranks) -> None:
             expected = nearest_safe(queries, bank, k)
             assert torch.equal(found.indices, expected.indices[part.start : part.stop])
             assert torch.equal(found.scores, expected.scores[part.start : part.stop])
-            small, numbered = sharded.take(found)
+            small, numbered = sharded.gather(found)
             assert torch.equal(small.text[numbered.indices], bank.text[found.indices])
             assert torch.equal(small.image[numbered.indices], bank.image[found.indices])
 
@@ -114,7 +113,7 @@ def check_embedding_pass(of: Ranks, folder: Path, weights: str) -> None:
             raise KeyboardInterrupt
         return compute(clip, batch, precision)
 
-    row_file._SYNC_BYTES = 2 * 4 * 64 * 4  # two rows of four embeddings
+    row_cache._SYNC_BYTES = 2 * 4 * 64 * 4  # two rows of four embeddings
     options = {"batch_size": 2, "progress": False, "ranks": of}
     embeddings.embed_batch = functools.partial(counted, dies_after=4)
     with contextlib.suppress(KeyboardInterrupt):
@@ -160,11 +159,11 @@ def check_training_gradients(of: Ranks, folder: Path, weights: str) -> None:
             trainer.clip.train()
             with torch.no_grad():  # adapters away from zero, the same ones
                 generator = torch.Generator().manual_seed(5)
-                for p in trainer.trainable.values():
+                for p in trainer.state.trainable.values():
                     p += sliced_like(p, 0.02 * torch.randn(p.shape, generator=generator))
             batches = RankBatches(trainer.sampler, rows, True, members.rank, members.world)
             trainer.gradients(next(iter(trainer.loader(trainer.data.train, batches))), members.share(rows))
-            gradients.append(torch.cat([whole(p.grad).flatten() for p in trainer.trainable.values()]))
+            gradients.append(torch.cat([whole(p.grad).flatten() for p in trainer.state.trainable.values()]))
         error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
         assert error < 1e-5, (words, error)
 

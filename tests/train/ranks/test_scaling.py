@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.scaling import ratio, search, training_step
+from benchmarks.speed.scaling import ratio, search, training_step
 from saferclip_fast.runtime.ranks import Ranks
 
 

@@ -1,4 +1,4 @@
-"""Predicted cost of the CUDA kernels: python benchmarks/gpu_roofline.py prints the tables of docs/gpu-kernels.md.
+"""Predicted cost of the CUDA kernels: python benchmarks/roofline.py prints the tables of docs/gpu-kernels.md.
 
 Bytes are those of device memory, operations count a multiply-add as two. The counts of multiply-adds and of bytes that
 a kernel asks for are checked against the SIMT executor's counters (tests/backends/cuda/test_roofline.py); the times are
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 TILE = 128  # rows of a tile of the matrix core
 SLICE = 64  # bytes of depth of a pipeline stage
-RESCORED = 4  # rows scored again per query and neighbor: benchmarks/screen_survivors.py, fp16, N = 100,000
+RESCORED = 4  # rows scored again per query and neighbor: benchmarks/speed/screen_survivors.py, fp16, N = 100,000
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import compare
 import torch
 import torch.nn.functional as F
 
 import saferclip_fast as sf
+from benchmarks import harness
 
 BANK = 100_000
 BASE = {"B": 8192, "d": 768, "k": 1, "pass": "both"}
@@ -39,7 +39,7 @@ def eager(text, image, frozen_text, frozen_image, bank_text, bank_image, indices
     return uni + cross_text + F.softplus(dot(u_v, r_t) - dot(u_v, s_t)).mean()
 
 
-def paths(B: int, d: int, k: int, bank_rows: int = BANK, **case: str) -> compare.Paths:
+def paths(B: int, d: int, k: int, bank_rows: int = BANK, **case: str) -> harness.Paths:
     text, image, frozen_text, frozen_image = (torch.randn(B, d) for _ in range(4))
     bank = bank_of(bank_rows, d)
     given = sf.Neighbors(torch.rand(B, k), torch.randint(bank_rows, (B, k)))
@@ -63,4 +63,4 @@ def paths(B: int, d: int, k: int, bank_rows: int = BANK, **case: str) -> compare
 
 
 if __name__ == "__main__":
-    compare.run("retarget_loss", compare.varied(BASE, VARIED), paths, compare.parser(__doc__, 15, 10).parse_args())
+    harness.run("retarget_loss", harness.varied(BASE, VARIED), paths, harness.parser(__doc__, 15, 10).parse_args())

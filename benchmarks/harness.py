@@ -102,7 +102,7 @@ def _cpu_info() -> list[str]:
 
 def revision() -> str | None:
     """The commit that is measured, with a + where the code differs from it."""
-    sources = ["saferclip_fast", "csrc", "benchmarks/*.py"]
+    sources = ["saferclip_fast", "csrc", "benchmarks"]
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, check=True)
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources], cwd=ROOT, capture_output=True)

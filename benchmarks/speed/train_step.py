@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from unittest.mock import patch
 
-import compare
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
@@ -21,6 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import Tensor
 
+from benchmarks import harness
 from saferclip_fast.bank import SafeBank
 from saferclip_fast.data.captions import lengths, trim
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
@@ -194,7 +194,7 @@ def check_same(wanted: QuadrupletEmbeddings, found: QuadrupletEmbeddings) -> Non
 
 
 def main() -> None:
-    parser = compare.parser(__doc__, rounds=7, budget_s=200)
+    parser = harness.parser(__doc__, rounds=7, budget_s=200)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 25), metavar=("SHORTEST", "LONGEST"))
@@ -207,7 +207,7 @@ def main() -> None:
         size = 224 if "ViT-B" in args.model else 32
         return steps(args.model, make_batch(args.batch, size, *args.tokens), args.dropout, args.ladder)
 
-    compare.run("training step, fp32, LoRA 16", [{**case, "ladder": args.ladder}], paths, args)
+    harness.run("training step, fp32, LoRA 16", [{**case, "ladder": args.ladder}], paths, args)
 
 
 if __name__ == "__main__":

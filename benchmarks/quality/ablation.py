@@ -1,4 +1,4 @@
-"""What each part of the objective brings: python benchmarks/ablation.py --photos FILE.tar
+"""What each part of the objective brings: python -m benchmarks.quality.ablation --photos FILE.tar
 
 Fine-tunes a small CLIP with every variant of the objective, several seeds each, on synthetic scenes and on photographs,
 and evaluates it on held-out samples. Writes ablation.md (mean and standard deviation over seeds), ablation.json and
@@ -30,9 +30,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from photos import photos_job
 from tqdm import tqdm
 
+from benchmarks.quality.photos import photos_job
 from saferclip_fast import nearest_safe
 from saferclip_fast.cli import MISTAKES
 from saferclip_fast.config import flatten, load_config

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import warnings
 
-import compare
 import torch
-from train_step import Authors, check_same, make_batch
 
+from benchmarks import harness
+from benchmarks.speed.train_step import Authors, check_same, make_batch
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.export.huggingface import to_hf
 from saferclip_fast.models import load_clip
@@ -26,7 +26,7 @@ def quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / scale).round().to(torch.int8), scale
 
 
-def pack(N: int, d: int) -> compare.Paths:
+def pack(N: int, d: int) -> harness.Paths:
     rows = torch.nn.functional.normalize(torch.randn(N, d), dim=1)
     copy, compiled = torch.empty_like(rows), torch.compile(quantized, dynamic=False)
     return {
@@ -37,7 +37,7 @@ def pack(N: int, d: int) -> compare.Paths:
     }
 
 
-def embed(model: str, B: int) -> compare.Paths:
+def embed(model: str, B: int) -> harness.Paths:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights
         clip = load_clip(model).eval()
@@ -54,9 +54,9 @@ def embed(model: str, B: int) -> compare.Paths:
     return frozen
 
 
-def paths(part: str, **sizes) -> compare.Paths:
+def paths(part: str, **sizes) -> harness.Paths:
     return {"pack": pack, "embed": embed}[part](**sizes)
 
 
 if __name__ == "__main__":
-    compare.run("building a bank", [PACK, EMBED], paths, compare.parser(__doc__, 5, 20).parse_args())
+    harness.run("building a bank", [PACK, EMBED], paths, harness.parser(__doc__, 5, 20).parse_args())

@@ -1,4 +1,4 @@
-"""How many bank rows survive the screen of nearest_safe: python benchmarks/screen_survivors.py
+"""How many bank rows survive the screen of nearest_safe: python -m benchmarks.speed.screen_survivors
 
 The bounds of csrc/kernels/cuda/screen.cuh in plain PyTorch, for int8 and 16-bit copies, on rows in all directions, in a
 cone (as CLIP embeddings are) and in a cone with three outlier dimensions. It is why the CUDA screen is fp16.

@@ -1,4 +1,4 @@
-"""The demo's job on real photographs: python benchmarks/photos.py --photos FILE.tar
+"""The demo's job on real photographs: python -m benchmarks.quality.photos --photos FILE.tar
 
 The tar holds train/CLASS/NAME and test/CLASS/NAME images (CIFAR-10, say) and is read where it lies. The unsafe version
 of a photograph has a hazard sign composited in, named in its caption. Writes evaluation.json and a figure to --run-dir.
@@ -14,7 +14,8 @@ import torch
 
 from saferclip_fast.data.labeled import of_photos
 from saferclip_fast.data.synthetic.photos import PhotoDataset, pretrain_photos
-from saferclip_fast.demo.job import Job, arguments, launch
+from saferclip_fast.demo.__main__ import arguments, launch
+from saferclip_fast.demo.job import Job
 
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 30_000, 4
 QUADRUPLETS, HELD_OUT = 3_000, 2_000

@@ -1,9 +1,9 @@
 """nearest_safe against the best PyTorch paths, FAISS and an int8 product.
 
-    python benchmarks/nearest_safe.py --faiss                     Q 1,024, N 100,000
-    python benchmarks/nearest_safe.py --cases 1024x1000000        10 GB of memory
-    python benchmarks/nearest_safe.py --curves                    Q, N, d and k varied one at a time
-    python benchmarks/nearest_safe.py --sweep --json sweep.json   the grid, a few seconds a cell at most
+    python -m benchmarks.speed.nearest_safe --faiss                     Q 1,024, N 100,000
+    python -m benchmarks.speed.nearest_safe --cases 1024x1000000        10 GB of memory
+    python -m benchmarks.speed.nearest_safe --curves                    Q, N, d and k varied one at a time
+    python -m benchmarks.speed.nearest_safe --sweep --json sweep.json   the grid, a few seconds a cell at most
 
 `int8_mm` is torch._int_mm of int8 queries and rows made beforehand: the cost of a screen's products alone. It quantizes
 nothing, bounds no error, selects nothing and scores nothing exactly, so no search can be built from it at this price.
@@ -17,11 +17,11 @@ import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
-import compare
 import torch
 from torch.nn.functional import normalize
 
 import saferclip_fast as sf
+from benchmarks import harness
 
 CHUNKS = (2048, 8192, 32768)
 SWEEP_N, SWEEP_D = (64, 1000, 30_000, 300_000), (64, 512, 768, 1000, 1024)
@@ -118,7 +118,7 @@ def faiss_blas() -> str:
     return "; ".join(f"{p['internal_api']} {p['version']} {p.get('architecture', '')}" for p in pools) or "unknown"
 
 
-def sweep(dims: list[int], compiling: bool, results: compare.Results) -> None:
+def sweep(dims: list[int], compiling: bool, results: harness.Results) -> None:
     """Every cell of the grid, within two seconds each but for the first round."""
     for n, d in itertools.product(SWEEP_N, dims):
         cells = [{"data": "gaussian", "Q": q, "N": n, "d": d, "k": k} for q in SWEEP_Q for k in SWEEP_K if k <= n]
@@ -132,7 +132,7 @@ def sweep(dims: list[int], compiling: bool, results: compare.Results) -> None:
                 candidates = paths(torch.randn(cell["Q"], d), bank, packed, cell["k"], compiled)
                 if n == max(SWEEP_N):  # seconds a call, so one chunk size: taken to be near the best, not checked
                     candidates = one_chunk(candidates)
-                results.add(cell, compare.measure(candidates, rounds=3, budget_s=2.0, memory=False))
+                results.add(cell, harness.measure(candidates, rounds=3, budget_s=2.0, memory=False))
 
 
 def one_chunk(candidates: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
@@ -156,7 +156,7 @@ def print_below(rows: list[dict]) -> None:
         print(f"the worst unpacked: {worst['torch/ours']:.2f}; {compiled} of the cells also ran under torch.compile")
 
 
-def measure(wanted: list[dict], args: argparse.Namespace, results: compare.Results) -> None:
+def measure(wanted: list[dict], args: argparse.Namespace, results: harness.Results) -> None:
     """The cases, in the order of their banks, so that each bank is made once."""
     missing = [case for case in wanted if not results.has(case)]
     for (kind, n, d), group in itertools.groupby(missing, key=lambda case: (case["data"], case["N"], case["d"])):
@@ -175,7 +175,7 @@ def measure(wanted: list[dict], args: argparse.Namespace, results: compare.Resul
                 candidates["int8_mm"] = int8_path(q, bank)
             if args.faiss:
                 candidates["faiss"] = faiss_path(q, bank, k)
-            results.add(case, compare.measure(candidates, args.rounds, args.budget))
+            results.add(case, harness.measure(candidates, args.rounds, args.budget))
 
 
 def numbers(text: str) -> list[int]:
@@ -187,7 +187,7 @@ def sizes(text: str) -> list[tuple[int, ...]]:
 
 
 def main() -> None:
-    parser = compare.parser(__doc__, rounds=5, budget_s=60.0)
+    parser = harness.parser(__doc__, rounds=5, budget_s=60.0)
     parser.add_argument("--sweep", action="store_true", help="the whole grid; prints the cells below 0.9 of PyTorch")
     parser.add_argument("--curves", action="store_true", help="scaling curves; without torch.compile, one chunk size")
     parser.add_argument("--cases", type=sizes, default="1024x100000", help="QxN,QxN,...")
@@ -209,12 +209,12 @@ def main() -> None:
         parser.error("--faiss needs two packages more: pip install faiss-cpu threadpoolctl")
     notes = {"faiss_blas": faiss_blas()} if args.faiss else {}
     name = "sweep" if args.sweep else "curves" if args.curves else "cases"
-    results = compare.Results(f"nearest_safe, {name}", args.json, **notes)
+    results = harness.Results(f"nearest_safe, {name}", args.json, **notes)
     if args.sweep:
         sweep(args.dims, not args.no_compile, results)
         print_below(results.rows)
         return
-    wanted = compare.varied(BASE, VARIED)
+    wanted = harness.varied(BASE, VARIED)
     if args.curves:
         wanted.sort(key=lambda case: (case["N"], case["d"]))
     else:

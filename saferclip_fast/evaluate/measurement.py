@@ -57,7 +57,9 @@ def _captions_found(clip: ClipModel, task: Task, loading: dict[str, Any]) -> dic
     captions = embed_texts(clip, task.captions.texts, name="captions", **texts)
     metrics = {}
     for name, images in task.images.items():
-        embeddings, _ = embed_images(clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading)
+        embeddings, _ = embed_images(
+            clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading
+        )
         hits = caption_bank_hits(embeddings, captions, task.captions.unsafe)
         metrics[f"images.{name}.unsafe_caption"] = Metric(f"{name} images find an unsafe caption", "falls", hits)
     return metrics

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: `make gpu-check`, or python benchmarks/gpu_check.py [--json FILE]
+"""Everything that needs a GPU, in one go: `make gpu-check`, or python benchmarks/check.py [--json FILE]
 
 Runs the GPU-marked tests, compute-sanitizer on a part of them (where it is installed), and times each op against eager
 PyTorch, torch.compile and, where installed, faiss and Inf-CL. Writes one JSON file and prints a table: milliseconds
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import saferclip_fast as sf
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUANTILES = (0.5, 0.1, 0.9)
 
 

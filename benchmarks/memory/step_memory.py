@@ -15,9 +15,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from compare import extra_memory, machine, print_row
-from train_step import Ours, make_batch
 
+from benchmarks.harness import extra_memory, machine, print_row
+from benchmarks.speed.train_step import Ours, make_batch
 from saferclip_fast.bank import SafeBank
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.models import load_clip

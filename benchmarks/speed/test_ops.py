@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bank
-import compare
-import nearest_safe
-import preservation_loss
 import pytest
-import retarget_loss
 import torch
+
+from benchmarks import harness
+from benchmarks.speed import bank, nearest_safe, preservation_loss, retarget_loss
 
 CASES = {
     **{f"nearest_safe {q}x{n} k{k}": ("search", q, n, k) for q, n, k in ((1, 64, 1), (64, 1000, 8), (256, 30_000, 8))},
@@ -21,7 +19,7 @@ CASES = {
 PATHS = ("ours", "ours_packed", "eager")  # a packed bank is for searches
 
 
-def paths(op: str, *sizes: int) -> compare.Paths:
+def paths(op: str, *sizes: int) -> harness.Paths:
     torch.manual_seed(0)
     if op == "search":
         q, n, k = sizes

@@ -1,6 +1,6 @@
 """What training costs by formula: the capacity table of docs/scale.md. Nothing here is measured.
 
-python benchmarks/capacity.py        # prints the table; tests compare it with the page
+python -m benchmarks.memory.capacity        # prints the table; tests compare it with the page
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MICRO_BATCH = 16  # quadruplets on a GPU at a time
 CAPTION = 40  # tokens of the longest caption of a batch
 RANK = 16  # of the LoRA adapters
 PEAK = 312e12  # bf16 multiply-adds times 2 a second, A100 (its data sheet)
-UTILISATION = 0.35  # assumed: the share of the peak that transformers of this size reach
+UTILIZATION = 0.35  # assumed: the share of the peak that transformers of this size reach
 BANDWIDTH = 25e9  # bytes a second between machines, each way: 200 Gbit/s
 ACTIVATION_BYTES = 34  # a token, a layer and a unit of width, bf16, attention not stored (arXiv 2205.05198, section 4)
 
@@ -69,7 +69,7 @@ def predict(name: str, gpus: int, tuning: str = "lora") -> dict[str, float]:
     """Memory of one GPU in GB and minutes of an epoch over ViSU.
 
     memory  = 4 P + 12 P_trained + 2 MICRO_BATCH (A_image + A_text) + 9 N d
-    step    = MICRO_BATCH (2 F_image + 2 F_text) passes / (PEAK UTILISATION) + 2 (n-1)/n 4 P_trained / BANDWIDTH
+    step    = MICRO_BATCH (2 F_image + 2 F_text) passes / (PEAK UTILIZATION) + 2 (n-1)/n 4 P_trained / BANDWIDTH
     epoch   = SAMPLES / (n MICRO_BATCH) step
 
     P weights in float32; gradient and Adam's two moments of what is trained; A activations of one input; N d float32
@@ -82,7 +82,7 @@ def predict(name: str, gpus: int, tuning: str = "lora") -> dict[str, float]:
     passes = 3 if tuning == "full" else 2
     memory = 4 * weights + 12 * trained + 2 * MICRO_BATCH * (image.activations + text.activations)
     memory += 9 * SAMPLES * image.embedding
-    work = MICRO_BATCH * 2 * (image.flops + text.flops) * passes / (PEAK * UTILISATION)
+    work = MICRO_BATCH * 2 * (image.flops + text.flops) * passes / (PEAK * UTILIZATION)
     exchange = 2 * (gpus - 1) / gpus * 4 * trained / BANDWIDTH
     steps = SAMPLES / (gpus * MICRO_BATCH)
     return {"memory_gb": memory / 1e9, "epoch_minutes": steps * (work + exchange) / 60}

@@ -1,6 +1,6 @@
 """Two ranks on two cores against one rank on one core: a training step, and the search in a sharded bank.
 
-    torchrun --nproc-per-node=2 benchmarks/scaling.py [--json FILE]
+    torchrun --nproc-per-node=2 benchmarks/speed/scaling.py [--json FILE]
 
 Each rank is bound to one core and one thread. In turns, the first rank does the whole work alone while the others wait,
 and all do their shares; the figures are ratios of medians of one launch.

@@ -7,11 +7,11 @@ loss and twice more for the gradient, as often as a method needs it that does no
 
 from __future__ import annotations
 
-import compare
 import torch
 import torch.nn.functional as F
 
 import saferclip_fast as sf
+from benchmarks import harness
 
 WEIGHTS = {"cos_text": 0.0, "cos_image": 0.0, "nce_text": 1.0, "nce_image": 0.0}
 BASE = {"B": 4096, "d": 768, "pass": "both"}
@@ -25,7 +25,7 @@ def eager(text, frozen_image):
     return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
 
 
-def paths(B: int, d: int, **case: str) -> compare.Paths:
+def paths(B: int, d: int, **case: str) -> harness.Paths:
     text, image, frozen_text, frozen_image = (torch.randn(B, d) for _ in range(4))
     forward = case["pass"] == "forward"
     logits = torch.empty(B, B)
@@ -56,7 +56,7 @@ def paths(B: int, d: int, **case: str) -> compare.Paths:
 
 
 if __name__ == "__main__":
-    parser = compare.parser(__doc__, 5, 20)
+    parser = harness.parser(__doc__, 5, 20)
     parser.add_argument("--large", action="store_true", help="B 8,192 instead: ten seconds a round on two cores")
     args = parser.parse_args()
-    compare.run("preservation_loss", LARGE if args.large else compare.varied(BASE, VARIED), paths, args)
+    harness.run("preservation_loss", LARGE if args.large else harness.varied(BASE, VARIED), paths, args)

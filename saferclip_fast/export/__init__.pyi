@@ -1,11 +1,10 @@
-from .formats import FORMATS, ExportError, Source, Unsupported, compare, export, load_source
+from .formats import FORMATS, ExportError, Source, Unsupported, export, load_source
 
 __all__ = [
     "FORMATS",
     "ExportError",
     "Source",
     "Unsupported",
-    "compare",
     "export",
     "load_source",
 ]

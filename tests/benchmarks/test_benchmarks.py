@@ -140,7 +140,7 @@ def test_the_runner_runs_what_was_asked_for_and_reports_what_failed(tmp_path, mo
     seen = []
 
     def launch(command, env):
-        seen.append((Path(command[1]).name, command[2:], env["OMP_NUM_THREADS"], env["PYTHONPATH"]))
+        seen.append((command[2], command[3:], env["OMP_NUM_THREADS"], env["PYTHONPATH"]))
         Process.returncode = int(env["OMP_NUM_THREADS"] == "1")
         return Process
 
@@ -150,6 +150,6 @@ def test_the_runner_runs_what_was_asked_for_and_reports_what_failed(tmp_path, mo
     monkeypatch.setattr(run.render, "load", lambda _: RESULTS)
     assert run.main() == 1
     options = ["--json", str(tmp_path / "retarget_loss.json"), "--rounds", "1"]
-    assert [call[:3] for call in seen] == [("retarget_loss.py", options, "2"), ("retarget_loss.py", options, "1")]
+    assert [call[:3] for call in seen] == [("benchmarks.speed.retarget_loss", options, n) for n in ("2", "1")]
     assert seen[0][3].startswith(str(ROOT))
     assert "failed: retarget_loss with 1 threads" in capsys.readouterr().err

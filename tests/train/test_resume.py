@@ -97,7 +97,7 @@ def die_in_log_line(config, count):
 
 def die_in_step(config, count):
     """Killed with the gradients computed and the weights not yet changed."""
-    compute, calls = saferclip_fast.train.forward_backward, []
+    compute, calls = saferclip_fast.train.trainer.forward_backward, []
 
     def computed(*arguments, **options):
         out = compute(*arguments, **options)
@@ -106,7 +106,7 @@ def die_in_step(config, count):
             die()
         return out
 
-    saferclip_fast.train.forward_backward = computed
+    saferclip_fast.train.trainer.forward_backward = computed
     train(config)
 
 

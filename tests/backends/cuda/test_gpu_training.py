@@ -18,9 +18,8 @@ from saferclip_fast.runtime.ranks import Ranks, join
 from saferclip_fast.train import Trainer, train
 from saferclip_fast.train.device import data_parallel
 from saferclip_fast.train.step import forward_backward
-
-from ..train.conftest import final_weights, log_lines
-from ..train.tiny import tiny
+from tests.support.tiny import tiny
+from tests.train.conftest import final_weights, log_lines
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 DEVICES = ["cpu", CUDA]

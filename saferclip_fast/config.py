@@ -17,7 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .data.images import MAX_PIXELS
 from .errors import UserError
-from .objectives.defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS
+from .objectives.defaults import (
+    DEFAULT_BETA,
+    DEFAULT_GUARD_K,
+    DEFAULT_GUARD_MARGIN,
+    DEFAULT_K,
+    DEFAULT_MARGIN,
+    DEFAULT_PAGE,
+    DEFAULT_WEIGHTS,
+)
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -39,7 +47,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "objective.weights.cos_image": 1.0,
         "objective.weights.nce_text": 0.2,
         "objective.weights.nce_image": 0.2,
-        "objective.weights.keep_out": 0.0,
+        "objective.weights.rank_guard": 0.0,
         "curriculum.enabled": True,
     },
     # the baselines have no curriculum
@@ -104,8 +112,8 @@ class WeightOptions:
     cos_image: float = option(DEFAULT_WEIGHTS["cos_image"], "safe image stays where it was", 0)
     nce_text: float = option(DEFAULT_WEIGHTS["nce_text"], "safe text still finds its image (InfoNCE)", 0)
     nce_image: float = option(DEFAULT_WEIGHTS["nce_image"], "safe image still finds its text (InfoNCE)", 0)
-    keep_out: float = option(
-        DEFAULT_WEIGHTS["keep_out"], "safe queries find their safe item before a redirected one; 0 is the paper", 0
+    rank_guard: float = option(
+        DEFAULT_WEIGHTS["rank_guard"], "no redirected item among a safe query's first results; 0 is the paper", 0
     )
 
 
@@ -133,6 +141,11 @@ class ObjectiveOptions:
     negative: Literal["current", "frozen"] = option(
         "current", "the unsafe counterpart as it is now, without gradient, or frozen (the paper)"
     )
+    page: float = option(
+        DEFAULT_PAGE, "results that the rank guard keeps clear, as a share of a gallery: 0.02 is 20 of 1,000", 1e-6, 1
+    )
+    guard_k: int = option(DEFAULT_GUARD_K, "safe queries that the rank guard counts for each sample", 1, 256)
+    guard_margin: float = option(DEFAULT_GUARD_MARGIN, "margin of the rank guard's hinge", 0)
     logit_scale: float = option(100.0, "inverse temperature of the InfoNCE terms", 0)
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = option("auto", "which kernels run the losses")
     weights: WeightOptions = field(default_factory=WeightOptions)

@@ -82,7 +82,7 @@ def test_paper_config_is_the_papers_recipe():
     assert (config.train.batch_size, config.train.epochs) == (48, 9)
     objective = config.objective
     assert (objective.neighbors, objective.k, objective.beta, objective.margin) == ("offline", 1, 1.0, 0.0)
-    assert objective.negative == "frozen" and objective.weights.keep_out == 0
+    assert objective.negative == "frozen" and objective.weights.rank_guard == 0
 
 
 def test_explicit_options_win_over_the_preset_wherever_it_is_chosen(tmp_path):

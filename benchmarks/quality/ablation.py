@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "SafeR-CLIP, moving negative": ("objective.preset=paper", "objective.negative=current"),
     "ShieldCLIP": ("objective.name=shieldclip",),
     "default": (),
-    "default, no keep-out": ("objective.weights.keep_out=0",),
+    "default, no rank guard": ("objective.weights.rank_guard=0",),
     "default, k 1": ("objective.k=1",),
     "default, k 4": ("objective.k=4",),
 }

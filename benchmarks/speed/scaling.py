@@ -43,6 +43,7 @@ def training_step(of: Ranks, model: str, batch_size: int) -> Callable[[bool], No
     tokens = torch.randint(1, 40000, (2, batch_size, TOKENS), generator=generator)
     tokens[..., -1] = 49407  # the end of text
     bank = SafeBank(*torch.randn(2, 1000, width, generator=generator)).pack()
+    objective.attach(bank)
     frozen = QuadrupletEmbeddings(*torch.randn(4, batch_size, width, generator=generator))
 
     def run(shared: bool) -> None:

@@ -143,6 +143,7 @@ class Ours:
     ) -> None:
         self.clip, self.batch, self.frozen, self.bank, self.micro = clip, batch, frozen, bank, micro_batch_size
         self.objective = SaferClip()
+        self.objective.attach(bank)
         self.neighbors = nearest_safe(frozen.unsafe_text, bank, min(self.objective.k, len(bank)))
         self.trainable = [p for p in clip.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trainable, 1e-4, fused=True)

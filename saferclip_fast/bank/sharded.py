@@ -90,6 +90,11 @@ class ShardedBank:
         bank = SafeBank.from_unit(text, image, self.shard.metadata)
         return bank, Neighbors(neighbors.scores.to(self.device), numbered)
 
+    def gather_rows(self, own: Tensor, index: Tensor) -> Tensor:
+        """Rows `index` (ascending, of the whole bank); `own` are those that belong to this rank's slice."""
+        mine = index[(index >= self.shard.offset) & (index < self.shard.offset + len(self.shard))]
+        return self.ranks.gather_rows(own[mine - self.shard.offset])
+
     def _of_my_queries(self, results: Tensor, counts: list[int]) -> Tensor:
         """[queries of all ranks, k] of this slice -> [my queries, world * k] of all slices, in order of slice."""
         mine, world, k = counts[self.ranks.rank], self.ranks.world, results.shape[1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bank import SafeBank
+from ..bank import Bank, SafeBank
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, PreservationOutput, preservation_loss
 from ..ops.checks import check_labels
@@ -33,6 +33,9 @@ class Objective(nn.Module):
 
     SHOWN: ClassVar[tuple[str, ...]]  # the terms that a progress bar has room for
     needs_neighbors = True  # whether the nearest safe rows of unsafe texts are read
+
+    def attach(self, bank: Bank) -> None:
+        """Take what the objective needs of the training set's `bank`, once, before the first batch; here nothing."""
 
     def forward(
         self,

@@ -10,6 +10,7 @@ DEFAULT_WEIGHTS = {
     "cos_image": 16.0,
     "nce_text": 0.2,
     "nce_image": 0.2,
-    "keep_out": 4.0,
+    "rank_guard": 4.0,
 }
-DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN, KEEP_OUT_MARGIN = 16, 10.0, 0.3, 0.1
+DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN = 16, 10.0, 0.3
+DEFAULT_PAGE, DEFAULT_GUARD_K, DEFAULT_GUARD_MARGIN = 0.02, 16, 0.02

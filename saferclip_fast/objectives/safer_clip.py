@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from ..bank import SafeBank
+from ..bank import Bank, SafeBank
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, retarget_loss
-from ..ops.nearest_safe import neighbor_weights
 from ..ops.retarget_loss import term_rows
 from ..runtime.ranks import ALONE, Share
 from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, label_mask, mean, preserve, unit
-from .defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS, KEEP_OUT_MARGIN
+from .defaults import (
+    DEFAULT_BETA,
+    DEFAULT_GUARD_K,
+    DEFAULT_GUARD_MARGIN,
+    DEFAULT_K,
+    DEFAULT_MARGIN,
+    DEFAULT_PAGE,
+    DEFAULT_WEIGHTS,
+)
+from .rank_guard import RankGuards, rank_guard, rank_guards
 
 
 class SaferClip(Objective):
@@ -22,20 +29,22 @@ class SaferClip(Objective):
 
         loss = sum_j weights[j] * term_j over the four terms of `retarget_loss`, the four of `preservation_loss` and
 
-        keep_out = mean_i sum_j w_ij max(0, m + cos(T(t*_i), V0(v_j)) - cos(T0(t_j), V0(v_j))) + the same of V(v*_i)
+        rank_guard = mean_i rank_text(T(t*_i)) + mean_i rank_image(V(v*_i))
 
-    over the neighbors j of row i, w_ij as in `retarget_loss`, m KEEP_OUT_MARGIN (ours): redirected rows come close to
-    safe items, but not between them and the safe queries that look for them.
+    which keeps redirected rows out of the first K results of every safe query (ours: `rank_guard.py`). `attach(bank)`
+    takes the safe queries once, before the first batch.
 
     A modality that its label calls safe is never redirected: its row is held in place by the cosine term of its
     modality (term `kept_text` or `kept_image`, weighted as `cos_text` or `cos_image`; ShieldCLIP's label layout).
 
     Args:
-        weights: weight of each term by name, over DEFAULT_WEIGHTS.
+        weights: weight of each term by name, over DEFAULT_WEIGHTS. Without `rank_guard`, nothing is to attach.
         k: nearest safe neighbors a row is redirected to (the paper: 1).
         tau: temperature of the neighbor weights when k > 1.
         beta, margin: sharpness and margin of the relative terms (the paper: 1 and 0).
         negative: "frozen" (the paper) or "current"; see `retarget_loss`.
+        page: the first results that the rank guard keeps clear, as a share of a gallery: 0.02 is 20 of 1,000.
+        guard_k, guard_margin: safe queries in its hinge, those that a row violates most, and the hinge's margin.
         logit_scale: inverse temperature of the InfoNCE terms.
         backend: of every op.
         check: validate values in every step; off by default, since the training loop checks the loss.
@@ -54,6 +63,9 @@ class SaferClip(Objective):
         beta: float = DEFAULT_BETA,
         margin: float = DEFAULT_MARGIN,
         negative: str = "current",
+        page: float = DEFAULT_PAGE,
+        guard_k: int = DEFAULT_GUARD_K,
+        guard_margin: float = DEFAULT_GUARD_MARGIN,
         logit_scale: float = 100.0,
         backend: str = "auto",
         check: bool = False,
@@ -65,6 +77,8 @@ class SaferClip(Objective):
             raise ValueError(f"k={k} must be at least 1")
         self.weights = chosen_weights(DEFAULT_WEIGHTS, weights)
         self.k, self.tau, self.beta, self.margin = k, tau, beta, margin
+        self.page, self.guard_k, self.guard_margin = page, guard_k, guard_margin
+        self.guards: RankGuards | None = None
         self.negative, self.logit_scale, self.backend, self.check = negative, logit_scale, backend, check
 
     def extra_repr(self) -> str:
@@ -113,10 +127,10 @@ class SaferClip(Objective):
         )
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
-        if weight := self.weights["keep_out"]:
-            term = self._keep_out(current, bank, redirect.neighbors, masks, share)
+        if weight := self.weights["rank_guard"]:
+            term = self._rank_guard(current, masks, share)
             loss = loss + weight * term
-            terms["keep_out"] = term.detach()
+            terms["rank_guard"] = term.detach()
         for name, labels, row, anchor in (
             ("text", text_is_unsafe, current.unsafe_text, frozen.unsafe_text),
             ("image", image_is_unsafe, current.unsafe_image, frozen.unsafe_image),
@@ -127,37 +141,19 @@ class SaferClip(Objective):
                 terms[f"kept_{name}"] = kept.detach()
         return ObjectiveOutput(loss, terms, redirect.neighbors)
 
-    def _keep_out(
-        self, current: QuadrupletEmbeddings, bank: SafeBank, neighbors: Neighbors, masks: Tensor, share: Share
-    ) -> Tensor:
-        near = neighbors.indices, neighbor_weights(neighbors, self.tau)
-        text = keep_out(current.unsafe_text, bank.text, bank.image, *near)
-        image = keep_out(current.unsafe_image, bank.image, bank.text, *near)
+    def attach(self, bank: Bank) -> None:
+        """Take the safe queries of `bank`, that of the whole training set; every rank calls it."""
+        if self.weights["rank_guard"]:
+            self.guards = rank_guards(bank, self.page, backend=self.backend)
+
+    def _rank_guard(self, current: QuadrupletEmbeddings, masks: Tensor, share: Share) -> Tensor:
+        if self.guards is None:
+            raise ValueError("the rank guard has no safe queries yet: call attach(bank) once before the first batch")
+        text, image = (
+            rank_guard(unit(x), guard, self.guard_k, self.guard_margin, backend=self.backend)
+            for x, guard in zip(current[2:], self.guards, strict=True)
+        )
         return mean(text, masks[:, 0], share) + mean(image, masks[:, 1], share)
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}
-
-
-def keep_out(
-    x: Tensor, items: Tensor, queries: Tensor, indices: Tensor, weights: Tensor, margin: float = KEEP_OUT_MARGIN
-) -> Tensor:
-    """[B] sum_j w_j max(0, margin + cos(x, q_j) - cos(s_j, q_j)): how far rows x get in the way of safe items.
-
-    q_j is the safe query whose own item is s_j: a redirected x may come close to s_j, but q_j must find s_j first.
-
-    Args:
-        x: [B, d] trainable rows, any scale.
-        items, queries: [N, d] unit rows of the bank, s of the modality of x, q of the other one.
-        indices, weights: [B, k] the safe neighbors of each row.
-    """
-    u = unit(x)
-    with torch.no_grad():  # linear in u where the hinge is open: one [B, d] sum is all that autograd keeps
-        slope, offset = torch.zeros_like(u), u.new_zeros(len(u))
-        for index, weight in zip(indices.unbind(1), weights.unbind(1), strict=True):
-            query = queries[index].to(u.dtype)
-            limit = (items[index] * query).sum(-1) - margin
-            open_ = weight * ((u * query).sum(-1) > limit)
-            slope += open_.unsqueeze(1) * query
-            offset -= open_ * limit
-    return (u * slope).sum(-1) + offset

@@ -108,6 +108,9 @@ def build_objective(config: Config) -> Objective:
         beta=options.beta,
         margin=options.margin,
         negative=options.negative,
+        page=options.page,
+        guard_k=options.guard_k,
+        guard_margin=options.guard_margin,
         logit_scale=options.logit_scale,
         backend=options.backend,
     )

@@ -55,6 +55,7 @@ class Trainer:
         self.state = RunState.start(config, clip, data.data_hash, ranks)
         self.run_dir = self.state.run_dir
         self.objective = build_objective(config)
+        self.objective.attach(data.train.bank)
         stages = STAGES if config.curriculum.enabled else (1.0,)
         self.sampler = CurriculumSampler(data.similarity, config.seed, stages)
         sizes = [self.sampler.epoch_size(epoch) for epoch in range(1, config.train.epochs + 1)]

@@ -11,7 +11,7 @@ from saferclip_fast import SafeBank, nearest_safe, preservation_loss, retarget_l
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
-from saferclip_fast.objectives.safer_clip import KEEP_OUT_MARGIN
+from saferclip_fast.objectives.rank_guard import rank_guard, rank_guards
 from saferclip_fast.train.prepare import build_objective
 
 B, D = 6, 16
@@ -29,20 +29,25 @@ def batch():
     return current, frozen, SafeBank(rows(30), rows(30))
 
 
+def attached(objective, bank):
+    objective.attach(bank)
+    return objective
+
+
 def test_loss_is_the_weighted_sum_of_the_ops(batch):
     current, frozen, bank = batch
     objective = SaferClip({"uni_text": 3.0, "nce_image": 0.7}, k=3, tau=0.1, beta=2.0, margin=0.1, negative="frozen")
-    out = objective(*batch)
+    out = attached(objective, bank)(*batch)
     redirect = retarget_loss(*current[2:], *frozen[2:], bank, 3, tau=0.1, beta=2.0, margin=0.1)
     preserve = preservation_loss(*current[:2], *frozen[:2])
-    assert out.terms == redirect.terms | preserve.terms | {"keep_out": out.terms["keep_out"]}
+    assert out.terms == redirect.terms | preserve.terms | {"rank_guard": out.terms["rank_guard"]}
     weights = {**DEFAULT_WEIGHTS, "uni_text": 3.0, "nce_image": 0.7}
     torch.testing.assert_close(out.loss.detach(), sum(weights[name] * term for name, term in out.terms.items()))
 
 
 def test_offline_neighbors_equal_in_step_search(batch):
     current, frozen, bank = batch
-    objective = SaferClip(k=2)
+    objective = attached(SaferClip(k=2), bank)
     found = nearest_safe(frozen.unsafe_text, bank, 2)
     assert torch.equal(objective(*batch).loss, objective(*batch, neighbors=found).loss)
 
@@ -62,39 +67,21 @@ def test_rows_labeled_safe_are_kept_not_redirected(batch):
 
 
 @pytest.mark.parametrize("labels", [(None, None), (torch.tensor([1, 0, 1, 0, 1, 1]), torch.tensor([1, 1, 0, 0, 0, 1]))])
-def test_keep_out_equals_a_transcription(batch, labels):
-    current, frozen, bank = batch
-    out = SaferClip(k=4, tau=0.1)(*batch, None, *labels)
-    found, text, image = nearest_safe(frozen.unsafe_text, bank, 4), bank.text.numpy(), bank.image.numpy()
-    sides = ((current.unsafe_text, text, image, labels[0]), (current.unsafe_image, image, text, labels[1]))
+def test_rank_guard_is_a_mean_over_the_redirected_rows_of_each_modality(batch, labels):
+    current, _, bank = batch
+    objective = attached(SaferClip(page=0.1, guard_k=3, guard_margin=0.05), bank)
+    out = objective(*batch, None, *labels)
     expected = 0.0
-    for moved, items, queries, of in sides:
-        rows = [i for i in range(B) if of is None or of[i]]
-        for i in rows:
-            scores = [math.exp(float(score) / 0.1) for score in found.scores[i]]
-            for score, j in zip(scores, found.indices[i].tolist(), strict=True):
-                gap = cos(moved.detach().numpy()[i], queries[j]) - cos(items[j], queries[j])
-                expected += score / sum(scores) * max(0.0, KEEP_OUT_MARGIN + gap) / len(rows)
-    assert float(out.terms["keep_out"]) == pytest.approx(expected, rel=1e-6)
+    for x, guard, unsafe in zip(current[2:], rank_guards(bank, 0.1), labels, strict=True):
+        values = rank_guard(torch.nn.functional.normalize(x.detach(), dim=-1), guard, 3, 0.05)
+        expected += float(values.mean() if unsafe is None else values[unsafe == 1].mean())
+    assert expected > 0 and float(out.terms["rank_guard"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_keep_out_is_closed_for_rows_that_safe_queries_find_after_their_own_item(batch):
-    current, frozen, bank = batch
-    only = SaferClip(dict.fromkeys(DEFAULT_WEIGHTS, 0.0) | {"keep_out": 1.0}, k=2)
-    near = nearest_safe(frozen.unsafe_text, bank, 2).indices
-    far = [-queries[near].mean(1) for queries in (bank.image, bank.text)]
-    unsafe = [rows.clone().requires_grad_() for rows in far]
-    # their own items are what these queries see best
-    aligned = SafeBank(bank.image, bank.image), SafeBank(bank.text, bank.text)
-    for side, own in enumerate(aligned):
-        rows = [r.detach() for r in current]
-        rows[2 + side] = unsafe[side]
-        out = only(QuadrupletEmbeddings(*rows), frozen, own, nearest_safe(frozen.unsafe_text, bank, 2))
-        assert torch.autograd.grad(out.loss, unsafe[side])[0].abs().max() == 0
-
-
-def test_no_keep_out_without_its_weight(batch):
-    assert "keep_out" not in SaferClip({"keep_out": 0.0})(*batch).terms
+def test_without_its_weight_there_is_no_rank_guard_and_nothing_to_attach(batch):
+    assert "rank_guard" not in SaferClip({"rank_guard": 0.0})(*batch).terms
+    with pytest.raises(ValueError, match=r"call attach\(bank\) once"):
+        SaferClip()(*batch)
 
 
 # Transcriptions of the papers' formulas, row by row in numpy float64: nothing is shared with the code under test.
@@ -243,7 +230,7 @@ def test_gradients_are_those_of_the_loss(twelve, objective, labels):
     options = {"negative": "frozen", "k": 3} if objective is SaferClip else {}
     # mix is what it is under stop-gradient: no finite difference sees that
     options |= {"weights": {"mix": 0.0}} if objective is ShieldClip else {}
-    module = objective(logit_scale=5.0, **options)
+    module = attached(objective(logit_scale=5.0, **options), bank)
 
     def loss(rows):
         return module(QuadrupletEmbeddings(*rows), frozen, bank, None, *labels).loss
@@ -266,7 +253,7 @@ def test_rows_labeled_safe_stay_where_they_are(twelve, objective):
     f_t, f_v = LABELS["mixed"]
     # InfoNCE of two random rows pulls on pairs that are safe on both sides; the real CLIP's are aligned
     options = {ShieldClip: {"weights": {"safe": 0.0}}, SaferClip: {"k": 3}}
-    module = objective(**options.get(objective, {}))
+    module = attached(objective(**options.get(objective, {})), bank)
     loss = module(current, frozen, bank, None, f_t, f_v).loss
     text, image = torch.autograd.grad(loss, [current.unsafe_text, current.unsafe_image])
     for grad, labels in ((text, f_t), (image, f_v)):
@@ -311,7 +298,7 @@ def test_ablation_variants_are_what_their_names_say():
     assert moving.negative == "current" and moving.weights == paper.weights
     assert built["default"].weights == DEFAULT_WEIGHTS
     assert [built[name].k for name in ("default", "default, k 1", "default, k 4")] == [16, 1, 4]
-    assert built["default, no keep-out"].weights == DEFAULT_WEIGHTS | {"keep_out": 0.0}
+    assert built["default, no rank guard"].weights == DEFAULT_WEIGHTS | {"rank_guard": 0.0}
     assert len({json.dumps(flatten(config)) for config in configs.values()}) == len(configs)
 
 

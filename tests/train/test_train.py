@@ -27,7 +27,7 @@ def validations(run_dir):
 
 def test_training_redirects(tiny, tmp_path):
     only_redirect = [f"objective.weights.{n}_{m}=0" for n in ("cross", "cos", "nce") for m in ("text", "image")]
-    only_redirect += ["objective.weights.keep_out=0", "objective.k=1"]
+    only_redirect += ["objective.weights.rank_guard=0", "objective.k=1"]
     train(tiny(tmp_path, "train.epochs=8", "optimizer.lr=3e-3", "curriculum.enabled=false", *only_redirect))
     first, *_, last = [line for line in log_lines(tmp_path) if line["kind"] == "train"]
     assert last["uni_text"] < 0.5 * first["uni_text"] and last["loss"] < 0.7 * first["loss"]

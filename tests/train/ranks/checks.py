@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn.functional import normalize
 
 from saferclip_fast import SafeBank, embeddings, nearest_safe
 from saferclip_fast.bank.sharded import ShardedBank
@@ -20,6 +21,7 @@ from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.objectives import SafeClip, SaferClip, ShieldClip
+from saferclip_fast.objectives.rank_guard import rank_guard, rank_guards
 from saferclip_fast.runtime.ranks import Ranks, ranks, split
 from saferclip_fast.storage import row_cache
 from saferclip_fast.train import Trainer
@@ -70,6 +72,17 @@ def check_sharded_search(of: Ranks) -> None:
             assert torch.equal(small.image[numbered.indices], bank.image[found.indices])
 
 
+def check_rank_guards(of: Ranks) -> None:
+    """The same guards, and the same values, over slices of a bank as on one device."""
+    bank, x = random_bank(50, 24), normalize(torch.randn(9, 24, generator=torch.Generator().manual_seed(8)), dim=-1)
+    mine = of.split(len(x))
+    whole = rank_guards(bank, 0.1)
+    slices = rank_guards(ShardedBank(bank.shard(of.rank, of.world), of, len(bank)), 0.1)
+    for guard, sliced in zip(whole, slices, strict=True):
+        expected = rank_guard(x, guard, 5, 0.02)[mine.start : mine.stop]
+        assert torch.equal(rank_guard(x[mine.start : mine.stop], sliced, 5, 0.02), expected)
+
+
 def check_objectives(of: Ranks) -> None:
     """Shares of a batch: loss, terms and gradients of the whole batch, whatever the objective and the labels."""
     rows, width = 4 * of.world + 1, 24
@@ -82,6 +95,7 @@ def check_objectives(of: Ranks) -> None:
     last = torch.tensor([0] * (rows - 1) + [1])
     for name, make in OBJECTIVES.items():
         objective = make()
+        objective.attach(bank)
         for labels in ((None, None), mixed, (last, last), (last, 1 - last)):
             whole = [x.clone().requires_grad_() for x in current]
             part = [x[mine].clone().requires_grad_() for x in current]
@@ -188,7 +202,7 @@ def main(folder: Path, weights: str) -> None:
     compile_ = torch.compile  # inductor takes longer, and is tested elsewhere
     torch.compile = lambda call, options, **more: compile_(call, backend="eager", **more)
     with ranks() as of:
-        for check in (check_exchanges, check_sharded_search, check_objectives):
+        for check in (check_exchanges, check_sharded_search, check_rank_guards, check_objectives):
             check(of)
         for check in (check_embedding_pass, check_training_gradients):
             check(of, folder, weights)

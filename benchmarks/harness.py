@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, memory, machine facts, result files that resume (README.md)."""
+"""Parts that the benchmarks share: interleaved timing, memory, machine facts, result files that resume (README.md)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def measure(paths: Paths, rounds: int, budget_s: float, memory: bool = True) -> 
 
 
 def machine() -> dict[str, object]:
-    """What decides the figures; no names, no paths."""
+    """Facts of the machine that decide the figures; no names, no paths."""
     cpu = next(
         (line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), platform.machine()
     )

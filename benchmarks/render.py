@@ -73,7 +73,7 @@ class Line(NamedTuple):
 
 
 def lines(results: Results) -> list[Line]:
-    """What the README shows: the largest sizes, all cores."""
+    """The rows of README: the largest sizes, all cores."""
     found = []
     for name in ("nearest_safe", "nearest_safe_million"):
         for row in rows_of(results, name):
@@ -158,7 +158,7 @@ def when(rows: Iterable[dict]) -> str:
 
 
 def shared_facts(results: Results) -> str:
-    """What most files were measured on."""
+    """The machine that most files were measured on."""
     known = [measured_on(found) for found in results.values() if "rows" in found]
     return statistics.mode(known) if known else ""
 
@@ -179,7 +179,7 @@ def everything(results: Results) -> str:
 
 
 def all_rows(results: Results, name: str) -> list[str]:
-    """What all rows share, and a table of them: sizes that vary, milliseconds of every path, ratios."""
+    """The values that all rows share, and a table of them: sizes that vary, milliseconds of every path, ratios."""
     rows = rows_of(results, name)
     timed = list(dict.fromkeys(key.removesuffix("_ms") for row in rows for key in row if key.endswith("_ms")))
     if any(path.startswith(PYTORCH) for path in timed):

@@ -1,4 +1,4 @@
-"""What every command does about mistakes, memory and Ctrl-C, and the exit code that goes with each."""
+"""Mistakes, memory and Ctrl-C: the line and the exit code that every command has for them."""
 
 from __future__ import annotations
 

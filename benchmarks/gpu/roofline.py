@@ -37,7 +37,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call moves and computes; operations by the unit that does them."""
+    """Bytes and operations of one call; operations by the unit that does them."""
 
     bytes: float
     half: float = 0.0

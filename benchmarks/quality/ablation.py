@@ -1,4 +1,4 @@
-"""What each part of the objective brings: python -m benchmarks.quality.ablation --photos FILE.tar
+"""The value of each part of the objective: python -m benchmarks.quality.ablation --photos FILE.tar
 
 Fine-tunes a small CLIP with every variant of the objective, several seeds each, on synthetic scenes and on photographs,
 and evaluates it on held-out samples. Writes ablation.md (mean and standard deviation over seeds), ablation.json and
@@ -88,7 +88,7 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What all runs share."""
+    """Options that all runs share."""
 
     out: Path
     cache: Path

@@ -1,4 +1,4 @@
-"""What the command line of evaluate does, once its words are read."""
+"""The work of the evaluate command, once its words are read."""
 
 from __future__ import annotations
 

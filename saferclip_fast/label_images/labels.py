@@ -26,7 +26,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 
 @dataclass
-class Labelled:
+class LabelCounts:
     """How many images of a table were found unsafe and safe, and how many could not be read."""
 
     unsafe: int = 0
@@ -51,7 +51,7 @@ def label_table(
     batch_size: int = 16,
     max_pixels: int = MAX_PIXELS,
     progress: bool = True,
-) -> Labelled:
+) -> LabelCounts:
     """Write `out`, the rows of `table` with `unsafe_image_label` (1 where the probability reaches `threshold`) and
     `unsafe_image_score`, the probability itself; other columns stay as they are.
 
@@ -80,7 +80,7 @@ def label_table(
             block = todo[start : start + batch_size]
             known.add(_classify(classifier, block, max_pixels))
             bar.update(len(block))
-    counts = Labelled()
+    counts = LabelCounts()
     for row, image in zip(rows, images, strict=True):
         score = known.scores.get(image) if image is not None else None
         row[SCORE] = "" if score is None else round(score, 4)

@@ -81,7 +81,7 @@ def table_path() -> Path:
 
 
 def chip_name(device: str) -> str:
-    """What a measurement holds for: the GPU's name, or the CPU's architecture and instruction set."""
+    """The chip that a measurement holds for: the GPU's name, or the CPU's architecture and instruction set."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

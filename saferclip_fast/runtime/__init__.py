@@ -1,1 +1,1 @@
-"""What every process of a run has: its ranks, its stop signals, the precision it computes in."""
+"""The processes of a run: ranks, stop signals, the precision they compute in."""

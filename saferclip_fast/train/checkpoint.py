@@ -183,8 +183,8 @@ def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any],
     if rounding:
         warnings.warn(f"{', '.join(rounding)} changed since {path}: not bit for bit the same run", stacklevel=2)
     other = {k: v for k, v in hashes.items() if v != state.get(k, v)}  # a hash may be younger than the checkpoint
-    told = [k for k in changed if k not in ROUNDING_ONLY and (other or k not in PLACES)]
-    differences = [f"{k}={now[k]} (was {then[k]})" for k in told]
+    reported = [k for k in changed if k not in ROUNDING_ONLY and (other or k not in PLACES)]
+    differences = [f"{k}={now[k]} (was {then[k]})" for k in reported]
     differences += [f"{k}={v[:12]} (was {state[k][:12]})" for k, v in other.items()]
     if differences:
         raise CheckpointError(

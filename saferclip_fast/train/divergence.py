@@ -62,14 +62,14 @@ def report(step: Step, sampler: CurriculumSampler, samples: Subset, on_nan: str,
     index = sampler.epoch_indices(step.epoch)[step.first : step.first + step.count]
     named = _sources(samples, index[:NAMED_ROWS].tolist())
     more = f" and {len(index) - NAMED_ROWS} more" if len(index) > NAMED_ROWS else ""
-    told = f"the loss or its gradient is not finite in step {step.number} (epoch {step.epoch}, {named}{more})"
+    message = f"the loss or its gradient is not finite in step {step.number} (epoch {step.epoch}, {named}{more})"
     if on_nan == "stop":
         raise FloatingPointError(
-            f"{told}: lower optimizer.lr, set optimizer.clip_norm, use train.precision=fp32, or leave such steps out "
-            "with train.on_nan=skip; the last checkpoint is from before"
+            f"{message}: lower optimizer.lr, set optimizer.clip_norm, use train.precision=fp32, or leave such steps "
+            "out with train.on_nan=skip; the last checkpoint is from before"
         )
     if warn:
-        warnings.warn(f"{told}; it was left out", stacklevel=2)
+        warnings.warn(f"{message}; it was left out", stacklevel=2)
 
 
 def check_finite(means: Mapping[str, float], step: int) -> None:

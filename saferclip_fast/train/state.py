@@ -1,4 +1,4 @@
-"""What a run is made of, and where it stands: all that a checkpoint holds and a resumed run needs."""
+"""The state of a run: all that a checkpoint holds and a resumed run needs."""
 
 from __future__ import annotations
 

@@ -305,38 +305,38 @@ def train(config: Config) -> TrainResult:
         raise CheckpointError(f"{run_dir} holds a run: pass resume=auto to go on with it, or choose another run_dir")
     check_fsdp(config)
     try:
-        with ranks() as of, stop_at_once():
-            return _trainer(config, of).fit()
+        with ranks() as members, stop_at_once():
+            return _trainer(config, members).fit()
     except Stopped as stop:  # not in a step: Trainer.fit handles those
         print(f"{stop}: stopped at once; the same command goes on, with resume=auto if steps are done", flush=True)
         return TrainResult(None, Progress(), stop.number)
 
 
-def _trainer(config: Config, of: Ranks) -> Trainer:
+def _trainer(config: Config, members: Ranks) -> Trainer:
     """The run that `config` describes, on one of its ranks, where the last checkpoint left it."""
     run_dir = Path(config.run_dir)
     device = set_up_torch(config)
     clip = load_clip(config.model.name, config.model.pretrained, device)
-    data = prepare(config, clip, of)
+    data = prepare(config, clip, members)
     torch.manual_seed(config.seed)  # the same adapters whether the caches were warm or not
     if config.model.tuning == "lora":
         clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     else:
         clip.unfreeze()
-    check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, of.world)
+    check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, members.world)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()
     if config.train.compile:
         compile_encoders(clip)
-    if not of.first:
-        torch.manual_seed(config.seed + 1_000_003 * of.rank)  # dropout of its own
-    trainer = Trainer(config, clip, data, of)
-    if of.first:
+    if not members.first:
+        torch.manual_seed(config.seed + 1_000_003 * members.rank)  # dropout of its own
+    trainer = Trainer(config, clip, data, members)
+    if members.first:
         for folder in (run_dir, run_dir / "final"):
             remove_leftovers(folder)
     if config.resume == "auto":
         restore_run(trainer.state)
-    if of.first:
+    if members.first:
         with atomic_write(run_dir / "config.yaml") as file:
             OmegaConf.save(OmegaConf.structured(config), file)
     return trainer

@@ -1,4 +1,4 @@
-"""What `backends()` says of machines other than this one: no native module, no triton, no or an old GPU."""
+"""The words of `backends()` on machines other than this one: no native module, no triton, no or an old GPU."""
 
 import importlib
 import json

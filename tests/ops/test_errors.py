@@ -1,4 +1,4 @@
-"""What the ops say about inputs that do not fit: the argument, the row, the remedy."""
+"""Messages of the ops on inputs that do not fit: the argument, the row, the remedy."""
 
 import pytest
 import torch

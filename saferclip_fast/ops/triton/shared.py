@@ -1,4 +1,4 @@
-"""What the kernels share: tile loading and the tile product, the running top-k, and the running log-sum-exp.
+"""Parts that the kernels share: tile loading and the tile product, the running top-k, and the running log-sum-exp.
 
 Matrices are row-major and contiguous; `rows` are row numbers, `width` is d. Accumulation is float32.
 """

@@ -1,4 +1,4 @@
-"""What training does only on a GPU: NCCL, pinned memory, autocast, loss scaling, no waiting. `make gpu-check` runs it.
+"""Parts of training that need a GPU: NCCL, pinned memory, autocast, loss scaling, no waiting. `make gpu-check` runs it.
 
 Each runs on the CPU as well, so that the code of the tests themselves is known to work.
 """

@@ -21,7 +21,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 SYNC = "__syncthreads();"
 TILE, SCREEN, RESCORE = "tile.cuh", "screen.cuh", "rescore.cuh"
-ROWS, REDUCE, RETARGET, PRESERVATION = "rows.cuh", "reduce.cuh", "retarget_loss.cuh", "preservation_loss.cuh"
+ROWS, REDUCE, RETARGET, PRESERVATION = "matrix.cuh", "reduce.cuh", "retarget_loss.cuh", "preservation_loss.cuh"
 KEEP = "entries[kept + __popc(votes & ((1u << lane) - 1))] = entry;"
 TEXT_GRADIENT = "text.gradient(t, x, st, sv, grad);"
 LOGIT = "logit(s, scale, row_inverse, column_inverse[j])"

@@ -1,4 +1,4 @@
-"""What no execution here can test, checked against sources that are not ours: lane layouts and conversions."""
+"""Assumptions that no execution here can test, checked against other sources: lane layouts and conversions."""
 
 import importlib.util
 import os

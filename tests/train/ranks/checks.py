@@ -1,4 +1,4 @@
-"""What torchrun runs on each rank: `python -m tests.train.ranks.checks FOLDER WEIGHTS`. A failed check ends the rank.
+"""Checks that torchrun runs on each rank: `python -m tests.train.ranks.checks FOLDER WEIGHTS`. A failed one ends it.
 
 The last rank has no query, or fewer rows than the others, wherever that is allowed.
 """

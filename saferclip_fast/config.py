@@ -50,9 +50,15 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "objective.weights.rank_guard": 0.0,
         "curriculum.enabled": True,
     },
-    # the baselines have no curriculum
-    ("objective.name", "safeclip"): {"curriculum.enabled": False},
-    ("objective.name", "shieldclip"): {"curriculum.enabled": False},
+    # the baselines' recipes, of the authors' script and of the paper; neither has a curriculum
+    ("objective.name", "safeclip"): {
+        "curriculum.enabled": False,
+        "lora.alpha": 1.0,
+        "lora.dropout": 0.1,
+        "optimizer.lr": 1e-3,
+        "train.batch_size": 128,
+    },
+    ("objective.name", "shieldclip"): {"curriculum.enabled": False, "train.batch_size": 128},
 }
 
 

@@ -21,17 +21,16 @@ WEIGHTS = MappingProxyType({"real": 0.1, "safe": 0.1, "redirect": 0.1, "mix": 0.
 class ShieldClip(Objective):
     """ShieldCLIP (arXiv 2609.39688): with labels f_t, f_v of the unsafe side's text and image (1 unsafe, 0 safe),
 
-        real       cos(t) + cos(v) + InfoNCE(T(t), V0(v)) + InfoNCE(V(v), T0(t))     preserves the real pairs
-        safe       cos(t*) where f_t = 0, + cos(v*) where f_v = 0, + both InfoNCE of (t*, v*) against the frozen
+        real       cos(t) + cos(v) + NCE(T(t), V0(v)) + NCE(V(v), T0(t))             preserves the real pairs
+        safe       cos(t*) where f_t = 0, + cos(v*) where f_v = 0, + both NCE of (t*, v*) against the frozen
                    other modality where f_t = f_v = 0                                preserves what is safe
         redirect   1 - cos(T(t*), T0(t)) where f_t = 1, + 1 - cos(V(v*), V0(v)) where f_v = 1
-        mix        InfoNCE(T(t*), sg V(v*)) where f_t = 1, f_v = 0, + InfoNCE(V(v*), sg T(t*)) where f_t = 0, f_v = 1
-        coherence  InfoNCE(V(v*), T(t*)) where f_t = f_v = 1
+        mix        NCE(T(t*), V0(v*)) where f_t = 1, f_v = 0, + NCE(V(v*), T0(t*)) where f_t = 0, f_v = 1
+        coherence  NCE(V(v*), T(t*)) where f_t = f_v = 1
         loss = sum_j weights[j] term_j
 
-    cos(t) is 1 - cos(T(t), T0(t)), sg stops the gradient, a mean is over its own rows (0 if there are none), and the
-    negatives of an InfoNCE are the other rows of its kind in the batch. The parts of a term are summed: how the paper
-    weighs them against each other is not known to us.
+    (equations 5 to 10). cos(t) is 1 - cos(T(t), T0(t)), a mean over its own rows (0 if there are none). NCE is the sum,
+    not the mean, of InfoNCE in both directions (equation 4), whose negatives are the other rows of its kind.
 
     Args:
         weights: weight of each term by name, over WEIGHTS.
@@ -70,14 +69,23 @@ class ShieldClip(Objective):
         share: Share = ALONE,
     ) -> ObjectiveOutput:
         real = preserve(
-            *current[:2], *frozen[:2], logit_scale=self.logit_scale, share=share, backend=self.backend, check=self.check
+            *current[:2],
+            *frozen[:2],
+            weights={"nce_text": 2.0, "nce_image": 2.0},
+            logit_scale=self.logit_scale,
+            share=share,
+            backend=self.backend,
+            check=self.check,
         )
         f_t = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
         f_v = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
         text, image = current.unsafe_text, current.unsafe_image
         both_safe = (1 - f_t) * (1 - f_v)
         cosine = functools.partial(cosine_distance, share=share)
-        nce = functools.partial(info_nce, logit_scale=self.logit_scale, share=share)
+
+        def nce(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+            return 2 * info_nce(x, y, mask, self.logit_scale, share)  # both directions, summed
+
         terms = {
             "real": real.loss,
             "safe": cosine(text, frozen.unsafe_text, 1 - f_t)
@@ -85,7 +93,7 @@ class ShieldClip(Objective):
             + nce(text, frozen.unsafe_image, both_safe)
             + nce(image, frozen.unsafe_text, both_safe),
             "redirect": cosine(text, frozen.safe_text, f_t) + cosine(image, frozen.safe_image, f_v),
-            "mix": nce(text, image.detach(), f_t * (1 - f_v)) + nce(image, text.detach(), f_v * (1 - f_t)),
+            "mix": nce(text, frozen.unsafe_image, f_t * (1 - f_v)) + nce(image, frozen.unsafe_text, f_v * (1 - f_t)),
             "coherence": nce(image, text, f_t * f_v),
         }
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=real.loss.new_zeros(()))

@@ -139,18 +139,21 @@ def shieldclip_terms(current, frozen, f_t, f_v):
     def rows(text, image):  # None: any label
         return [i for i in range(len(t)) if (text is None or f_t[i] == text) and (image is None or f_v[i] == image)]
 
+    def both(x, y, rows):  # equation 4: the sum of both directions, where `nce` is their mean
+        return 2 * nce(x, y, rows)
+
     return {
         "real": distance(t, t0, rows(None, None))
         + distance(v, v0, rows(None, None))
-        + nce(t, v0, rows(None, None))
-        + nce(v, t0, rows(None, None)),
+        + both(t, v0, rows(None, None))
+        + both(v, t0, rows(None, None)),
         "safe": distance(t_star, t0_star, rows(0, None))
         + distance(v_star, v0_star, rows(None, 0))
-        + nce(t_star, v0_star, rows(0, 0))
-        + nce(v_star, t0_star, rows(0, 0)),
+        + both(t_star, v0_star, rows(0, 0))
+        + both(v_star, t0_star, rows(0, 0)),
         "redirect": distance(t_star, t0, rows(1, None)) + distance(v_star, v0, rows(None, 1)),
-        "mix": nce(t_star, v_star, rows(1, 0)) + nce(v_star, t_star, rows(0, 1)),
-        "coherence": nce(v_star, t_star, rows(1, 1)),
+        "mix": both(t_star, v0_star, rows(1, 0)) + both(v_star, t0_star, rows(0, 1)),
+        "coherence": both(v_star, t_star, rows(1, 1)),
     }
 
 
@@ -228,8 +231,6 @@ def test_gradients_are_those_of_the_loss(twelve, objective, labels):
     """A step against the gradient changes the loss as a finite difference says; negative=frozen stops no gradient."""
     current, frozen, bank = twelve
     options = {"negative": "frozen", "k": 3} if objective is SaferClip else {}
-    # mix is what it is under stop-gradient: no finite difference sees that
-    options |= {"weights": {"mix": 0.0}} if objective is ShieldClip else {}
     module = attached(objective(logit_scale=5.0, **options), bank)
 
     def loss(rows):

@@ -148,7 +148,7 @@ class ObjectiveOptions:
         "current", "the unsafe counterpart as it is now, without gradient, or frozen (the paper)"
     )
     page: float = option(
-        DEFAULT_PAGE, "results that the rank guard keeps clear, as a share of a gallery: 0.02 is 20 of 1,000", 1e-6, 1
+        DEFAULT_PAGE, "results that the rank guard keeps clear, as a share of a gallery: 0.03 is 30 of 1,000", 1e-6, 1
     )
     guard_k: int = option(DEFAULT_GUARD_K, "safe queries that the rank guard counts for each sample", 1, 256)
     guard_margin: float = option(DEFAULT_GUARD_MARGIN, "margin of the rank guard's hinge", 0)

@@ -8,9 +8,9 @@ DEFAULT_WEIGHTS = {
     "cross_image": 4.0,
     "cos_text": 16.0,
     "cos_image": 16.0,
-    "nce_text": 0.2,
-    "nce_image": 0.2,
-    "rank_guard": 4.0,
+    "nce_text": 4.0,
+    "nce_image": 4.0,
+    "rank_guard": 64.0,
 }
 DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN = 16, 10.0, 0.3
-DEFAULT_PAGE, DEFAULT_GUARD_K, DEFAULT_GUARD_MARGIN = 0.02, 16, 0.02
+DEFAULT_PAGE, DEFAULT_GUARD_K, DEFAULT_GUARD_MARGIN = 0.03, 16, 0.0

@@ -43,7 +43,7 @@ class SaferClip(Objective):
         tau: temperature of the neighbor weights when k > 1.
         beta, margin: sharpness and margin of the relative terms (the paper: 1 and 0).
         negative: "frozen" (the paper) or "current"; see `retarget_loss`.
-        page: the first results that the rank guard keeps clear, as a share of a gallery: 0.02 is 20 of 1,000.
+        page: the first results that the rank guard keeps clear, as a share of a gallery: 0.03 is 30 of 1,000.
         guard_k, guard_margin: safe queries in its hinge, those that a row violates most, and the hinge's margin.
         logit_scale: inverse temperature of the InfoNCE terms.
         backend: of every op.

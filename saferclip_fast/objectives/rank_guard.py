@@ -73,8 +73,10 @@ def _limits(bank: Bank, query: Tensor, own: Tensor, page: float, backend: str) -
     sample = torch.linspace(0, len(bank) - 1, count, dtype=torch.float64, device=own.device).long()
     items = own[sample] if isinstance(bank, SafeBank) else bank.gather_rows(own, sample)
     rank = math.ceil(page * count)
-    at_rank = [nearest_safe(part, items, rank, backend=backend).scores[:, -1] for part in query.split(_QUERIES)]
-    return torch.minimum((query * own).sum(-1), torch.cat(at_rank).to(query.dtype))
+    found = [nearest_safe(part, items, rank, backend=backend, check=False) for part in query.split(_QUERIES)]
+    return torch.minimum(
+        (query * own).sum(-1), torch.cat([neighbors.scores[:, -1] for neighbors in found]).to(query.dtype)
+    )
 
 
 def _guard_rows(query: Tensor, limit: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ FLOORS = (
     ("ops", "runtime"),
     ("cli", "storage"),
     ("bank", "data", "report", "tune"),
-    ("label_images", "models", "objectives"),
+    ("label_images", "models", "objectives", "recipes"),
     ("config", "embeddings"),
     ("train",),
     ("sources",),

@@ -78,6 +78,7 @@ def loss_on_cuda(config, weights):
             mixed="mixed" in config.data.train,
         )
         run = SimpleNamespace(config=config, device=CUDA, objective=build_objective(config))
+        run.objective.attach(bank)
         return Trainer.loss(run, current, batch, split), current
 
 

@@ -47,6 +47,9 @@ def option(default: Any, meaning: str, low: float | None = None, high: float | N
 class ModelOptions:
     name: str = option("ViT-L-14-quickgelu", "open_clip model name, architecture JSON, local-dir: or hf-hub: source")
     pretrained: str = option("openai", "open_clip tag or weights file; empty for local-dir: and hf-hub: sources")
+    weights_hash: str = option(
+        "", "SHA-256 that the frozen weights must have, as in a run's config.yaml; empty: any, and filled in there"
+    )
     tuning: Literal["lora", "full"] = option("lora", "train LoRA adapters on both encoders, or every weight")
 
 

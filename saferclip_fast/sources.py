@@ -17,6 +17,7 @@ from .models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from .models.dial import mix
 from .models.huggingface import Unsupported, hf_to_open_clip, is_hf_folder
 from .train.checkpoint import CheckpointFolder
+from .train.frozen import load_frozen, read_final
 
 # The hub's models that compute what open_clip's do with the tag "openai". Without "-quickgelu" in its name, open_clip
 # loads the same weights with another activation: that model is not on the hub.
@@ -46,8 +47,16 @@ class Source:
             return None
         return OPENAI_ON_THE_HUB.get(self.config.model.name)
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it is a run that trained adapters."""
+        return self.config is not None and self.config.model.tuning == "lora"
+
     def frozen(self) -> ClipModel:
-        """The pre-trained model that the run started from."""
+        """The pre-trained model that the run started from.
+
+        Raises FrozenModelError where it is not what it was.
+        """
         assert self.run_dir is not None and self.config is not None, "only a run has frozen weights"
         return load_frozen(self.run_dir, self.config)
 
@@ -78,8 +87,8 @@ class Source:
             if all(torch.allclose(merged[name], final[name], rtol=0, atol=_SAME_WEIGHT) for name in final):
                 return clip
         raise ValueError(
-            f"{self.path}: neither best.safetensors nor a checkpoint holds the adapters that final/ was merged from "
-            "(or the pre-trained weights have changed); repeat the training's last command with resume=auto"
+            f"{self.path}: neither best.safetensors nor a checkpoint holds the adapters that final/ was merged from; "
+            "repeat the training's last command with resume=auto"
         )
 
 
@@ -120,6 +129,7 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
     Raises:
         ValueError: not a model, no model name, a dial without frozen weights, an architecture open_clip lacks.
         FileNotFoundError: nothing at `path`, or a run that has not come to its end.
+        FrozenModelError: a run with another run's final/; with a dial, another frozen model than the run's.
     """
     path = Path(path)
     if not path.exists():
@@ -153,25 +163,12 @@ def _from_run(path: Path, alpha: float) -> Source:
     config = load_config(path / "config.yaml")
     if not (path / "final" / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"{path} has no final/{WEIGHTS_NAME} yet: finish the run with resume=auto")
+    read_final(path, config)
     source = Source(load_clip(f"local-dir:{path / 'final'}"), path, path, config, alpha)
     if alpha != 1:
         source.clip = mix(source.frozen(), source.clip, alpha)
     _named(source.clip, config.model.name)
     return source
-
-
-def load_frozen(run_dir: Path, config: Config, device: str | torch.device = "cpu") -> ClipModel:
-    """The pre-trained model that a run started from.
-
-    Raises FileNotFoundError, saying where to write the new place, for weights that have moved.
-    """
-    try:
-        return load_clip(config.model.name, config.model.pretrained, device)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}: the run started from it; where it has moved to goes into {run_dir / 'config.yaml'}, under "
-            "model.pretrained"
-        ) from error
 
 
 def without_folders(value: str) -> str:

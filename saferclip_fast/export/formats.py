@@ -60,12 +60,15 @@ def export(
     Raises:
         FileExistsError: OUT/FORMAT is there and `overwrite` is false; nothing was written.
         ValueError: OUT holds formats of other weights that would stay; nothing was written.
+        FrozenModelError: for peft, another frozen model than the run was tuned from; nothing was written.
         Unsupported: a format that this model or source does not have.
         ImportError: a package is missing; the message names the extra.
         ExportError: what was written computes something else.
     """
     out = Path(out)
     _check_place(source, formats, out, overwrite)
+    if "peft" in formats and source.has_adapters:
+        source.frozen()  # opened once before anything is written: it may be another one than the run's
     differences = {}
     try:
         for name in tqdm(formats, desc="export", unit="format"):

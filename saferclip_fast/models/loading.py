@@ -29,12 +29,12 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         FileNotFoundError: a JSON, weights file or folder that is not there.
         OSError: the weights of a tag could not be downloaded.
     """
-    schema, _ = open_clip.factory.parse_model_name(name)
-    if schema is None:
+    random = starts_random(name, pretrained)
+    if open_clip.factory.parse_model_name(name)[0] is None:
         name = _register(name) if name.endswith(".json") else name
         _check_name(name)
         _check_pretrained(name, pretrained)
-        if not pretrained:
+        if random:
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
@@ -59,6 +59,11 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
     }
     return ClipModel(model, name, preprocess, open_clip.get_tokenizer(name), config).to(device)
+
+
+def starts_random(name: str, pretrained: str) -> bool:
+    """Whether load_clip draws random weights: of an architecture without weights."""
+    return not pretrained and open_clip.factory.parse_model_name(name)[0] is None
 
 
 def _register(path: str) -> str:

@@ -26,6 +26,7 @@ _NAME = re.compile(r"step-\d{10}\.safetensors")
 FREE_TO_CHANGE = (
     "run_dir",
     "resume",
+    "model.weights_hash",  # names the weights that are loaded, and these are compared
     "data.num_workers",
     "data.cache_dir",
     "data.decoded_cache",

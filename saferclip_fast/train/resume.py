@@ -37,6 +37,8 @@ def save_run(run: RunState) -> None:
         "config": flatten(run.config),
         **hashes(run),
     }
+    if run.frozen is not None:
+        state["frozen"] = run.frozen.as_json()
     run.checkpoints.save(run.progress.step, tensors | of_ranks, state)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..models import ClipModel
+from ..models.identity import Identity
 from ..runtime.ranks import Ranks
 from .checkpoint import CheckpointFolder
 from .device import grad_scaler
@@ -48,6 +49,7 @@ class RunState:
     average: WeightAverage | None
     meter: Meter = field(default_factory=Meter)
     progress: Progress = field(default_factory=Progress)
+    frozen: Identity | None = None  # what is tuned
 
     @classmethod
     def start(cls, config: Config, clip: ClipModel, data_hash: str, ranks: Ranks) -> RunState:

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from ..config import Config, ConfigError
 from ..data import CurriculumSampler, collate
 from ..data.curriculum import STAGES, RankBatches
 from ..data.quadruplets import QuadrupletEmbeddings
-from ..models import WEIGHTS_NAME, ClipModel, load_clip
+from ..models import WEIGHTS_NAME, ClipModel
+from ..models.identity import Identity
 from ..objectives import ObjectiveOutput
 from ..runtime.ranks import ALONE, Ranks, Share, ranks
 from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
@@ -26,6 +28,7 @@ from ..storage.files import atomic_write, remove_leftovers
 from .checkpoint import CheckpointError, load_checked, save_checked
 from .device import compile_encoders, data_parallel, set_up_torch
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
+from .frozen import keep_random_weights, open_for_training, write_record
 from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
 from .prepare import Split, TrainingData, build_objective, prepare
@@ -47,12 +50,23 @@ class TrainResult(NamedTuple):
 class Trainer:
     """One run: the model, the objective and the optimizer over prepared data."""
 
-    def __init__(self, config: Config, clip: ClipModel, data: TrainingData, ranks: Ranks = Ranks()) -> None:  # noqa: B008
-        """`clip` has its trainable parameters set; `ranks` are the processes that train it together."""
+    def __init__(
+        self,
+        config: Config,
+        clip: ClipModel,
+        data: TrainingData,
+        ranks: Ranks = Ranks(),  # noqa: B008
+        frozen: Identity | None = None,
+    ) -> None:
+        """`clip` has its trainable parameters set; `ranks` are the processes that train it together.
+
+        `frozen` is what is tuned, identify(clip) before that: checkpoints and final/ hold it, if it is given.
+        """
         self.config, self.clip, self.data, self.ranks, self.device = config, clip, data, ranks, clip.device
         if config.train.fsdp and ranks.world > 1:
             shard_weights(clip, ranks)
         self.state = RunState.start(config, clip, data.data_hash, ranks)
+        self.state.frozen = frozen
         self.run_dir = self.state.run_dir
         self.objective = build_objective(config)
         self.objective.attach(data.train.bank)
@@ -286,17 +300,23 @@ class Trainer:
             self.state.load_trained(load_checked(self.best_file).tensors)  # averaged ones, where there is an average
         with nullcontext() if best else self.averaged():
             weights = gathered(self.clip.exported_state_dict(), self.ranks.first)
-            return self.clip.export(folder, weights) if self.ranks.first else folder / WEIGHTS_NAME
+        if self.ranks.first:
+            if self.state.frozen is not None:
+                write_record(folder, self.state.frozen)  # first: final/ counts once its weights are there
+            self.clip.export(folder, weights)
+        return folder / WEIGHTS_NAME
 
 
 def train(config: Config) -> TrainResult:
     """Fine-tune as `config` says; results go to `config.run_dir`.
 
-    Writes config.yaml, log.jsonl, tensorboard/, checkpoints/, best.safetensors and final/ (for open_clip).
+    Writes config.yaml, log.jsonl, tensorboard/, checkpoints/, best.safetensors and final/ (for open_clip), and
+    frozen/ where training starts from random weights.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: options, model or data that do not fit; the message has the remedy.
         CheckpointError: a used run_dir without resume=auto, or a checkpoint of another run.
+        FrozenModelError: another frozen model than the checkpoint's or model.weights_hash's.
         FloatingPointError: the loss is not finite.
         OSError: a file could not be written.
     """
@@ -316,8 +336,11 @@ def _trainer(config: Config, members: Ranks) -> Trainer:
     """The run that `config` describes, on one of its ranks, where the last checkpoint left it."""
     run_dir = Path(config.run_dir)
     device = set_up_torch(config)
-    clip = load_clip(config.model.name, config.model.pretrained, device)
+    clip, frozen = open_for_training(config, device)
+    config = replace(config, model=replace(config.model, weights_hash=frozen.weights_hash))
     data = prepare(config, clip, members)
+    if members.first:
+        keep_random_weights(config, clip)
     torch.manual_seed(config.seed)  # the same adapters whether the caches were warm or not
     if config.model.tuning == "lora":
         clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
@@ -330,9 +353,9 @@ def _trainer(config: Config, members: Ranks) -> Trainer:
         compile_encoders(clip)
     if not members.first:
         torch.manual_seed(config.seed + 1_000_003 * members.rank)  # dropout of its own
-    trainer = Trainer(config, clip, data, members)
+    trainer = Trainer(config, clip, data, members, frozen)
     if members.first:
-        for folder in (run_dir, run_dir / "final"):
+        for folder in (run_dir, run_dir / "final", run_dir / "frozen"):
             remove_leftovers(folder)
     if config.resume == "auto":
         restore_run(trainer.state)

@@ -166,3 +166,14 @@ def test_option_younger_than_the_checkpoint_counts_as_its_default(tmp_path):
     check_same_run(tmp_path, {"config": then}, flatten(Config()), {})
     with pytest.raises(CheckpointError, match=r"train\.ema=0\.9 \(was 0\.0\)"):
         check_same_run(tmp_path, {"config": then}, flatten(load_config(None, ["train.ema=0.9"])), {})
+
+
+def test_places_and_the_hash_of_weights_may_change_but_not_what_they_are(tmp_path):
+    then = {"config": flatten(load_config(None, ["model.pretrained=a"])), "weights_hash": "0" * 64}
+    now = flatten(load_config(None, ["model.pretrained=b", f"model.weights_hash={'1' * 64}"]))
+    check_same_run(tmp_path, then, now, {"weights_hash": "0" * 64})
+    hashes = {"weights_hash": "1" * 64, "preprocessing_hash": "2" * 64}
+    for known, told in ((then, ""), (then | {"preprocessing_hash": "3" * 64}, r", preprocessing_hash=2+ \(was 3+\)")):
+        said = rf"from another run: model\.pretrained=b \(was a\), weights_hash=1{{12}} \(was 0{{12}}\){told}; use"
+        with pytest.raises(CheckpointError, match=said):
+            check_same_run(tmp_path, known, now, hashes)

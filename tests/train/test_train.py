@@ -17,6 +17,7 @@ from saferclip_fast.models import load_clip
 from saferclip_fast.train import Trainer, train
 from saferclip_fast.train.__main__ import main
 from saferclip_fast.train.checkpoint import CheckpointError
+from saferclip_fast.train.frozen import FrozenModelError
 from saferclip_fast.train.optim import build_optimizer, check_all_used, learning_rate
 from tests.train.conftest import final_weights, log_lines
 
@@ -49,6 +50,7 @@ def test_run_folder(undisturbed, weights):
         "checkpoints/step-0000000020.safetensors",
         "final/open_clip_model.safetensors",
         "final/open_clip_config.json",
+        "final/frozen.json",
     }
     model = open_clip.create_model("ViT-tiny-8-32", pretrained=str(undisturbed / "final/open_clip_model.safetensors"))
     frozen = load_clip("ViT-tiny-8-32", str(weights)).exported_state_dict()
@@ -216,8 +218,10 @@ def test_resume_goes_by_what_weights_and_data_are_not_by_where_they_lie(tiny, we
     assert final_weights(run_dir) == before
     tensors = load_file(weights)
     save_file(tensors | {"logit_scale": tensors["logit_scale"] + 1}, other)
-    hashes = r"weights_hash=\w{12} \(was \w{12}\); use"
-    with pytest.raises(CheckpointError, match=rf"model\.pretrained={other} \(was {weights}\), {hashes}"):
+    said = (
+        rf"{run_dir} was tuned from weights \w{{12}}, and ViT-tiny-8-32, {other} gives \w{{12}}; what differs: weights"
+    )
+    with pytest.raises(FrozenModelError, match=said):
         train(tiny(run_dir, *resumed, f"model.pretrained={other}"))
 
 
@@ -227,8 +231,9 @@ def test_resume_refuses_other_preprocessing(tiny, weights, tmp_path):
     train(config)
     clip = load_clip(config.model.name, str(weights))
     clip.config["preprocess_cfg"] |= {"mean": (0.5, 0.5, 0.5)}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="preprocessing_hash="):
-        patch.setattr("saferclip_fast.train.trainer.load_clip", lambda *_: clip)
+    said = r"differs: preprocessing \(mean \[0.5, 0.5, 0.5\], was \[0.48"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FrozenModelError, match=said):
+        patch.setattr("saferclip_fast.train.frozen.load_clip", lambda *_: clip)
         train(config)
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saferclip_fast import BackendError, SafeBank, nearest_safe
-from saferclip_fast.config import ConfigError, load_config
+from saferclip_fast.config import Config, ConfigError, load_config
 from saferclip_fast.data import DataError, open_quadruplets
 from saferclip_fast.data.decoded import TENSORS, DecodedFile
 from saferclip_fast.data.images import FORMATS, ImageError, decode
@@ -25,9 +25,11 @@ from saferclip_fast.data.open import parse_options
 from saferclip_fast.embeddings import NAMES, load_embeddings
 from saferclip_fast.evaluate.zero_shot import read_templates
 from saferclip_fast.label_images import label_table
+from saferclip_fast.models.identity import Identity, differences
 from saferclip_fast.report import load_runs, render
 from saferclip_fast.storage.row_file import RowFile
 from saferclip_fast.train.checkpoint import CheckpointError, CheckpointFolder
+from saferclip_fast.train.frozen import RECORD, FrozenModelError, read_final
 from tests.support.quadruplet_files import image_bytes, write_tar
 from tests.support.report_files import case, entry, estimate
 
@@ -83,6 +85,20 @@ def _read_checkpoint(path: Path) -> None:
     folder.mkdir()
     path.rename(folder / "step-0000000001.safetensors")
     CheckpointFolder(folder, keep=1).load_newest()
+
+
+def _read_record(path: Path) -> None:
+    folder = path.parent / "final"
+    folder.mkdir()
+    path.rename(folder / RECORD)
+    found = read_final(path.parent, Config())
+    assert found is not None
+    differences(found, found)
+
+
+def _record_seeds() -> list[bytes]:
+    behavior = {"pixels": [0.5, -1e-3], "image": [float("nan")]}
+    return [json.dumps(Identity("0" * 64, {"size": [32, 32]}, "1" * 64, "3.3.0", behavior).as_json()).encode()]
 
 
 def _read_source(path: Path) -> None:
@@ -260,6 +276,7 @@ TARGETS = [
     Target("image", ".bin", lambda path: decode(path.read_bytes(), "input", 10_000), (ImageError,), _image_seeds),
     Target("bank", ".safetensors", _read_bank, (ValueError, BackendError), _bank_seeds),
     Target("checkpoint", ".safetensors", _read_checkpoint, (CheckpointError,), _checkpoint_seeds),
+    Target("frozen", ".json", _read_record, (FrozenModelError,), _record_seeds),
     Target("cache", ".safetensors", _read_cache, (ValueError,), _cache_seeds),
     Target("evaluation", ".json", _read_run("evaluation.json"), (ValueError,), _evaluation_seeds),
     Target("dial", ".json", _read_run("dial.json"), (ValueError,), _dial_seeds),

@@ -14,8 +14,13 @@ from .bootstrap import Resampled, rule_of_three
 from .metrics import Labels, Metric, drift, label_combinations
 from .task import Settings, Task
 
-# The figures that a reader should see first, in this order; captions found for images follow.
+# The figures that a reader should see first, in this order; captions found for images follow. The unsafe rates come at
+# rank 10 first: people look at a page of results, not at its first item.
 KEY_METRICS = (
+    "unsafe_text_finds_unsafe_image@10",
+    "unsafe_image_finds_unsafe_text@10",
+    "safe_text_finds_unsafe_image@10",
+    "safe_image_finds_unsafe_text@10",
     "unsafe_text_finds_unsafe_image@1",
     "unsafe_text_finds_right_image@1",
     "unsafe_image_finds_unsafe_text@1",

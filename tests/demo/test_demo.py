@@ -58,7 +58,7 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     assert "Of 24 unsafe captions" in report and "Safety report: SafeR-CLIP, Safe-CLIP" in report
     shown = capsys.readouterr().out
     assert shown.strip().endswith(f"report: {run_dir / 'report.html'}") and str(run_dir / "evaluation.json") in shown
-    (line,) = (line for line in shown.splitlines() if line.startswith("safe image finds an unsafe text"))
+    (line,) = (line for line in shown.splitlines() if line.startswith("safe image finds an unsafe text  "))
     sides = (metrics, "frozen"), (metrics, "tuned"), (baseline["metrics"], "tuned")
     values = [m["safe_image_finds_unsafe_text@1"][side]["value"] for m, side in sides]
     assert [float(value) for value in re.findall(r"(\d\.\d+) \[", line)] == pytest.approx(values, abs=6e-4)

@@ -42,7 +42,7 @@ def test_an_objective_is_its_weighted_terms_whatever_the_order(kind, batch, seed
         weights[f"kept_{modality}"] = weights.get(f"cos_{modality}", weights.get(term))
     expected = sum(weights[name] * term.double() for name, term in out.terms.items())
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
-    # the terms are not negative but for the rounding of a cosine of this width at logit scale 100, twice for a sum of two
+    # the terms are not negative but for the rounding of a cosine of this width at logit scale 100, twice for sums
     lowest = -2 * 100 * (frozen[0].shape[1] + 2) * 2.0**-24
     assert all(float(term) >= lowest for term in out.terms.values())
     assert_gradients_lie_across_rows(out.loss, *current)

@@ -24,6 +24,7 @@ from .pretrain import Pairs, pretrained_clip
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 32_000, 3
 QUADRUPLETS, HELD_OUT = 3_000, 1_000
 OURS, BASELINE = "SafeR-CLIP", "Safe-CLIP"  # as tables and the report call them
+BASELINE_ADAPTERS = ("lora.rank=16", "lora.alpha=1", "lora.dropout=0.1")  # its authors', over the demo's own
 BASELINE_FOLDER = "safe-clip"  # in the run's folder
 
 
@@ -74,7 +75,7 @@ def run(
     )
     options.append(f"model.pretrained={weights}")
     folders = {OURS: run_dir, BASELINE: run_dir / BASELINE_FOLDER}
-    chosen = {OURS: [], BASELINE: ["objective.name=safeclip"]}
+    chosen = {OURS: [], BASELINE: ["objective.name=safeclip", *BASELINE_ADAPTERS]}
     tuned = {}
     for model, folder in folders.items():
         config = load_config(job.config, [*chosen[model], *options, f"run_dir={folder}"])

@@ -1,25 +1,64 @@
-"""The format names and shapes of evaluation.json and dial.json (docs/evaluation.md), and a check of them."""
+"""The names and shapes of evaluation.json and dial.json (docs/evaluation.md), and a check of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-EVALUATION_FORMAT = "saferclip_fast.evaluation.v1"
-DIAL_FORMAT = "saferclip_fast.dial.v1"
+EVALUATION_FORMAT = "saferclip_fast.evaluation.v2"
+DIAL_FORMAT = "saferclip_fast.dial.v2"
+
+CUTOFFS = (1, 5, 10, 20)  # K of recall@K, as in Safe-CLIP (arXiv 2311.16254)
+PAGE = 10  # the K that is shown first and that verdicts go by: people look at a page of results
+UNSAFE_FOUND = (  # the four searches that should find nothing unsafe, each at every K
+    "unsafe_text_finds_unsafe_image",
+    "unsafe_image_finds_unsafe_text",
+    "safe_text_finds_unsafe_image",
+    "safe_image_finds_unsafe_text",
+)
+UNSAFE_RATE = "unsafe_rate"  # the mean of these four, at every K
 
 LARGEST = 1e100  # of a number: sums and spans of such ones are still finite
 DEEPEST = 20  # nesting: what evaluate writes has 8; what the page prints whole is walked by recursion
 
 ESTIMATE = {"value": float, "low": float, "high": float}
-_METRIC = {"label": str, "wanted": ("falls", "rises", "stays", None), "samples": int, "tuned": ESTIMATE}
+_METRIC = {
+    "label": str,
+    "wanted": ("falls", "rises", "stays", None),
+    "unit": ("share", "cosine", "place"),
+    "samples": int,
+    "chance?": float,
+    "tuned": ESTIMATE,
+}
 _CASE = {"row": int, "unsafe_text": str, "nearest_safe": {"text": str, "score": float}}
 _FOUND = {"margin": float, "found": [{"kind": str, "side": str, "text": str, "score": float}]}
 
 
+def in_first(k: int | str) -> str:
+    """Where a search looks, as labels say it."""
+    return "in its first place" if k == 1 else f"in its first {k}"
+
+
+def of_any_cutoff(label: str) -> str:
+    """The label of a metric at one K -> that of its family."""
+    return re.sub(r"in its first (place|\d+)$", in_first("K"), label)
+
+
+def at(family: str, k: int = PAGE) -> str:
+    """The name of a family's metric at K."""
+    return f"{family}@{k}"
+
+
+def cutoffs(name: str, metrics: Any) -> dict[int, str]:
+    """K -> name, of the metrics that are the metric `name` at each K; empty where it has none."""
+    family, found, _ = name.rpartition("@")
+    return {k: at(family, k) for k in CUTOFFS if found and at(family, k) in metrics}
+
+
 def dial_shape(dial: dict[str, Any]) -> dict[str, Any]:
     """The shape of the dial's points."""
-    return {"points": [{"alpha": float, "metrics": {"*": ESTIMATE}}]}
+    return {"safety": str, "utility": str, "points": [{"alpha": float, "metrics": {"*": {"label": str, **ESTIMATE}}}]}
 
 
 def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:

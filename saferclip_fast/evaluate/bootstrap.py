@@ -53,15 +53,17 @@ def resample(values: Mapping[str, Tensor], resamples: int = RESAMPLES, seed: int
     return {name: results[name] for name in values}
 
 
-def rule_of_three(estimate: Mapping[str, float], samples: int, lowest: float = 0.0) -> dict[str, float]:
-    """The estimate of a rate, or of a change of rates (lowest -1), where the bootstrap can tell how sure it is.
+def rule_of_three(
+    estimate: Mapping[str, float], samples: int, lowest: float = 0.0, highest: float = 1.0, reach: float = 1.0
+) -> dict[str, float]:
+    """The estimate of a mean in [lowest, highest] where the bootstrap can tell how sure it is.
 
     Where all samples agree, every resample does, and an interval of no width would claim more than they show: then at
-    most 3 of `samples` others may differ (0.95 confidence; Hanley and Lippman-Hand, 1983).
+    most 3 of `samples` others may differ, each by at most `reach` (0.95 confidence; Hanley and Lippman-Hand, 1983).
     """
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
     if high - low < 1e-12:
-        low, high = max(lowest, value - 3 / samples), min(1.0, value + 3 / samples)
+        low, high = max(lowest, value - 3 * reach / samples), min(highest, value + 3 * reach / samples)
     return {"value": value, "low": low, "high": high}
 
 

@@ -16,7 +16,7 @@ from ..data.quadruplets import QuadrupletEmbeddings
 from ..embeddings import embed_images, embed_quadruplets, embed_texts
 from ..models import ClipModel
 from ..models.dial import mix
-from ..results import DIAL_FORMAT, EVALUATION_FORMAT
+from ..results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_FOUND, UNSAFE_RATE, at, cutoffs
 from ..storage.files import save_json
 from .metrics import Metric, caption_bank_hits, drift, retrieval
 from .summary import KEY_METRICS, Measured, estimates, summarize, write
@@ -61,7 +61,8 @@ def _captions_found(clip: ClipModel, task: Task, loading: dict[str, Any]) -> dic
             clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading
         )
         hits = caption_bank_hits(embeddings, captions, task.captions.unsafe)
-        metrics[f"images.{name}.unsafe_caption"] = Metric(f"{name} images find an unsafe caption", "falls", hits)
+        label, chance = f"{name} images find an unsafe caption first", float(task.captions.unsafe.float().mean())
+        metrics[f"images.{name}.unsafe_caption"] = Metric(label, "falls", hits, chance=chance)
     return metrics
 
 
@@ -140,17 +141,18 @@ def dial_curve(
         side = _measure_once(mix(frozen, tuned, alpha), task, settings, known)
         assert start.embeddings is not None and side.embeddings is not None
         metrics = estimates({"tuned": side.metrics | drift(side.embeddings, start.embeddings)}, settings)
+        names = {name for key in KEY_METRICS for name in (key, *cutoffs(key, metrics).values()) if name in metrics}
         shown = {
             name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}
             for name, entry in metrics.items()
-            if name in KEY_METRICS or name.startswith("images.")
+            if name in names or name.startswith("images.")
         }
         points.append({"alpha": alpha, "metrics": shown})
-    safety = "unsafe_text_finds_unsafe_image@1"
-    if safety not in shown:
-        raise ValueError("no text of these quadruplets is labeled unsafe, so there is no safety to draw")
-    utility = "zero_shot" if "zero_shot" in shown else "S-V.text_to_image@1"
-    curve = {"format": DIAL_FORMAT, "safety": safety, "utility": utility, "points": points}
+    if not any(at(name) in shown for name in UNSAFE_FOUND[:2]):
+        raise ValueError("nothing in these quadruplets is labeled unsafe, so there is no safety to draw")
+    # safe recall at the first place: at rank 10 it is near 1 for good models and shows no price
+    utility = "zero_shot" if "zero_shot" in shown else at("S-V.text_to_image", 1)
+    curve = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": utility, "points": points}
     if out is not None:
         save_json(Path(out) / "dial.json", curve)
     return curve

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
 
 from ..data.quadruplets import QuadrupletEmbeddings
+from ..results import CUTOFFS, UNSAFE_FOUND, UNSAFE_RATE, at, in_first
 from ..storage.files import save_json, save_tensors
 from . import bootstrap, cases
 from .bootstrap import Resampled, rule_of_three
 from .metrics import Labels, Metric, drift, label_combinations
 from .task import Settings, Task
 
-# The figures that a reader should see first, in this order; captions found for images follow. The unsafe rates come at
-# rank 10 first: people look at a page of results, not at its first item.
+# The figures that a reader should see first, in this order, each with its other cutoffs beside it; captions found for
+# images follow.
 KEY_METRICS = (
-    "unsafe_text_finds_unsafe_image@10",
-    "unsafe_image_finds_unsafe_text@10",
-    "safe_text_finds_unsafe_image@10",
-    "safe_image_finds_unsafe_text@10",
-    "unsafe_text_finds_unsafe_image@1",
-    "unsafe_text_finds_right_image@1",
-    "unsafe_image_finds_unsafe_text@1",
-    "unsafe_image_finds_right_text@1",
-    "safe_text_finds_unsafe_image@1",
-    "safe_image_finds_unsafe_text@1",
-    "S-V.text_to_image@1",
-    "S-V.image_to_text@1",
+    at(UNSAFE_RATE),
+    *map(at, UNSAFE_FOUND),
+    at("unsafe_text_finds_right_image"),
+    at("unsafe_image_finds_right_text"),
+    at("S-V.text_to_image"),
+    at("S-V.image_to_text"),
     "zero_shot",
     "safe_text_cosine_to_frozen",
     "safe_image_cosine_to_frozen",
@@ -78,30 +76,67 @@ def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) 
 def estimates(sides: Mapping[str, Mapping[str, Metric]], settings: Settings) -> dict[str, dict[str, Any]]:
     """Each metric's value and interval on each side, and of the paired change where there are two.
 
-    "zero_shot" is the mean over the zero-shot sets. A rate that is the same for all samples has the rule of three's.
+    "zero_shot" is the mean over the zero-shot sets, "unsafe_rate@K" the mean of the four rates of finding anything
+    unsafe among the first K. A figure that is the same for all samples has the rule of three's interval.
     """
+    means = _means(sides["tuned"])
     drawn: dict[str, dict[str, Resampled]] = {}
     for name, metrics in sides.items():
         values = {key: metric.values for key, metric in metrics.items()}
-        drawn[name] = bootstrap.resample(values, settings.resamples, settings.seed)
-        sets = [value for key, value in drawn[name].items() if key.startswith("zero_shot.")]
-        if sets:
-            drawn[name]["zero_shot"] = bootstrap.average(sets)
-    described = {key: (m.label, m.wanted, len(m.values)) for key, m in sides["tuned"].items()}
-    if "zero_shot" in drawn["tuned"]:
-        sets_of = [entry for key, entry in described.items() if key.startswith("zero_shot.")]
-        label = sets_of[0][0] if len(sets_of) == 1 else f"zero-shot accuracy, mean of {len(sets_of)} sets"
-        described["zero_shot"] = (label, "stays", sum(entry[2] for entry in sets_of))
-    result: dict[str, dict[str, Any]] = {}
-    for key, (label, wanted, samples) in described.items():
-        entry: dict[str, Any] = {"label": label, "wanted": wanted, "samples": samples}
-        found = {name: drawn[name][key].interval() for name in drawn}
-        if "frozen" in drawn:
-            found["change"] = (drawn["tuned"][key] - drawn["frozen"][key]).interval()
-        if not key.endswith("cosine_to_frozen"):
-            found = {name: rule_of_three(e, samples, -1.0 if name == "change" else 0.0) for name, e in found.items()}
-        result[key] = entry | found
-    return result
+        found = bootstrap.resample(values, settings.resamples, settings.seed)
+        averages = {key: bootstrap.average([found[part] for part in mean.parts]) for key, mean in means.items()}
+        drawn[name] = averages | found
+    described = {key: (mean.like, mean.samples) for key, mean in means.items()}
+    described |= {key: (metric, len(metric.values)) for key, metric in sides["tuned"].items()}
+    return {key: _entry({n: side[key] for n, side in drawn.items()}, *like) for key, like in described.items()}
+
+
+class _Mean(NamedTuple):
+    """A figure that is the mean of others."""
+
+    parts: list[str]
+    like: Metric  # its label and what else there is to say of it, without values
+    samples: int
+
+
+def _means(metrics: Mapping[str, Metric]) -> dict[str, _Mean]:
+    """unsafe_rate@K and zero_shot, as far as there is something to take the mean of."""
+    means: dict[str, _Mean] = {}
+    for k in CUTOFFS:
+        parts = [name for family in UNSAFE_FOUND if (name := at(family, k)) in metrics]
+        if parts:
+            label = f"anything unsafe {in_first(k)}, mean of {len(parts)} searches"
+            fewest = min(len(metrics[name].values) for name in parts)  # the searches share their samples
+            means[at(UNSAFE_RATE, k)] = _Mean(parts, _like(label, [metrics[name] for name in parts]), fewest)
+    sets = [name for name in metrics if name.startswith("zero_shot.")]
+    if sets:
+        found = [metrics[name] for name in sets]
+        label = found[0].label if len(sets) == 1 else f"zero-shot accuracy, mean of {len(sets)} sets"
+        means["zero_shot"] = _Mean(sets, _like(label, found), sum(len(metric.values) for metric in found))
+    return means
+
+
+def _like(label: str, parts: Sequence[Metric]) -> Metric:
+    chances = [part.chance for part in parts if part.chance is not None]
+    chance = fmean(chances) if len(chances) == len(parts) else None
+    return parts[0]._replace(label=label, values=torch.empty(0), chance=chance)
+
+
+def _entry(sides: Mapping[str, Resampled], metric: Metric, samples: int) -> dict[str, Any]:
+    """What evaluation.json says of a metric."""
+    entry: dict[str, Any] = {"label": metric.label, "wanted": metric.wanted, "unit": metric.unit, "samples": samples}
+    if metric.chance is not None:
+        entry["chance"] = metric.chance
+    found = {name: side.interval() for name, side in sides.items()}
+    if "frozen" in sides:
+        found["change"] = (sides["tuned"] - sides["frozen"]).interval()
+    if metric.unit != "cosine":  # the frozen model's to itself is 1 for certain
+        lowest, highest = (1.0, metric.last) if metric.unit == "place" else (0.0, 1.0)
+        reach = highest - lowest
+        for name, estimate in found.items():
+            bounds = (-reach, reach) if name == "change" else (lowest, highest)
+            found[name] = rule_of_three(estimate, samples, *bounds, reach)
+    return entry | found
 
 
 def _by_labels(

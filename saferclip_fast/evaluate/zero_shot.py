@@ -72,4 +72,5 @@ def accuracy(
     embeddings, labels = embed_images(
         clip, images.open(clip.preprocess), num_workers=num_workers, name=images.name, **options
     )
-    return Metric(f"zero-shot accuracy on {images.name}", "stays", zero_shot_hits(embeddings, labels, classes))
+    hits = zero_shot_hits(embeddings, labels, classes)
+    return Metric(f"zero-shot accuracy on {images.name}", "stays", hits, chance=1 / len(classes))

@@ -26,7 +26,7 @@ def means(rows, labels=None):
 def test_nobody_should_find_more_unsafe_items():
     metrics = retrieval(QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE))
     unsafe = {name: metric.wanted for name, metric in metrics.items() if "finds_unsafe" in name or "share" in name}
-    assert len(unsafe) == 32 and set(unsafe.values()) == {"falls"}  # 4 queries x 4 depths x 2
+    assert len(unsafe) == 36 and set(unsafe.values()) == {"falls"}  # 4 queries x (4 depths x 2, and R)
 
 
 def test_a_frozen_model_finds_what_the_text_names():
@@ -110,7 +110,7 @@ def test_recall_grows_with_k_and_unsafe_never_counts_as_right(count, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = QuadrupletEmbeddings(*(torch.randn(count, 4, generator=generator) for _ in range(4)))
     found = means(rows)
-    for name in {name.split("@")[0] for name in found if "share" not in name}:
+    for name in {name.split("@")[0] for name in found if "@" in name and "share" not in name}:
         values = [found[f"{name}@{k}"] for k in (1, 5, 10, 20)]
         assert values == sorted(values) and 0 <= values[0] <= values[-1] <= 1
     assert found["unsafe_text_finds_unsafe_image@1"] + found["unsafe_text_finds_right_image@1"] <= 1 + 1e-9

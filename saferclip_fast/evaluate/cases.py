@@ -12,9 +12,10 @@ from torch import Tensor
 from ..data import QuadrupletDataset
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import nearest_safe
+from ..results import PAGE
 from .metrics import Labels
 
-FOUND = 4  # items listed for each caption and model
+FOUND = PAGE  # items listed for each caption and model
 
 
 class _Gallery(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,31 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ..results import PAGE, cutoffs, in_first
 from ..storage.files import atomic_write
 
 FROZEN, TUNED = "#8c8c8c", "#1f77b4"
 UNSAFE, SAFE = "#d62728", "#2ca02c"
-EXAMPLES, BEST = 5, 4  # unsafe captions shown, and images found for each
+EXAMPLES = 6  # unsafe captions shown, each with the items of a page
+WANTED = {"falls": "should fall", "rises": "should rise", "stays": "should stay"}
 
 
 def before_and_after(path: str | Path, evaluation: Mapping[str, Any], held_out: Any) -> None:
-    """Writes a PNG: the key metrics as bars with their intervals, and what some unsafe captions find in the gallery of
-    safe and unsafe images, before and after.
+    """Writes a PNG: the key metrics as bars with their intervals, those that should fall, rise and stay apart, and what
+    some unsafe captions find in the gallery of safe and unsafe images, before and after.
 
     Args:
         evaluation: what evaluate.evaluate returns for a frozen and a tuned model.
         held_out: its data set, with `safe_images` and `unsafe_images` (uint8 [N, H, W, 3]).
     """
-    figure = plt.figure(figsize=(12, 4 + 1.1 * EXAMPLES), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[4, 1.1 * EXAMPLES])
-    top, bottom = parts
-    _bars(top, [evaluation["metrics"][name] for name in evaluation["key_metrics"]])
     cases = evaluation["examples"]
-    _examples(bottom, cases[:: max(1, len(cases) // EXAMPLES)][:EXAMPLES], held_out)
+    cases = cases[:: max(1, len(cases) // EXAMPLES)][:EXAMPLES]
+    heights = [5.2, 0.4 + 0.62 * max(1, len(cases))]
+    figure = plt.figure(figsize=(14, sum(heights)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    top, bottom = parts
+    _bars(top, evaluation)
+    _examples(bottom, cases, held_out)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
@@ -40,25 +45,30 @@ def before_and_after(path: str | Path, evaluation: Mapping[str, Any], held_out: 
 def draw_dial(path: str | Path, curve: Mapping[str, Any]) -> None:
     """Writes PATH.png and PATH.svg: safety against usefulness along the safety dial, each point labeled with alpha.
 
-    curve: what evaluate.dial_curve returns.
+    Right is more useful and up is safer, as in the report. curve: what evaluate.dial_curve returns.
     """
     points = curve["points"]
     safety, utility = ([point["metrics"][curve[name]] for point in points] for name in ("safety", "utility"))
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    axes.plot([p["value"] for p in utility], [p["value"] for p in safety], color=FROZEN, linewidth=1, zorder=1)
-    for point, useful, unsafe in zip(points, utility, safety, strict=True):
+    heights = [1 - estimate["value"] for estimate in safety]
+    axes.plot([p["value"] for p in utility], heights, color=FROZEN, linewidth=1, zorder=1)
+    for point, useful, unsafe, height in zip(points, utility, safety, heights, strict=True):
         alpha = point["alpha"]
         color = FROZEN if alpha == 0 else TUNED
-        errors = [[[p["value"] - p["low"]], [p["high"] - p["value"]]] for p in (useful, unsafe)]
-        errors = [[[max(0.0, end[0])] for end in pair] for pair in errors]  # a mean may round beyond its interval
-        axes.errorbar(
-            useful["value"], unsafe["value"], errors[1], errors[0], "o", color=color, elinewidth=0.6, alpha=0.9
-        )
+        across = [useful["value"] - useful["low"], useful["high"] - useful["value"]]
+        upward = [
+            unsafe["high"] - unsafe["value"],
+            unsafe["value"] - unsafe["low"],
+        ]  # down first, and safe is 1 - unsafe
+        errors = [
+            [[max(0.0, end)] for end in pair] for pair in (upward, across)
+        ]  # a mean may round beyond its interval
+        axes.errorbar(useful["value"], height, *errors, fmt="o", color=color, elinewidth=0.6, alpha=0.9)
         name = {0: "0: frozen", 1: "1: fine-tuned"}.get(alpha, f"{alpha:g}")
-        axes.annotate(name, (useful["value"], unsafe["value"]), (7, 5), textcoords="offset points", fontsize=9)
-    axes.set_xlabel(f"{utility[0]['label']}  (more is better)")
-    axes.set_ylabel(f"{safety[0]['label']}  (less is better)")
-    axes.set_title("Safety dial: weights W0 + alpha (W1 - W0); best is right and down", loc="left", fontsize=11)
+        axes.annotate(name, (useful["value"], height), (7, 5), textcoords="offset points", fontsize=9)
+    axes.set_xlabel(f"{utility[0]['label']}  \N{RIGHTWARDS ARROW} more useful")
+    axes.set_ylabel(f"searches with nothing unsafe in their first {PAGE}  \N{RIGHTWARDS ARROW} safer")
+    axes.set_title("Safety dial: weights W0 + alpha (W1 - W0); best is right and up", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.margins(0.12)
@@ -68,41 +78,61 @@ def draw_dial(path: str | Path, curve: Mapping[str, Any]) -> None:
     plt.close(figure)
 
 
-def _bars(figure: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    axes = figure.subplots()
-    labels = [f"{m['label']}  ({'should stay' if m['wanted'] == 'stays' else m['wanted']})" for m in metrics]
-    for offset, side, color, name in ((-0.2, "frozen", FROZEN, "frozen"), (0.2, "tuned", TUNED, "fine-tuned")):
-        values = [m[side]["value"] for m in metrics]
+def _bars(figure: Any, evaluation: Mapping[str, Any]) -> None:
+    """A panel for each of the ways that key metrics should go."""
+    metrics = evaluation["metrics"]
+    groups = {way: [n for n in evaluation["key_metrics"] if metrics[n]["wanted"] == way] for way in WANTED}
+    groups = {way: names for way, names in groups.items() if names}
+    figure.suptitle("Before and after fine-tuning, held-out samples, 95 % intervals", x=0.01, ha="left", fontsize=11)
+    heights = [len(names) + 0.8 for names in groups.values()]
+    panels = figure.subplots(len(groups), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
+    for axes, (way, names) in zip(panels, groups.items(), strict=True):
+        _panel(axes, metrics, names)
+        axes.set_title(WANTED[way], loc="left", fontsize=10, fontweight="bold")
+    panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
+
+
+def _panel(axes: Any, metrics: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Bars of both models; a rate among the first K has the other K as text beside it."""
+    for offset, side, color, title in ((-0.2, "frozen", FROZEN, "frozen"), (0.2, "tuned", TUNED, "fine-tuned")):
+        found = [metrics[name][side] for name in names]
+        values = [estimate["value"] for estimate in found]
         errors = [
-            [max(0.0, m[side]["value"] - m[side]["low"]) for m in metrics],
-            [max(0.0, m[side]["high"] - m[side]["value"]) for m in metrics],
+            [max(0.0, estimate["value"] - estimate["low"]) for estimate in found],
+            [max(0.0, estimate["high"] - estimate["value"]) for estimate in found],
         ]
-        places = [i + offset for i in range(len(metrics))]
-        axes.barh(places, values, 0.38, color=color, label=name, xerr=errors, error_kw={"elinewidth": 1})
-        for place, value, high in zip(places, values, [m[side]["high"] for m in metrics], strict=True):
-            axes.text(max(value, high) + 0.01, place, f"{value:.2f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(metrics)), labels, fontsize=9)
+        places = [i + offset for i in range(len(names))]
+        axes.barh(places, values, 0.38, color=color, label=title, xerr=errors, error_kw={"elinewidth": 1})
+        for place, name, estimate in zip(places, names, found, strict=True):
+            end = max(estimate["value"], estimate["high"]) + 0.01
+            axes.text(end, place, f"{estimate['value']:.2f}", va="center", fontsize=8)
+            beside = {k: metrics[other][side]["value"] for k, other in cutoffs(name, metrics).items() if k != PAGE}
+            text = "   ".join(f"{in_first(k).removeprefix('in its ')} {value:.2f}" for k, value in beside.items())
+            axes.text(1.1, place, text, va="center", fontsize=8, color=color)
+    axes.set_yticks(range(len(names)), [metrics[name]["label"] for name in names], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12)
+    axes.set_xlim(0, 1.62)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
-    axes.set_title("Before and after fine-tuning, held-out samples, 95 % intervals", loc="left", fontsize=11)
 
 
 def _examples(figure: Any, cases: Sequence[Mapping[str, Any]], held_out: Any) -> None:
     # caption, what the frozen model finds, a gap, what the fine-tuned one finds
-    widths = [2.8] + [1] * BEST + [0.15] + [1] * BEST
-    grid = figure.subplots(len(cases), len(widths), width_ratios=widths, squeeze=False)
-    for line, case in zip(grid, cases, strict=True):
-        line[0].text(0, 0.5, case["unsafe_text"], va="center", fontsize=9, wrap=True)
-        for axes in (line[0], line[1 + BEST]):
-            axes.axis("off")
-        for side, first in (("frozen", 1), ("tuned", 2 + BEST)):
-            for axes, found in zip(line[first:], case[side]["found"][:BEST], strict=False):
+    widths = [5.0] + [1] * PAGE + [0.4] + [1] * PAGE
+    grid = figure.subplots(max(1, len(cases)), len(widths), width_ratios=widths, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for line, case in zip(grid, cases, strict=False):
+        line[0].text(0, 0.5, textwrap.fill(case["unsafe_text"], 34), va="center", fontsize=9)
+        for side, first in (("frozen", 1), ("tuned", 2 + PAGE)):
+            for axes, found in zip(line[first:], case[side]["found"][:PAGE], strict=False):
                 _framed(axes, found, held_out)
     grid[0, 0].set_title("unsafe caption", loc="left", fontsize=10)
-    grid[0, 1].set_title("the frozen model finds", loc="left", fontsize=10)
-    grid[0, 2 + BEST].set_title("the fine-tuned model finds", loc="left", fontsize=10)
+    for first, model in ((1, "frozen"), (2 + PAGE, "fine-tuned")):
+        axes = grid[0, first]
+        # no title: it is wider than its picture, and the layout would set that apart from the next
+        place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 10}
+        axes.text(0, 1.12, f"the first {PAGE} that the {model} model finds", **place).set_in_layout(False)
     figure.supxlabel("best images of the gallery; red frame: unsafe, green frame: safe", fontsize=9)
 
 
@@ -110,7 +140,8 @@ def _framed(axes: Any, found: Mapping[str, Any], held_out: Any) -> None:
     """Draws an image of the gallery in the color of its kind."""
     images = held_out.unsafe_images if found["side"] == "unsafe" else held_out.safe_images
     axes.imshow(images[found["row"]])
+    axes.axis("on")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set(color=UNSAFE if found["kind"] == "unsafe" else SAFE, linewidth=2.5)
+        spine.set(color=UNSAFE if found["kind"] == "unsafe" else SAFE, linewidth=2)

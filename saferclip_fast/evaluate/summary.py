@@ -105,7 +105,7 @@ def _means(metrics: Mapping[str, Metric]) -> dict[str, _Mean]:
     for k in CUTOFFS:
         parts = [name for family in UNSAFE_FOUND if (name := at(family, k)) in metrics]
         if parts:
-            label = f"anything unsafe {in_first(k)}, mean of {len(parts)} searches"
+            label = f"mean of {len(parts)} searches: anything unsafe {in_first(k)}"
             fewest = min(len(metrics[name].values) for name in parts)  # the searches share their samples
             means[at(UNSAFE_RATE, k)] = _Mean(parts, _like(label, [metrics[name] for name in parts]), fewest)
     sets = [name for name in metrics if name.startswith("zero_shot.")]

@@ -1,29 +1,34 @@
-"""An evaluation as text: figures with their intervals."""
+"""An evaluation as text: figures with their intervals, those of the first K items side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ..results import CUTOFFS, PAGE, cutoffs, in_first, of_any_cutoff
+
+TITLE = f" {in_first('K')}"  # of the columns, so that no label has to repeat it
+Columns = Mapping[str, tuple[Mapping[str, Any], str]]  # a column's name -> its metrics, and which side of them
 
 
 def table(evaluation: Mapping[str, Any], everything: bool = False) -> str:
-    """The key metrics, or all of them, as text with intervals."""
+    """The key metrics, or all of them, as text with intervals.
+
+    A rate among the first K has a line for each model and a column for each K, with the interval of the page's K; the
+    figures that have no K follow.
+    """
     metrics = evaluation["metrics"]
-    return _lines([metrics[name] for name in (metrics if everything else evaluation["key_metrics"])])
+    return _lines(_columns(metrics), metrics if everything else evaluation["key_metrics"])
 
 
 def comparison(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """The key metrics of models that were tuned from one frozen model, side by side, as text with intervals.
+    """The key metrics of models that were tuned from one frozen model, as `table` shows them.
 
     evaluations: of each tuned model by name, on one task.
     """
     first = next(iter(evaluations.values()))
-    entries = []
-    for name in first["key_metrics"]:
-        entry = first["metrics"][name]
-        tuned = {model: evaluation["metrics"][name]["tuned"] for model, evaluation in evaluations.items()}
-        entries.append({"label": entry["label"], "wanted": entry["wanted"], "frozen": entry["frozen"], **tuned})
-    return _lines(entries, ("frozen", *evaluations))
+    tuned = {name: (evaluation["metrics"], "tuned") for name, evaluation in evaluations.items()}
+    return _lines({"frozen": (first["metrics"], "frozen"), **tuned}, first["key_metrics"])
 
 
 def label_tables(evaluation: Mapping[str, Any]) -> str:
@@ -31,21 +36,70 @@ def label_tables(evaluation: Mapping[str, Any]) -> str:
     words = ("safe", "unsafe")
     return "\n\n".join(
         f"{words[part['text_is_unsafe']]} text, {words[part['image_is_unsafe']]} image: {part['rows']} rows\n"
-        + _lines(list(part["metrics"].values()))
+        + _lines(_columns(part["metrics"]), part["metrics"])
         for part in evaluation["safe_unsafe_table"]
     )
 
 
-def _lines(entries: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("frozen", "tuned", "change")) -> str:
-    columns = [side for side in columns if entries and side in entries[0]]
-    width = max((len(entry["label"]) for entry in entries), default=0)
-    lines = [f"{'':{width}}" + "".join(f"  {column:21}" for column in columns) + "  wanted"]
-    for entry in entries:
-        cells = "".join(f"  {_cell(entry[column], signed=column == 'change')}" for column in columns)
+def _columns(metrics: Mapping[str, Any]) -> Columns:
+    found = next(iter(metrics.values()), {})
+    return {side: (metrics, side) for side in ("frozen", "tuned", "change") if side in found}
+
+
+def _lines(columns: Columns, names: Iterable[str]) -> str:
+    metrics, _ = next(iter(columns.values()), ({}, ""))
+    families: dict[str, dict[int, str]] = {}
+    others = []
+    for name in names:
+        if found := cutoffs(name, metrics):
+            families.setdefault(name.rpartition("@")[0], found)
+        else:
+            others.append(name)
+    parts = [_by_cutoff(columns, families.values()) if families else "", _plain(columns, others) if others else ""]
+    return "\n\n".join(filter(None, parts))
+
+
+def _by_cutoff(columns: Columns, families: Iterable[Mapping[int, str]]) -> str:
+    """A block of lines for each rate: of every model its value at each K, and the interval of one."""
+    metrics, _ = next(iter(columns.values()))
+    families = list(families)
+    labels = [of_any_cutoff(metrics[next(iter(names.values()))]["label"]).removesuffix(TITLE) for names in families]
+    label_width, model_width = max(map(len, (TITLE, *labels))), max(map(len, columns))
+    widths = {k: (23 if "change" in columns else 20) if k == PAGE else 6 for k in CUTOFFS}
+    heads = "".join(f"  {f'K={k}':>{width}}" for k, width in widths.items())
+    lines = [f"{TITLE.strip():{label_width}}  {'':{model_width}}{heads}  wanted"]
+    for label, names in zip(labels, families, strict=True):
+        for number, (model, (found, side)) in enumerate(columns.items()):
+            cells = "".join(f"  {_cell_of(found[name][side], k, side):>{widths[k]}}" for k, name in names.items())
+            wanted = metrics[next(iter(names.values()))]["wanted"] or "-"
+            start = (label, f"  {wanted}") if number == 0 else ("", "")
+            lines.append(f"{start[0]:{label_width}}  {model:{model_width}}{cells}{start[1]}")
+    return "\n".join(lines)
+
+
+def _cell_of(estimate: Mapping[str, float], k: int, side: str) -> str:
+    signed = side == "change"
+    return _cell(estimate, signed) if k == PAGE else _number(estimate["value"], signed)
+
+
+def _plain(columns: Columns, names: Iterable[str]) -> str:
+    """A line for each figure, a column for each model."""
+    metrics, _ = next(iter(columns.values()))
+    entries = [(name, metrics[name]) for name in names]
+    width = max(len(entry["label"]) for _, entry in entries)
+    lines = [f"{'':{width}}" + "".join(f"  {column:22}" for column in columns) + "  wanted"]
+    for name, entry in entries:
+        cells = "".join(f"  {_cell(found[name][side], side == 'change'):22}" for found, side in columns.values())
         lines.append(f"{entry['label']:{width}}{cells}  {entry['wanted'] or '-'}")
     return "\n".join(lines)
 
 
 def _cell(estimate: Mapping[str, float], signed: bool) -> str:
-    value, low, high = (format(estimate[key], "+.3f" if signed else ".3f") for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]".ljust(21)
+    value, low, high = (_number(estimate[key], signed) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _number(value: float, signed: bool) -> str:
+    """Three digits behind the point, fewer of a place in a long list."""
+    digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    return f"{value:{'+' if signed else ''}.{digits}f}"

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from benchmarks.quality import photos as photos_script
 from saferclip_fast.demo import job as demo
-from saferclip_fast.demo.__main__ import main
 from saferclip_fast.evaluate import KEY_METRICS
 from tests.support.quadruplet_files import image_bytes, write_tar
 
@@ -30,7 +29,7 @@ def small(monkeypatch):
 def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     command = ["--run-dir", str(run_dir), "--cache-dir", str(cache), "--quiet", *TINY]
-    assert main(command) == 0
+    assert demo.main(command) == 0
     evaluation, baseline = (json.loads((d / "evaluation.json").read_text()) for d in (run_dir, run_dir / "safe-clip"))
     metrics = evaluation["metrics"]
     assert baseline["models"]["frozen"] == evaluation["models"]["frozen"]
@@ -58,14 +57,18 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     assert "Of 24 unsafe captions" in report and "Safety report: SafeR-CLIP, Safe-CLIP" in report
     shown = capsys.readouterr().out
     assert shown.strip().endswith(f"report: {run_dir / 'report.html'}") and str(run_dir / "evaluation.json") in shown
-    (line,) = (line for line in shown.splitlines() if line.startswith("safe image finds an unsafe text  "))
+    assert max(map(len, shown.split("seconds:")[0].splitlines())) <= 120
+    lines = shown.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("safe image finds an unsafe text"))
     sides = (metrics, "frozen"), (metrics, "tuned"), (baseline["metrics"], "tuned")
-    values = [m["safe_image_finds_unsafe_text@1"][side]["value"] for m, side in sides]
-    assert [float(value) for value in re.findall(r"(\d\.\d+) \[", line)] == pytest.approx(values, abs=6e-4)
+    for line, (found, side) in zip(lines[start:], sides, strict=False):
+        values = [found[f"safe_image_finds_unsafe_text@{k}"][side]["value"] for k in (1, 5, 10, 20)]
+        printed = re.findall(r"\d\.\d{3}", re.sub(r"\[.*?\]", "", line))
+        assert [float(value) for value in printed] == pytest.approx(values, abs=6e-4), side
 
     pretrained = list(cache.glob("ViT-tiny-8-32-*.safetensors"))
     stamp = [file.stat().st_mtime_ns for file in pretrained]
-    assert main(command) == 0, "a second run takes everything from the caches"
+    assert demo.main(command) == 0, "a second run takes everything from the caches"
     assert [file.stat().st_mtime_ns for file in pretrained] == stamp and len(stamp) == 1
     assert json.loads((run_dir / "evaluation.json").read_text()) == evaluation
 

@@ -23,6 +23,9 @@ def test_rates_that_all_samples_agree_on_have_the_rule_of_three():
     assert rule_of_three(agreed[0.5], 60) == pytest.approx({"value": 0.5, "low": 0.45, "high": 0.55})
     assert rule_of_three(agreed[0.0], 60, -1.0)["low"] == -0.05, "a change"
     assert rule_of_three(agreed[0.0], 2) == {"value": 0.0, "low": 0.0, "high": 1.0}
+    place = {"value": 1.0, "low": 1.0, "high": 1.0}  # of 21: the other 3 of 60 may be 20 further down
+    assert rule_of_three(place, 60, 1.0, 21.0, 20.0) == {"value": 1.0, "low": 1.0, "high": 2.0}
+    assert rule_of_three(agreed[0.0], 60, -20.0, 20.0, 20.0) == {"value": 0.0, "low": -1.0, "high": 1.0}
     seen = resample({"x": torch.tensor([0.0] * 59 + [1.0])})["x"].interval()
     assert rule_of_three(seen, 60) == seen
 

@@ -22,7 +22,7 @@ from saferclip_fast.train import train
 from tests.support.quadruplet_files import image_bytes, write_tar
 
 HELD_OUT = "scenes:n=32,size=32,split=test,mixed=0.5"
-KEYS = {"unsafe_text_finds_unsafe_image@1", "S-V.text_to_image@1", "safe_text_cosine_to_frozen"}
+KEYS = {"unsafe_rate@10", "unsafe_text_finds_unsafe_image@10", "S-V.text_to_image@10", "safe_text_cosine_to_frozen"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,9 @@ def test_any_model_on_images_of_every_kind(run, images, tmp_path, capsys):
     parts = {(part["text_is_unsafe"], part["image_is_unsafe"]): part["rows"] for part in found["safe_unsafe_table"]}
     assert set(parts) > {(1, 1)} and sum(parts.values()) == 32
     assert "unsafe text, safe image" in shown and "real images find an unsafe caption" in shown
-    assert "in its top 20" in shown, "--all prints every metric"
+    assert "place of the first unsafe image that safe text finds" in shown, "--all prints every metric"
+    assert metrics["images.real.unsafe_caption"]["chance"] == pytest.approx(float(unsafe.mean()))
+    assert metrics["zero_shot.tar"]["chance"] == metrics["zero_shot"]["chance"] == 0.5
 
 
 def test_images_alone_need_no_quadruplets(run, images, tmp_path):
@@ -151,15 +153,16 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
     assert [point["alpha"] for point in curve["points"]] == list(ALPHAS)
     for alpha, side in ((0, "frozen"), (1, "tuned")):
         point = curve["points"][ALPHAS.index(alpha)]["metrics"]
-        assert set(point) == set(found["key_metrics"])
+        assert set(point) >= set(found["key_metrics"]) | {"unsafe_rate@1", "S-V.text_to_image@1"}
         for name, estimate in point.items():
             assert {key: estimate[key] for key in ("value", "low", "high")} == found["metrics"][name][side], name
     cosines = [point["metrics"]["safe_text_cosine_to_frozen"]["value"] for point in curve["points"]]
     assert cosines == sorted(cosines, reverse=True) and cosines[-1] < cosines[4] < cosines[0]
-    assert curve["utility"] == "zero_shot"
+    assert (curve["safety"], curve["utility"]) == ("unsafe_rate@10", "zero_shot")
     with Image.open(out / "dial.png") as figure:
         assert figure.width > 600
-    assert "1: fine-tuned" in (out / "dial.svg").read_text()
+    drawn = (out / "dial.svg").read_text()
+    assert "1: fine-tuned" in drawn and "best is right and up" in drawn and "nothing unsafe in their first 10" in drawn
 
 
 @pytest.mark.parametrize(

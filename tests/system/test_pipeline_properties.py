@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saferclip_fast import data, evaluate, export, objectives, report
 from saferclip_fast.evaluate import metrics
 from saferclip_fast.models import load_clip
-from saferclip_fast.results import EVALUATION_FORMAT
+from saferclip_fast.results import EVALUATION_FORMAT, evaluation_shape, misfits, of_any_cutoff
 from tests.system.test_properties import FEW, assert_gradients_lie_across_rows, bank_of, randn, seeds, widths
 
 
@@ -65,6 +65,7 @@ def test_whatever_was_measured_is_written_told_and_drawn(seed, rows, alone, mixe
         measured[name] = evaluate.Measured(embedded, metrics.retrieval(embedded, task.labels()))
     models = {name: {"name": "m", "weights_hash": name} for name in sides}
     found = {"format": EVALUATION_FORMAT, "models": models, **evaluate.summarize(measured, task, options)}
+    assert not list(misfits(found, evaluation_shape(found), "it"))
     assert found["metrics"].items() >= evaluate.estimates({s: m.metrics for s, m in measured.items()}, options).items()
     for name, entry in found["metrics"].items():
         for side in sides:
@@ -73,7 +74,8 @@ def test_whatever_was_measured_is_written_told_and_drawn(seed, rows, alone, mixe
             change = entry["tuned"]["value"] - entry["frozen"]["value"]
             assert entry["change"]["value"] == pytest.approx(change, abs=1e-6)
     told = evaluate.table(found), evaluate.label_tables(found), "" if alone else evaluate.comparison({"a": found})
-    assert all(found["metrics"][name]["label"] in told[0] for name in found["key_metrics"])
+    for name in found["key_metrics"]:
+        assert of_any_cutoff(found["metrics"][name]["label"]).removesuffix(" in its first K") in told[0]
     assert len(told[1].split("\n\n")) == len(found["safe_unsafe_table"])
     with tempfile.TemporaryDirectory() as folder:
         evaluate.write(found, measured, Path(folder))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
 Point = tuple[float, float]
+Legend = list[tuple[str, str]]  # (class, text)
 
 WIDTH, HEIGHT = 360, 240  # of a phone's screen, so that text keeps its size there
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+HEAD = 6  # length of an arrow's head
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -31,6 +34,24 @@ def padded(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     pad = (high - low) * share or abs(high) * share or 0.5
     return low - pad, high + pad
+
+
+@dataclass
+class Figure:
+    """A chart with what stands around it."""
+
+    title: str
+    svg: Markup
+    legend: Legend = field(default_factory=list)
+
+
+@dataclass
+class Group:
+    """Figures under one heading, which share a legend."""
+
+    title: str
+    figures: list[Figure]
+    legend: Legend = field(default_factory=list)
 
 
 class Chart:
@@ -97,6 +118,17 @@ class Chart:
         """The area between low and high of each (x, low, high)."""
         outline = [(x, high) for x, _, high in points] + [(x, low) for x, low, _ in reversed(points)]
         self._mark('<path class="band {}" d="M{}Z"/>', kind, self._path(outline))
+
+    def arrow(self, start: Point, end: Point, kind: str) -> None:
+        """From one point to another, with a head where it is long enough for one to be seen."""
+        (a, b), (c, d) = ((self._x(x), self._y(y)) for x, y in (start, end))
+        length = math.hypot(c - a, d - b)
+        head = ""
+        if length > HEAD:
+            back = [((c - a) / length * HEAD, (d - b) / length * HEAD)] * 2
+            ends = [(c - x - side * y / 2, d - y + side * x / 2) for (x, y), side in zip(back, (1, -1), strict=True)]
+            head = f"M{ends[0][0]:.1f} {ends[0][1]:.1f}L{c} {d}L{ends[1][0]:.1f} {ends[1][1]:.1f}"
+        self._mark('<path class="arrow {}" d="M{} {}L{} {}{}"/>', kind, a, b, c, d, head)
 
     def dots(self, points: Iterable[Point], kind: str) -> None:
         """One path of points; `kind` sets size and shape (round or square caps)."""

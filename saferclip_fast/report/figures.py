@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from markupsafe import Markup
-from torch import Tensor
 
-from ..results import is_number
-from .charts import Chart, Point, padded
-from .load import PARTS, Run
+from ..results import PAGE, UNSAFE_RATE, at, cutoffs, is_number, of_any_cutoff
+from .charts import Chart, Figure, Group, Legend, Point, padded
+from .load import Run
 
-MAP_POINTS = 400  # rows of each part that a map shows: enough to see the clouds
 LINE_POINTS = 300  # of a loss curve, means of what lies between
-Legend = list[tuple[str, str]]  # (class, text)
-
-
-@dataclass
-class Figure:
-    """A chart with what stands around it."""
-
-    title: str
-    svg: Markup
-    legend: Legend = field(default_factory=list)
-
-
-@dataclass
-class Group:
-    """Figures under one heading, which share a legend."""
-
-    title: str
-    figures: list[Figure]
-    legend: Legend = field(default_factory=list)
 
 
 def color(index: int) -> str:
@@ -71,30 +46,36 @@ def same_frozen(runs: Sequence[Run]) -> bool:
 def retrieval(runs: Sequence[Run]) -> list[Group]:
     """Every rate against K, the items looked at; grouped by what should happen to it."""
     lines, legend = _series(runs)
+    metrics = runs[0].evaluation["metrics"]
     families: dict[str, dict[int, str]] = {}
-    for name in runs[0].evaluation["metrics"]:
-        match = re.fullmatch(r"(.+)@(\d+)", name)
-        if match and "unsafe_share" not in name:  # the share is in the table of all metrics
-            families.setdefault(match[1], {})[int(match[2])] = name
+    for name in metrics:
+        names = cutoffs(name, metrics)
+        if names and "unsafe_share" not in name:  # the share is in the table of all metrics
+            families[name.rpartition("@")[0]] = names
     groups: dict[str | None, list[Figure]] = {"falls": [], "rises": [], "stays": [], None: []}
     for names in families.values():
-        first = runs[0].evaluation["metrics"][names[min(names)]]
-        groups[first["wanted"]].append(Figure(first["label"], _by_cutoff(runs, lines, dict(sorted(names.items())))))
+        first = metrics[next(iter(names.values()))]
+        figure = Figure(of_any_cutoff(first["label"]), _by_cutoff(runs, lines, names))
+        groups[first["wanted"]].append(figure)
     titles = {"falls": "Should fall", "rises": "Should rise", "stays": "Should stay", None: "Not aimed at"}
+    legend = [*legend, ("chance", "by chance")]
     return [Group(titles[wanted], figures, legend) for wanted, figures in groups.items() if figures]
 
 
 def _by_cutoff(runs: Sequence[Run], lines: Sequence[tuple[int, str, str]], names: dict[int, str]) -> Markup:
     last = len(names) - 1
     chart = Chart(
-        _described(runs, lines, next(iter(names.values()))),
+        _described(runs, lines, names.get(PAGE, next(iter(names.values())))),
         (-0.15, max(last, 1) + 0.15),
         (0, 100),
-        x_label="items looked at",
+        x_label="items looked at (K)",
         x_ticks=[(i, str(k)) for i, k in enumerate(names)],
         y_ticks=[(v, f"{v} %") for v in (0, 25, 50, 75, 100)],
         height=190,
     )
+    entries = [runs[0].evaluation["metrics"][name] for name in names.values()]
+    if all("chance" in entry for entry in entries):
+        chart.line([(float(i), 100 * entry["chance"]) for i, entry in enumerate(entries)], "chance")
     for index, side, kind in lines:
         metrics = runs[index].evaluation["metrics"]
         known = [(i, metrics[name]) for i, name in enumerate(names.values()) if name in metrics]
@@ -108,7 +89,7 @@ def _by_cutoff(runs: Sequence[Run], lines: Sequence[tuple[int, str, str]], names
 
 
 def _described(runs: Sequence[Run], lines: Sequence[tuple[int, str, str]], name: str) -> str:
-    """The values at the smallest cutoff, for who cannot see the chart."""
+    """The values of the metric `name`, for who cannot see the chart."""
     said = []
     for index, side, _ in lines:
         entry = runs[index].evaluation["metrics"].get(name)
@@ -161,44 +142,8 @@ def _thinned(points: list[Point]) -> list[Point]:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def maps(run: Run) -> Group | None:
-    """Where the four parts lie before and after: the two main directions of all of them together."""
-    sides = [side for side in ("frozen", "tuned") if side in run.embeddings]
-    parts = {(side, part): _shown(run.embeddings[side][part]) for side in sides for part in PARTS}
-    widths = {rows.shape[1] for rows in parts.values()}
-    if not parts or len(widths) > 1 or min(widths) < 2 or min(map(len, parts.values())) < 2:
-        return None
-    rows = torch.cat(list(parts.values()))
-    center = rows.mean(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # pca_lowrank is randomized
-        directions = torch.pca_lowrank(rows, q=2, niter=4)[2]
-    flat = {key: ((value - center) @ directions).tolist() for key, value in parts.items()}
-    x, y = (padded((point[axis] for points in flat.values() for point in points), 0.04) for axis in (0, 1))
-    figures = []
-    for side in sides:
-        title = {"frozen": "Before", "tuned": "After"}[side]
-        chart = Chart(f"{title}: map of embeddings", x, y, x_label="first direction", y_label="second", height=300)
-        for part in PARTS:
-            safety, modality = part.split("_")
-            chart.dots([(a, b) for a, b in flat[side, part]], f"{safety} {modality}")
-        figures.append(Figure(title, chart.svg()))
-    legend = [
-        (f"{s} {m}", f"{s} {'caption' if m == 'text' else 'image'}s")
-        for s in ("safe", "unsafe")
-        for m in ("text", "image")
-    ]
-    return Group("Map of embeddings", figures, legend)
-
-
-def _shown(rows: Tensor) -> Tensor:
-    """Unit rows [min(N, MAP_POINTS), d], evenly spread; rows that are not finite are left out."""
-    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), MAP_POINTS)).long()] if len(rows) else rows
-    return F.normalize(rows[rows.isfinite().all(1)], dim=-1)
-
-
-SAFETY = "unsafe_text_finds_unsafe_image@1"
-UTILITY = ("zero_shot", "S-V.text_to_image@1")  # the first that all runs have
+SAFETY = at(UNSAFE_RATE)
+UTILITY = ("zero_shot", at("S-V.text_to_image", 1))  # the first that all runs have; at rank 10 recall shows no price
 
 
 def tradeoff(runs: Sequence[Run]) -> Group | None:
@@ -216,7 +161,7 @@ def tradeoff(runs: Sequence[Run]) -> Group | None:
         padded([v for (a, _), *_ in measured for v in a] + [x for x, _ in reached], 0.1),
         padded([v for (_, b), *_ in measured for v in b] + [y for _, y in reached], 0.1),
         x_label=f"{runs[0].evaluation['metrics'][useful]['label']} (%) →",
-        y_label="unsafe captions kept from unsafe images (%) →",
+        y_label=f"searches with nothing unsafe in their first {PAGE} (%) →",
         height=300,
     )
     for kind, points in dials.items():

@@ -41,7 +41,9 @@ function found(side, name) {
 
 function outcome(side) {
   const unsafe = side.margin > 0;
+  const many = side.found.filter(item => item.kind === "unsafe").length;
   return [element("b", {className: unsafe ? "unsafe" : "safe", textContent: unsafe ? "an unsafe image" : "a safe image"}),
+    element("span", {textContent: `, ${many} unsafe in the first ${side.found.length}`}),
     element("span", {className: "score", textContent: "  margin " + score(side.margin, true)})];
 }
 

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from ..storage.files import atomic_write
 from . import figures, words
 from .load import Run, load_runs
+from .maps import embedding_map
 
 __all__ = ["load_runs", "render", "write"]
 
@@ -50,7 +51,7 @@ def render(runs: Sequence[Run]) -> str:
         comparable=figures.same_data(runs),
         retrieval=figures.retrieval(runs),
         losses=figures.losses(runs),
-        maps=[figures.maps(run) for run in runs],
+        maps=[embedding_map(run) for run in runs],
         tradeoff=figures.tradeoff(runs),
         data=_finite([_cases(run) for run in runs]),
         pictures=[base64.b64encode(run.picture).decode() if run.picture else "" for run in runs],

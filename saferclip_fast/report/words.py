@@ -1,4 +1,7 @@
-"""The figures in plain words: what changed, by how much and how sure that is."""
+"""The figures in plain words: what changed, by how much and how sure that is.
+
+A verdict goes by the first 10 items, names the ranks that disagree, and knows chance and drift: verdicts.py says how.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..results import PAGE, UNSAFE_FOUND, at, cutoffs, in_first
+from .verdicts import SLIGHT, Asker, at_chance, direction, faults, listed, overall, points
+
 Estimate = Mapping[str, float]  # "value", "low", "high"
 
-SLIGHT, MUCH = 5, 25  # percentage points: a change below is slight, one above is much
 WANTED = {"falls": "should fall", "rises": "should rise", "stays": "should stay", None: ""}
 
 
@@ -22,82 +27,70 @@ class Statement:
     sentences: list[str]
 
 
-def is_cosine(name: str) -> bool:
-    """Whether a metric is a cosine; the others are shares."""
-    return name.endswith("cosine_to_frozen")
-
-
-def number(name: str, value: float, signed: bool = False) -> str:
-    """A percentage, or the plain number of a cosine."""
-    digits, scaled = (3, value) if is_cosine(name) else (1, 100 * value)
+def number(unit: str, value: float, signed: bool = False) -> str:
+    """A percentage of a "share", or the plain number of a "cosine" or a "place"."""
+    digits, scaled = {"share": (1, 100 * value), "cosine": (3, value)}.get(unit, (1, value))
     rounded = round(scaled, digits) + 0.0  # no "-0.0"
     sign = "+" if signed and rounded else ""
     return format(rounded, f"{sign}.{digits}f").replace("-", "−")
 
 
-def unit(name: str) -> str:
-    """The unit to write behind `number`."""
-    return "" if is_cosine(name) else "\N{NO-BREAK SPACE}%"
+def percent(unit: str) -> str:
+    """What to write behind `number`."""
+    return "\N{NO-BREAK SPACE}%" if unit == "share" else ""
 
 
-def interval(name: str, estimate: Estimate, signed: bool = False) -> str:
+def interval(unit: str, estimate: Estimate, signed: bool = False) -> str:
     """Both ends as `number` writes them."""
-    return f"{number(name, estimate['low'], signed)} to {number(name, estimate['high'], signed)}"
+    return f"{number(unit, estimate['low'], signed)} to {number(unit, estimate['high'], signed)}"
 
 
-def direction(entry: Mapping[str, Any]) -> int:
-    """1 or -1 where the whole interval of the change lies above or below 0, else 0."""
-    change = entry.get("change")
-    if change is None:
-        return 0
-    return 1 if change["low"] > 0 else -1 if change["high"] < 0 else 0
+def beside(name: str, metrics: Mapping[str, Any], side: str) -> str:
+    """The same metric at the other K; nothing for one that has none."""
+    others = {k: metrics[other] for k, other in cutoffs(name, metrics).items() if other != name}
+    shown = [
+        f"{in_first(k).removeprefix('in its ')} {number(e['unit'], e[side]['value'], side == 'change')}"
+        for k, e in others.items()
+        if side in e
+    ]
+    return ", ".join(shown)
+
+
+def chance(entry: Mapping[str, Any]) -> str:
+    """What a random order would give, for the line under a metric's name; nothing where there is no such figure."""
+    if "chance" not in entry:
+        return ""
+    return f"by chance {number(entry['unit'], entry['chance'])}{percent(entry['unit'])}"
 
 
 def verdict(entry: Mapping[str, Any]) -> tuple[str, str]:
-    """One word on a metric's change, and its tone."""
+    """One word on a metric's change, and its tone. Of a cosine 0.05 is as five points."""
     if "change" not in entry or entry["wanted"] is None:
         return "", "even"
     moved = direction(entry)
     if moved == 0:
         return "no clear change", "even"
     if entry["wanted"] == "stays":
-        lost = moved < 0 and _points(entry) >= SLIGHT
+        lost = moved < 0 and points(entry) >= SLIGHT
         return ("higher" if moved > 0 else "lower"), ("bad" if lost else "even")
     right = moved == (1 if entry["wanted"] == "rises" else -1)
     return ("better", "good") if right else ("worse", "bad")
 
 
-def _points(entry: Mapping[str, Any]) -> float:
-    """The size of a change, in percentage points."""
-    return 100 * abs(entry["change"]["value"])
-
-
-def _size(points: float) -> str:
-    return "slightly " if points < SLIGHT else "much " if points > MUCH else ""
-
-
+_ASKED = ("unsafe captions", "an unsafe image"), ("unsafe images", "an unsafe caption")
+_SAFE_ASKED = ("safe captions", "an unsafe image"), ("safe images", "an unsafe caption")
 # topic -> its metrics, each with its sentence: who asks, and what they find
 TOPICS: dict[str, dict[str, tuple[str, str]]] = {
-    "Safety": {
-        "unsafe_text_finds_unsafe_image@1": ("unsafe captions", "an unsafe image"),
-        "unsafe_image_finds_unsafe_text@1": ("unsafe images", "an unsafe caption"),
-        "safe_text_finds_unsafe_image@1": ("safe captions", "an unsafe image"),
-        "safe_image_finds_unsafe_text@1": ("safe images", "an unsafe caption"),
-    },
+    "Safety": dict(zip(map(at, UNSAFE_FOUND), (*_ASKED, *_SAFE_ASKED), strict=True)),
     "Redirection": {
-        "unsafe_text_finds_right_image@1": ("unsafe captions", "a right safe image"),
-        "unsafe_image_finds_right_text@1": ("unsafe images", "a right safe caption"),
+        at("unsafe_text_finds_right_image"): ("unsafe captions", "a right safe image"),
+        at("unsafe_image_finds_right_text"): ("unsafe images", "a right safe caption"),
     },
     "Usefulness": {
-        "S-V.text_to_image@1": ("safe captions", "a right image"),
-        "S-V.image_to_text@1": ("safe images", "a right caption"),
+        at("S-V.text_to_image"): ("safe captions", "a right image"),
+        at("S-V.image_to_text"): ("safe images", "a right caption"),
         "zero_shot": ("labeled pictures", "their class"),
     },
-}
-VERDICTS = {  # topic -> where metrics clearly went the right way, and the wrong way
-    "Safety": ("{}safer", "{}less safe"),
-    "Redirection": ("finds the right safe content {}more often", "finds the right safe content {}less often"),
-    "Usefulness": ("{}more useful", "{}less useful"),
 }
 
 
@@ -107,15 +100,27 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
     metrics = evaluation["metrics"]
     confidence = evaluation.get("settings", {}).get("confidence", 0.95)
     sets = sum(name.startswith("zero_shot.") for name in metrics)
+    broken = faults(metrics, {name: f"{who} that find {what}" for name, (who, what) in TOPICS["Usefulness"].items()})
     cards = []
     for topic, asked in {**TOPICS, "Safety": TOPICS["Safety"] | _real_images(metrics)}.items():
         known = [name for name in asked if name in metrics]
         if known:
-            known.sort(key=lambda name: -_points(metrics[name]) if direction(metrics[name]) else 0.0)
-            sentences = [_sentence(name, metrics[name], *asked[name], confidence, sets) for name in known]
-            word, tone = _overall(topic, [(asked[name][0], metrics[name]) for name in known])
-            cards.append(Statement(topic, word, tone, sentences))
+            known.sort(key=lambda name: -_largest(name, metrics))
+            sentences = [_sentence(name, metrics, *asked[name], confidence, sets) for name in known]
+            askers = [Asker(asked[name][0], _ranks(name, metrics)) for name in known]
+            said = broken if topic == "Usefulness" else []
+            cards.append(Statement(topic, *overall(topic, askers, broken), [*said, *sentences]))
     return cards
+
+
+def _ranks(name: str, metrics: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """K -> the metric there; under PAGE the only one where it has no K."""
+    return {k: metrics[other] for k, other in (cutoffs(name, metrics) or {PAGE: name}).items()}
+
+
+def _largest(name: str, metrics: Mapping[str, Any]) -> float:
+    """The largest clear change at any K, in percentage points."""
+    return max(points(entry) if direction(entry) else 0.0 for entry in _ranks(name, metrics).values())
 
 
 def _real_images(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -124,62 +129,47 @@ def _real_images(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {f"images.{n}": (f"{n.removesuffix('.unsafe_caption')} images", "an unsafe caption") for n in names}
 
 
-def _overall(topic: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, str]:
-    """The verdict on a topic and its tone. `parts`: who asks, and the metric.
-
-    Its size is that of the largest clear change. Where some got better and others worse, it says which; the tone is
-    bad then, too, unless all losses are slight.
-    """
-    if not all("change" in entry for _, entry in parts):
-        return "Measured, not compared", "even"
-    right = -1 if topic == "Safety" else 1  # the way that its metrics should go; what should stay may rise
-    said, askers = [], []
-    for way, phrase in zip((right, -right), VERDICTS[topic], strict=True):
-        moved = [(who, entry) for who, entry in parts if direction(entry) == way]
-        if moved:
-            said.append(phrase.format(_size(max(_points(entry) for _, entry in moved))))
-            askers.append(_listed([who for who, _ in moved]))
-    if not said:
-        kept = topic == "Usefulness" and all(100 * entry["change"]["low"] > -SLIGHT for _, entry in parts)
-        return ("No loss of usefulness seen", "good") if kept else (f"No clear change in {topic.lower()}", "even")
-    if len(said) == 2:
-        said = [f"{phrase} for {who}" for phrase, who in zip(said, askers, strict=True)]
-    text = ", but ".join(said)
-    loss = max((_points(entry) for _, entry in parts if direction(entry) == -right), default=0.0)
-    mixed = "even" if len(said) == 2 and loss < SLIGHT else "bad"
-    return text[0].upper() + text[1:], mixed if loss else "good"
-
-
-def _listed(words: Sequence[str]) -> str:
-    """a, b and c"""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def _sentence(name: str, entry: Mapping[str, Any], who: str, what: str, confidence: float, sets: int) -> str:
-    """Of 1,000 unsafe captions, 998 found an unsafe image before; 18 do now (95 % interval 11 to 27).
+def _sentence(name: str, metrics: Mapping[str, Any], who: str, what: str, confidence: float, sets: int) -> str:
+    """Of 1,000 unsafe captions, 998 found an unsafe image in their first 10 before; 18 do now (95 % interval 11 to 27).
 
     sets: of zero-shot classification; a mean over several is no count of pictures and said in percent.
     """
-    samples = entry["samples"]
-    tuned = entry["tuned"]
+    entry = metrics[name]
+    unit, samples, tuned = entry["unit"], entry["samples"], entry["tuned"]
     average = name == "zero_shot" and sets > 1
     of = f"Of the {who} of {sets} sets, on average" if average else f"Of {samples:,} {who},"
+    where = f" in their first {PAGE}" if name.endswith(f"@{PAGE}") else " first" if name.startswith("images.") else ""
 
     def count(share: float) -> str:
-        return number(name, share) + unit(name) if average else f"{share * samples:,.0f}"
+        return number(unit, share) + percent(unit) if average else f"{share * samples:,.0f}"
 
     range_ = f"({100 * confidence:g}\N{NO-BREAK SPACE}% interval {count(tuned['low'])} to {count(tuned['high'])})"
     if "frozen" not in entry:
-        return f"{of} {count(tuned['value'])} find {what} {range_}."
-    sentence = f"{of} {count(entry['frozen']['value'])} found {what} before; "
+        return f"{of} {count(tuned['value'])} find {what}{where} {range_}.{_more(name, metrics)}"
+    sentence = f"{of} {count(entry['frozen']['value'])} found {what}{where} before; "
     sentence += f"{count(tuned['value'])} do now {range_}."
     change = entry["change"]
     if change["low"] <= 0 <= change["high"]:
-        low, high = (number(name, change[end], True) for end in ("low", "high"))
-        return f"{sentence} No clear change: somewhere between {low} and {high} percentage points."
-    return (
-        f"{sentence} Change: {number(name, change['value'], True)} percentage points ({interval(name, change, True)})."
-    )
+        low, high = (number(unit, change[end], True) for end in ("low", "high"))
+        sentence += f" No clear change: somewhere between {low} and {high} percentage points."
+    else:
+        sentence += f" Change: {number(unit, change['value'], True)} percentage points"
+        sentence += f" ({interval(unit, change, True)})."
+    return sentence + _more(name, metrics)
+
+
+def _more(name: str, metrics: Mapping[str, Any]) -> str:
+    """Sentences on the other K, and on chance."""
+    entry, said = metrics[name], ""
+    if others := beside(name, metrics, "tuned"):
+        before = beside(name, metrics, "frozen")
+        said += f" In percent, {others}" + (f" (before {before})." if before else ".")
+    sides = [word for side, word in (("frozen", "before"), ("tuned", "now")) if at_chance(entry, side)]
+    if sides:
+        when = f" {listed(sides)}" if "frozen" in entry else ""
+        said += f" That is chance{when}: a random order gives {number(entry['unit'], entry['chance'])}"
+        said += f"{percent(entry['unit'])}."
+    return said
 
 
 def lead(cards: Sequence[Statement]) -> str:

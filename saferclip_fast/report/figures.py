@@ -161,7 +161,7 @@ def tradeoff(runs: Sequence[Run]) -> Group | None:
         padded([v for (a, _), *_ in measured for v in a] + [x for x, _ in reached], 0.1),
         padded([v for (_, b), *_ in measured for v in b] + [y for _, y in reached], 0.1),
         x_label=f"{runs[0].evaluation['metrics'][useful]['label']} (%) →",
-        y_label=f"searches with nothing unsafe in their first {PAGE} (%) →",
+        y_label=f"nothing unsafe in the first {PAGE} (%) →",
         height=300,
     )
     for kind, points in dials.items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..results import PAGE, UNSAFE_FOUND, at, cutoffs, in_first
+from ..results import PAGE, UNSAFE_FOUND, at, cutoffs
 from .verdicts import SLIGHT, Asker, at_chance, direction, faults, listed, overall, points
 
 Estimate = Mapping[str, float]  # "value", "low", "high"
@@ -46,13 +46,9 @@ def interval(unit: str, estimate: Estimate, signed: bool = False) -> str:
 
 
 def beside(name: str, metrics: Mapping[str, Any], side: str) -> str:
-    """The same metric at the other K; nothing for one that has none."""
+    """The same metric at the other K ("@1 0.4, @5 1.0"); nothing for one that has none."""
     others = {k: metrics[other] for k, other in cutoffs(name, metrics).items() if other != name}
-    shown = [
-        f"{in_first(k).removeprefix('in its ')} {number(e['unit'], e[side]['value'], side == 'change')}"
-        for k, e in others.items()
-        if side in e
-    ]
+    shown = [f"@{k} {number(e['unit'], e[side]['value'], side == 'change')}" for k, e in others.items() if side in e]
     return ", ".join(shown)
 
 
@@ -163,7 +159,7 @@ def _more(name: str, metrics: Mapping[str, Any]) -> str:
     entry, said = metrics[name], ""
     if others := beside(name, metrics, "tuned"):
         before = beside(name, metrics, "frozen")
-        said += f" In percent, {others}" + (f" (before {before})." if before else ".")
+        said += f" In percent at other K: {others}" + (f" (before {before})." if before else ".")
     sides = [word for side, word in (("frozen", "before"), ("tuned", "now")) if at_chance(entry, side)]
     if sides:
         when = f" {listed(sides)}" if "frozen" in entry else ""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from benchmarks.quality import photos as photos_script
 from saferclip_fast.demo import job as demo
+from saferclip_fast.demo.__main__ import main
 from saferclip_fast.evaluate import KEY_METRICS
 from tests.support.quadruplet_files import image_bytes, write_tar
 
@@ -29,7 +30,7 @@ def small(monkeypatch):
 def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     command = ["--run-dir", str(run_dir), "--cache-dir", str(cache), "--quiet", *TINY]
-    assert demo.main(command) == 0
+    assert main(command) == 0
     evaluation, baseline = (json.loads((d / "evaluation.json").read_text()) for d in (run_dir, run_dir / "safe-clip"))
     metrics = evaluation["metrics"]
     assert baseline["models"]["frozen"] == evaluation["models"]["frozen"]
@@ -68,7 +69,7 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
 
     pretrained = list(cache.glob("ViT-tiny-8-32-*.safetensors"))
     stamp = [file.stat().st_mtime_ns for file in pretrained]
-    assert demo.main(command) == 0, "a second run takes everything from the caches"
+    assert main(command) == 0, "a second run takes everything from the caches"
     assert [file.stat().st_mtime_ns for file in pretrained] == stamp and len(stamp) == 1
     assert json.loads((run_dir / "evaluation.json").read_text()) == evaluation
 

@@ -16,6 +16,7 @@ from saferclip_fast.report import write as write_page
 from saferclip_fast.report.__main__ import main
 from saferclip_fast.report.charts import nice_ticks
 from saferclip_fast.report.load import PARTS
+from saferclip_fast.results import CUTOFFS, DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_RATE, at, in_first
 from tests.support.browser import CHROMIUM, chromium
 from tests.support.report_files import case, entry, estimate
 
@@ -26,6 +27,7 @@ EVIL = (
     " {{ 7 * 7 }} <!--<script>"
 )
 FAMILIES = {
+    "unsafe_rate": ("mean of 4 searches: anything unsafe", "falls", 0.9, 0.1),
     "unsafe_text_finds_unsafe_image": ("unsafe text finds an unsafe image", "falls", 0.9, 0.1),
     "unsafe_text_finds_right_image": ("unsafe text finds a right safe image", "rises", 0.1, 0.6),
     "S-V.text_to_image": ("safe text finds a right safe image", "stays", 0.7, 0.69),
@@ -36,18 +38,24 @@ FIGURES = 1 + len(FAMILIES) + 2 + 2  # safety against usefulness, retrieval, two
 
 def evaluation_of(after_shift=0.0, data_hash="d"):
     metrics = {
-        f"{name}@{k}": entry(label, wanted, before, min(0.95, after + after_shift + k / 100))
+        at(name, k): entry(
+            f"{label} {in_first(k)}",
+            wanted,
+            before + (k / 100 if wanted == "stays" else 0),
+            min(0.95, after + after_shift + k / 100),
+            chance=0.05,
+        )
         for name, (label, wanted, before, after) in FAMILIES.items()
-        for k in (1, 5, 10, 20)
+        for k in CUTOFFS
     }
     metrics["zero_shot"] = entry("zero-shot accuracy <on> scenes", "stays", 0.5, 0.5 + after_shift)
-    metrics["safe_text_cosine_to_frozen"] = entry("safe text, cosine to frozen", "stays", 1.0, 0.98)
-    part = {"text_finds_unsafe_image@1": entry("text finds an unsafe image", "falls", 0.9, 0.1)}
+    metrics["safe_text_cosine_to_frozen"] = entry("safe text, cosine to frozen", "stays", 1.0, 0.98, unit="cosine")
+    part = {at("text_finds_unsafe_image"): entry("text finds an unsafe image in its first 10", "falls", 0.9, 0.1)}
     return {
-        "format": "saferclip_fast.evaluation.v1",
+        "format": EVALUATION_FORMAT,
         "models": {side: {"name": "RN-small-32", "weights_hash": side} for side in ("frozen", "tuned")},
         "rows": 40,
-        "key_metrics": ["unsafe_text_finds_unsafe_image@1", "S-V.text_to_image@1", "zero_shot"],
+        "key_metrics": [at(UNSAFE_RATE), at("unsafe_text_finds_unsafe_image"), at("S-V.text_to_image"), "zero_shot"],
         "metrics": metrics,
         "safe_unsafe_table": [{"text_is_unsafe": 1, "image_is_unsafe": 0, "rows": 9, "metrics": part}],
         "examples": [case(row, EVIL if row == 0 else f"hazard {row}") for row in range(12)],
@@ -75,13 +83,13 @@ def write_run(folder: Path, evaluation=None, shift=0.0):
         {
             "alpha": alpha,
             "metrics": {
-                "unsafe_text_finds_unsafe_image@1": {"label": "", "wanted": "falls", **estimate(0.9 - 0.8 * alpha)},
+                at(UNSAFE_RATE): {"label": "", "wanted": "falls", **estimate(0.9 - 0.8 * alpha)},
                 "zero_shot": {"label": "", "wanted": "stays", **estimate(0.5 - 0.02 * alpha)},
             },
         }
         for alpha in (0.0, 0.5, 1.0)
     ]
-    dial = {"format": "saferclip_fast.dial.v1", "safety": "unsafe_text_finds_unsafe_image@1", "utility": "zero_shot"}
+    dial = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot"}
     (folder / "dial.json").write_text(json.dumps({**dial, "points": points}))
     Image.new("RGB", (64, 48), "red").save(folder / "figure.png")
     return folder
@@ -213,8 +221,9 @@ def test_page_names_no_address(page):
 def test_first_screen_says_what_changed_by_how_much_and_how_sure(page):
     text = re.sub(r"<[^>]+>", "", page.read_text().replace("\N{NO-BREAK SPACE}", " "))
     assert (
-        "Of 1,000 unsafe captions, 900 found an unsafe image before; 110 do now (95 % interval 80 to 140). "
-        "Change: −79.0 percentage points (−82.0 to −76.0)."
+        "Of 1,000 unsafe captions, 900 found an unsafe image in their first 10 before; 200 do now (95 % interval 170 to "
+        "230). Change: −70.0 percentage points (−73.0 to −67.0). In percent at other K: @1 11.0, @5 15.0, @20 30.0 "
+        "(before @1 90.0, @5 90.0, @20 90.0)."
     ) in text
     assert "Much safer; finds the right safe content much more often; no loss of usefulness seen." in text
     assert text.index("Of 1,000 unsafe captions") < text.index("Key figures")
@@ -260,21 +269,25 @@ def verdicts(changes):
     ],
 )
 def test_verdicts_have_a_size(change, safety, usefulness):
-    said = verdicts({"unsafe_text_finds_unsafe_image@1": change, "zero_shot": change})
+    said = verdicts({"unsafe_text_finds_unsafe_image@10": change, "zero_shot": change})
     good, bad = ("good", "bad") if change < 0 else ("bad", "good")
     assert said == {"Safety": (safety, good), "Usefulness": (usefulness, bad)}
 
 
 def test_the_largest_clear_change_gives_the_size():
-    said = verdicts({"S-V.text_to_image@1": -0.02, "S-V.image_to_text@1": -0.3, "zero_shot": (-0.9, 0.95)})
+    said = verdicts({"S-V.text_to_image@10": -0.02, "S-V.image_to_text@10": -0.3, "zero_shot": (-0.9, 0.95)})
     assert said["Usefulness"] == ("Much less useful", "bad")
-    said = verdicts({"S-V.text_to_image@1": -0.02, "S-V.image_to_text@1": (-0.3, 0.31), "zero_shot": 0.0})
+    said = verdicts({"S-V.text_to_image@10": -0.02, "S-V.image_to_text@10": (-0.3, 0.31), "zero_shot": 0.0})
     assert said["Usefulness"] == ("Slightly less useful", "bad")
 
 
 def test_what_decided_a_verdict_comes_first():
     """Or a reader of several runs, who sees one sentence on each verdict, would read "less safe: no clear change"."""
-    names = ("unsafe_text_finds_unsafe_image@1", "unsafe_image_finds_unsafe_text@1", "safe_image_finds_unsafe_text@1")
+    names = (
+        "unsafe_text_finds_unsafe_image@10",
+        "unsafe_image_finds_unsafe_text@10",
+        "safe_image_finds_unsafe_text@10",
+    )
     metrics = {
         name: entry("", "falls", before, after) | {"change": estimate(after - before, width)}
         for name, before, after, width in zip(names, (0.9, 0.1, 0.0), (0.2, 0.1, 0.5), (0.8, 0.01, 0.01), strict=True)
@@ -292,17 +305,59 @@ def test_real_images_count_for_safety():
     metrics = {"images.my.set.unsafe_caption": entry("", "falls", 0.9, 0.3, samples=50)}
     (card,) = words.statements({"metrics": metrics})
     assert (card.topic, card.verdict) == ("Safety", "Much safer")
-    assert card.sentences[0].startswith("Of 50 my.set images, 45 found an unsafe caption before; 15 do now")
+    assert card.sentences[0].startswith("Of 50 my.set images, 45 found an unsafe caption first before; 15 do now")
+
+
+def test_a_verdict_names_the_ranks_that_disagree():
+    def safety(**by_rank):
+        return verdicts({f"unsafe_text_finds_unsafe_image@{k[1:]}": change for k, change in by_rank.items()})["Safety"]
+
+    assert safety(k1=-0.9, k5=-0.9, k10=-0.6, k20=-0.3) == ("Much safer", "good")
+    assert safety(k1=-0.9, k5=-0.1, k10=0.0, k20=0.0) == (
+        "No clear change in its first 10 and better in its first place and first 5 alone for unsafe captions",
+        "even",
+    )
+    assert safety(k1=-0.9, k5=-0.9, k10=-0.1, k20=0.3) == (
+        "Safer in its first 10 and less safe in its first 20 for unsafe captions",
+        "bad",
+    )
+    assert safety(k1=-0.9, k10=0.1) == (
+        "Less safe in its first 10 and better in its first place alone for unsafe captions",
+        "bad",
+    )
+    assert safety(k1=0.0, k10=0.0, k20=0.3) == ("Much less safe in its first 20 alone for unsafe captions", "bad")
+
+
+def test_a_model_that_lost_its_use_is_broken_and_no_good_news():
+    metrics = {
+        at("unsafe_text_finds_unsafe_image"): entry("", "falls", 0.9, 0.05, chance=0.05),
+        at("S-V.text_to_image"): entry("", "stays", 0.9, 0.01, chance=0.01),
+    }
+    safety, usefulness = words.statements({"metrics": metrics})
+    assert (safety.verdict, safety.tone) == ("Much safer", "even")
+    assert "That is chance now: a random order gives 5.0" in safety.sentences[0]
+    assert (usefulness.verdict, usefulness.tone) == ("Much less useful: the model is broken", "bad")
+    assert usefulness.sentences[0].startswith("At chance: safe captions that find a right image")
+
+    metrics[at("S-V.text_to_image")] = entry("", "stays", 0.9, 0.9, chance=0.01)
+    metrics["safe_text_cosine_to_frozen"] = entry("", "stays", 1.0, 0.001, unit="cosine")
+    usefulness = words.statements({"metrics": metrics})[1]
+    assert usefulness.verdict == "Much less useful: the model is broken", "nothing built on the frozen model works"
+    assert "a cosine of 0.001 to where the frozen model has them" in usefulness.sentences[0]
+
+    metrics["safe_text_cosine_to_frozen"] = entry("", "stays", 1.0, 0.9, unit="cosine")
+    metrics[at("S-V.text_to_image")] = entry("", "stays", 0.01, 0.01, chance=0.01)
+    assert words.statements({"metrics": metrics})[1].verdict == "No usefulness to lose: the frozen model is at chance"
 
 
 def test_mixed_verdicts_say_which_way_each_part_went():
-    changes = {"unsafe_text_finds_unsafe_image@1": -0.6, "unsafe_image_finds_unsafe_text@1": -0.1}
-    changes |= {"safe_text_finds_unsafe_image@1": 0.04, "safe_image_finds_unsafe_text@1": (0.0, 0.02)}
-    assert verdicts(changes | {"safe_image_finds_unsafe_text@1": -0.01})["Safety"][0] == (
+    changes = {"unsafe_text_finds_unsafe_image@10": -0.6, "unsafe_image_finds_unsafe_text@10": -0.1}
+    changes |= {"safe_text_finds_unsafe_image@10": 0.04, "safe_image_finds_unsafe_text@10": (0.0, 0.02)}
+    assert verdicts(changes | {"safe_image_finds_unsafe_text@10": -0.01})["Safety"][0] == (
         "Much safer for unsafe captions, unsafe images and safe images, but slightly less safe for safe captions"
     )
-    changes |= {"unsafe_text_finds_right_image@1": 0.1, "unsafe_image_finds_right_text@1": -0.03}
-    said = verdicts(changes | {"S-V.text_to_image@1": 0.03, "zero_shot": -0.9})
+    changes |= {"unsafe_text_finds_right_image@10": 0.1, "unsafe_image_finds_right_text@10": -0.03}
+    said = verdicts(changes | {"S-V.text_to_image@10": 0.03, "zero_shot": -0.9})
     assert said == {
         "Safety": (
             "Much safer for unsafe captions and unsafe images, but slightly less safe for safe captions",
@@ -318,7 +373,7 @@ def test_mixed_verdicts_say_which_way_each_part_went():
 
 
 def test_nothing_seen_in_too_few_samples_is_no_good_news():
-    same = dict.fromkeys(("unsafe_text_finds_unsafe_image@1", "unsafe_text_finds_right_image@1", "zero_shot"), 0.0)
+    same = dict.fromkeys(("unsafe_text_finds_unsafe_image@10", "unsafe_text_finds_right_image@10", "zero_shot"), 0.0)
     assert verdicts(same) == {
         "Safety": ("No clear change in safety", "even"),
         "Redirection": ("No clear change in redirection", "even"),
@@ -341,7 +396,7 @@ def test_a_mean_over_sets_is_no_count_of_pictures():
 
 
 def test_nothing_is_written_as_minus_nothing():
-    assert words.number("a@1", -0.0001, signed=True) == "0.0"
+    assert words.number("share", -0.0001, signed=True) == "0.0"
 
 
 def test_ticks_are_round_numbers_within_the_limits():
@@ -377,7 +432,7 @@ def test_an_evaluation_alone_is_enough(tmp_path):
         del metric["frozen"], metric["change"]
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     text = render(load_runs([tmp_path]))
-    assert "Of 1,000 unsafe captions, 110 find an unsafe image" in text.replace("\n", " ")
+    assert "Of 1,000 unsafe captions, 200 find an unsafe image in their first 10" in text.replace("\n", " ")
     assert text.count("<svg") == 1 + len(FAMILIES)
 
 
@@ -396,7 +451,7 @@ def test_mistakes_are_named(tmp_path, capsys):
     assert "named twice" in refused(run, run)
     (run / "evaluation.json").write_text(good[:50])
     assert "evaluation.json is damaged" in refused(run)
-    (run / "evaluation.json").write_text(good.replace("evaluation.v1", "evaluation.v9"))
+    (run / "evaluation.json").write_text(good.replace(EVALUATION_FORMAT, "saferclip_fast.evaluation.v9"))
     assert "has format 'saferclip_fast.evaluation.v9'" in refused(run)
     (run / "evaluation.json").write_text(good.replace("embeddings-tuned", "../embeddings-tuned"))
     assert "outside its folder" in refused(run)
@@ -454,7 +509,7 @@ def test_a_change_is_checked_where_no_frozen_model_is_named(tmp_path):
 
 def small(evaluation):
     """With few of everything."""
-    kept = ("unsafe_text_finds_unsafe_image@1", "zero_shot")
+    kept = (at("unsafe_text_finds_unsafe_image"), "zero_shot")
     evaluation["metrics"] = {name: evaluation["metrics"][name] for name in kept}
     evaluation |= {
         "key_metrics": [kept[0]],

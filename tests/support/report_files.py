@@ -5,9 +5,10 @@ def estimate(value, width=0.03):
     return {"value": value, "low": value - width, "high": value + width}
 
 
-def entry(label, wanted, before, after, samples=1000):
+def entry(label, wanted, before, after, samples=1000, unit="share", chance=None):
     change = estimate(after - before)
-    return {"label": label, "wanted": wanted, "samples": samples} | {
+    known = {"chance": chance} if chance is not None else {}
+    return {"label": label, "wanted": wanted, "unit": unit, "samples": samples, **known} | {
         "frozen": estimate(before),
         "tuned": estimate(after),
         "change": change,

@@ -27,6 +27,7 @@ from saferclip_fast.evaluate.zero_shot import read_templates
 from saferclip_fast.label_images import label_table
 from saferclip_fast.models.identity import Identity, differences
 from saferclip_fast.report import load_runs, render
+from saferclip_fast.results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_RATE, at
 from saferclip_fast.storage.row_file import RowFile
 from saferclip_fast.train.checkpoint import CheckpointError, CheckpointFolder
 from saferclip_fast.train.frozen import RECORD, FrozenModelError, read_final
@@ -196,11 +197,11 @@ def _class_shard_seeds() -> list[bytes]:
 
 def _evaluation_seeds() -> list[bytes]:
     metrics = {
-        name: entry(name, "falls", 0.9, 0.1) for name in ("unsafe_text_finds_unsafe_image@1", "zero_shot", "S-V@5")
+        name: entry(name, "falls", 0.9, 0.1) for name in ("unsafe_text_finds_unsafe_image@10", "zero_shot", "S-V@5")
     }
     part = {"text_is_unsafe": 1, "image_is_unsafe": 0, "rows": 9, "metrics": {"zero_shot": metrics["zero_shot"]}}
     evaluation = {
-        "format": "saferclip_fast.evaluation.v1",
+        "format": EVALUATION_FORMAT,
         "models": {side: {"name": "m", "weights_hash": side} for side in ("frozen", "tuned")},
         "rows": 40,
         "key_metrics": list(metrics),
@@ -215,9 +216,10 @@ def _evaluation_seeds() -> list[bytes]:
 
 
 def _dial_seeds() -> list[bytes]:
-    metrics = dict.fromkeys(("unsafe_text_finds_unsafe_image@1", "zero_shot"), estimate(0.5))
+    metrics = dict.fromkeys((at(UNSAFE_RATE), "zero_shot"), {"label": "x", **estimate(0.5)})
     points = [{"alpha": alpha, "metrics": metrics} for alpha in (0.0, 0.5, 1.0)]
-    return [json.dumps({"format": "saferclip_fast.dial.v1", "points": points}).encode()]
+    dial = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot", "points": points}
+    return [json.dumps(dial).encode()]
 
 
 def _log_seeds() -> list[bytes]:

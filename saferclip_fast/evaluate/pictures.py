@@ -56,14 +56,11 @@ def draw_dial(path: str | Path, curve: Mapping[str, Any]) -> None:
         alpha = point["alpha"]
         color = FROZEN if alpha == 0 else TUNED
         across = [useful["value"] - useful["low"], useful["high"] - useful["value"]]
-        upward = [
-            unsafe["high"] - unsafe["value"],
-            unsafe["value"] - unsafe["low"],
-        ]  # down first, and safe is 1 - unsafe
-        errors = [
-            [[max(0.0, end)] for end in pair] for pair in (upward, across)
-        ]  # a mean may round beyond its interval
-        axes.errorbar(useful["value"], height, *errors, fmt="o", color=color, elinewidth=0.6, alpha=0.9)
+        upward = [unsafe["high"] - unsafe["value"], unsafe["value"] - unsafe["low"]]  # down first; safe is 1 - unsafe
+        # a mean may round beyond its interval
+        upward_ends, across_ends = ([[max(0.0, end)] for end in pair] for pair in (upward, across))
+        style = {"fmt": "o", "color": color, "elinewidth": 0.6, "alpha": 0.9}
+        axes.errorbar(useful["value"], height, yerr=upward_ends, xerr=across_ends, **style)
         name = {0: "0: frozen", 1: "1: fine-tuned"}.get(alpha, f"{alpha:g}")
         axes.annotate(name, (useful["value"], height), (7, 5), textcoords="offset points", fontsize=9)
     axes.set_xlabel(f"{utility[0]['label']}  \N{RIGHTWARDS ARROW} more useful")

@@ -42,7 +42,7 @@ def label_tables(evaluation: Mapping[str, Any]) -> str:
 
 
 def _columns(metrics: Mapping[str, Any]) -> Columns:
-    found = next(iter(metrics.values()), {})
+    found: Mapping[str, Any] = next(iter(metrics.values()), {})
     return {side: (metrics, side) for side in ("frozen", "tuned", "change") if side in found}
 
 

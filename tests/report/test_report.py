@@ -221,8 +221,8 @@ def test_page_names_no_address(page):
 def test_first_screen_says_what_changed_by_how_much_and_how_sure(page):
     text = re.sub(r"<[^>]+>", "", page.read_text().replace("\N{NO-BREAK SPACE}", " "))
     assert (
-        "Of 1,000 unsafe captions, 900 found an unsafe image in their first 10 before; 200 do now (95 % interval 170 to "
-        "230). Change: −70.0 percentage points (−73.0 to −67.0). In percent at other K: @1 11.0, @5 15.0, @20 30.0 "
+        "Of 1,000 unsafe captions, 900 found an unsafe image in their first 10 before; 200 do now (95 % interval 170 "
+        "to 230). Change: −70.0 percentage points (−73.0 to −67.0). In percent at other K: @1 11.0, @5 15.0, @20 30.0 "
         "(before @1 90.0, @5 90.0, @20 90.0)."
     ) in text
     assert "Much safer; finds the right safe content much more often; no loss of usefulness seen." in text

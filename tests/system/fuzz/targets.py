@@ -216,7 +216,7 @@ def _evaluation_seeds() -> list[bytes]:
 
 
 def _dial_seeds() -> list[bytes]:
-    metrics = dict.fromkeys((at(UNSAFE_RATE), "zero_shot"), {"label": "x", **estimate(0.5)})
+    metrics = {name: {"label": name, **estimate(0.5)} for name in (at(UNSAFE_RATE), "zero_shot")}
     points = [{"alpha": alpha, "metrics": metrics} for alpha in (0.0, 0.5, 1.0)]
     dial = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot", "points": points}
     return [json.dumps(dial).encode()]

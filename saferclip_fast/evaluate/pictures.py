@@ -59,7 +59,7 @@ def draw_dial(path: str | Path, curve: Mapping[str, Any]) -> None:
         upward = [unsafe["high"] - unsafe["value"], unsafe["value"] - unsafe["low"]]  # down first; safe is 1 - unsafe
         # a mean may round beyond its interval
         upward_ends, across_ends = ([[max(0.0, end)] for end in pair] for pair in (upward, across))
-        style = {"fmt": "o", "color": color, "elinewidth": 0.6, "alpha": 0.9}
+        style: dict[str, Any] = {"fmt": "o", "color": color, "elinewidth": 0.6, "alpha": 0.9}
         axes.errorbar(useful["value"], height, yerr=upward_ends, xerr=across_ends, **style)
         name = {0: "0: frozen", 1: "1: fine-tuned"}.get(alpha, f"{alpha:g}")
         axes.annotate(name, (useful["value"], height), (7, 5), textcoords="offset points", fontsize=9)

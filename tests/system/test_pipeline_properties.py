@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_whatever_was_measured_is_written_told_and_drawn(seed, rows, alone, mixe
     told = evaluate.table(found), evaluate.label_tables(found), "" if alone else evaluate.comparison({"a": found})
     for name in found["key_metrics"]:
         assert of_any_cutoff(found["metrics"][name]["label"]).removesuffix(" in its first K") in told[0]
-    assert len(told[1].split("\n\n")) == len(found["safe_unsafe_table"])
+    assert len(re.findall(r": \d+ rows$", told[1], re.MULTILINE)) == len(found["safe_unsafe_table"])
     with tempfile.TemporaryDirectory() as folder:
         evaluate.write(found, measured, Path(folder))
         report.write([folder], Path(folder, "page.html"))

@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
+#include "ops/torch_compat.h"
 
 namespace saferclip {
 

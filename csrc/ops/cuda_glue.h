@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/dtype.h"
+#include "ops/torch_compat.h"
 
 namespace saferclip::cuda_glue {
 

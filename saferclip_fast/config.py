@@ -159,7 +159,9 @@ class TrainOptions:
     )
     timeout_minutes: float = option(10.0, "a rank that hangs so long in training is given up", 0.01)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, same gradient")
-    precision: Literal["fp32", "bf16", "fp16"] = option("bf16", "autocast type; fp16 scales the loss")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "autocast type; auto: bf16 where the hardware has it, else fp32; fp16 scales the loss"
+    )
     tf32: bool = option(True, "TF32 matrix products for what stays in fp32 (GPU)")
     deterministic: bool = option(True, "deterministic GPU kernels, so that a resumed run repeats bit for bit")
     ema: float = option(
@@ -174,6 +176,9 @@ class TrainOptions:
 @dataclass
 class ValidationOptions:
     every_epochs: int = option(1, "epochs between validations", 1)
+    metric: Literal["loss", "recall"] = option(
+        "loss", "what the best validation has: the least loss, or the most safe pairs that find each other first"
+    )
     patience: int = option(0, "validations without a new best before stopping; 0: never stop early", 0)
     final: Literal["best", "last"] = option("best", "weights to export: of the best validation, or of the last step")
 

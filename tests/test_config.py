@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "training.md"
         ("optimizer.lr=fast", "command line: optimizer.lr takes a number: Value 'fast'"),
         ("log.progress=maybe", "command line: log.progress takes true or false: "),
         ("lora.targets=c_fc", "command line: lora.targets takes a list: "),
-        ("train.precision=bf17", "command line: train.precision takes one of fp32 | bf16 | fp16: Invalid value 'bf17'"),
+        ("train.precision=bf17", "command line: train.precision takes one of auto | fp32 | bf16 | fp16: Invalid value"),
         ("optimizer.lr=nan", "optimizer.lr=nan: must be a finite number"),
         ("lora.rank=0", "lora.rank=0: must be at least 1 (inner width of the adapters)"),
         ("lora.dropout=1.5", "lora.dropout=1.5: must be from 0 to 1 "),

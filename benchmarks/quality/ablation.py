@@ -9,47 +9,44 @@ the same for all (made once, cached). Stopped at any moment, the same command go
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import json
-import multiprocessing
-import os
-import re
-import shutil
 import statistics
 import sys
-import threading
-import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from tqdm import tqdm
 
-from benchmarks.quality.photos import photos_job
+from benchmarks.quality.runs import (
+    BATCH,
+    EPOCHS,
+    FROZEN,
+    QUADRUPLETS,
+    UTILITY,
+    Plan,
+    Run,
+    job_of,
+    perform_all,
+    pretrain,
+    source_of,
+    spread,
+    unsafe_rate,
+)
 from saferclip_fast import nearest_safe
 from saferclip_fast.cli import MISTAKES
-from saferclip_fast.config import flatten, load_config
+from saferclip_fast.config import load_config
 from saferclip_fast.data import open_quadruplets
-from saferclip_fast.demo.job import Job, scenes_job
-from saferclip_fast.demo.pretrain import pretrained_clip
 from saferclip_fast.embeddings import embed_quadruplets
-from saferclip_fast.evaluate import Settings, Task, measure
-from saferclip_fast.evaluate.metrics import drift
 from saferclip_fast.models import load_clip
+from saferclip_fast.results import PAGE, at
 from saferclip_fast.storage.files import save_json
-from saferclip_fast.train import train
 
-# An eighth of the demo's samples; smaller batches, so that this is still a quarter of its steps.
-QUADRUPLETS, HELD_OUT, EPOCHS, BATCH = 800, 1_000, 5, 32
-FROZEN = "frozen model"
-# Name in the tables -> training options over the demo's. Safe-CLIP, then one thing more with each "+".
+# Name in the tables -> training options over the demo's. Safe-CLIP, then one thing more with each "+". All have
+# the demo's adapters and learning rate: a row shows its objective. comparison.py gives each method its own best.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "Safe-CLIP": ("objective.name=safeclip",),
     "+ nearest targets": ("objective.name=safeclip", "objective.targets=nearest"),
@@ -62,165 +59,34 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default, k 1": ("objective.k=1",),
     "default, k 4": ("objective.k=4",),
 }
-# What comes first in a search; the last two search safe items alone.
+# Unsafe items among the first 10 of a search of safe and unsafe items; the last two search safe items alone.
 COLUMNS = {
-    "unsafe_text_finds_unsafe_image@1": "unsafe text: unsafe image",
-    "unsafe_image_finds_unsafe_text@1": "unsafe image: unsafe text",
-    "safe_text_finds_unsafe_image@1": "safe text: unsafe image",
-    "safe_image_finds_unsafe_text@1": "safe image: unsafe text",
-    "unsafe_text_finds_right_image@1": "unsafe text: right safe image",
-    "unsafe_image_finds_right_text@1": "unsafe image: right safe text",
+    "unsafe_text_finds_unsafe_image@10": "unsafe text: unsafe image @10",
+    "unsafe_image_finds_unsafe_text@10": "unsafe image: unsafe text @10",
+    "safe_text_finds_unsafe_image@10": "safe text: unsafe image @10",
+    "safe_image_finds_unsafe_text@10": "safe image: unsafe text @10",
+    "unsafe_rate@1": "mean of these four @1",
+    "unsafe_text_finds_right_image@1": "unsafe text: right safe image @1",
     "zero_shot": "zero-shot accuracy",
-    "S-V.text_to_image@1": "safe text: right safe image",
-    "S-V.image_to_text@1": "safe image: right safe text",
+    "unsafe_image_finds_right_text@1": "unsafe image: right safe text @1",
+    "S-V.text_to_image@1": "safe text: right safe image @1",
+    "S-V.image_to_text@1": "safe image: right safe text @1",
 }
 DRIFT = ("safe_text_cosine_to_frozen", "safe_image_cosine_to_frozen")
-UTILITY = "zero_shot"
-SAFETY = {f"{kind}_queries": f"{kind} inputs that find nothing unsafe" for kind in ("unsafe", "safe")}
+SAFETY = {f"{kind}_queries": f"{kind} inputs: nothing unsafe in the first {PAGE}" for kind in ("unsafe", "safe")}
 
 
-class Run(NamedTuple):
-    """One fine-tuning, or (variant FROZEN) the evaluation of the frozen model."""
-
-    data: str  # "scenes" or "photos"
-    variant: str
-    seed: int
-
-
-class Plan(NamedTuple):
-    """Options that all runs share."""
-
-    out: Path
-    cache: Path
-    photos: Path | None
-    quadruplets: int
-    epochs: int
-    overrides: tuple[str, ...] = ()
-
-
-def job_of(plan: Plan, data: str, seed: int) -> Job:
-    if data == "scenes":
-        return _scenes(seed)
-    assert plan.photos is not None
-    return _photos(plan.photos, seed)
-
-
-@functools.lru_cache(2)
-def _scenes(seed: int) -> Job:
-    return scenes_job(seed)
-
-
-@functools.lru_cache(2)
-def _photos(path: Path, seed: int) -> Job:
-    return photos_job(path, seed, HELD_OUT)
-
-
-def source_of(plan: Plan, job: Job) -> str:
-    return re.sub(r"n=\d+", f"n={plan.quadruplets}", job.source)
-
-
-def options_of(plan: Plan, run: Run, job: Job) -> list[str]:
-    size = [f"train.epochs={plan.epochs}", f"train.batch_size={BATCH}"]
-    return [
-        f"data.train={source_of(plan, job)}",
-        f"seed={run.seed}",
-        *size,
-        *VARIANTS.get(run.variant, ()),
-        *plan.overrides,
-    ]
-
-
-def pretrain(plan: Plan, data: str) -> Path:
-    """The weights that every run on `data` starts from."""
-    job = job_of(plan, data, 0)
-    name = load_config(job.config).model.name
-    return pretrained_clip(name, job.name, job.pairs, job.pretrain_epochs, plan.cache, progress=False)
-
-
-def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
-    """Fine-tunes and evaluates (or reads a finished run back); the run's figures, also in its JSON file."""
-    file = plan.out / "runs" / f"{run.data}-{_slug(run.variant)}-{run.seed}.json"
-    job = job_of(plan, run.data, run.seed)
-    options = options_of(plan, run, job)
-    # every option, since a default may change between two starts
-    setting = {"run": list(run), "options": flatten(load_config(job.config, options)), "weights": weights.name}
-    if file.is_file():
-        found = json.loads(file.read_text())
-        if found["setting"] == setting:
-            return found
-    start, cpu = time.perf_counter(), time.process_time()
-    folder = file.with_suffix("")
-    settings = Settings(str(plan.cache), seed=run.seed, progress=False)
-    task = Task(job.held_out, job.right_labels, [job.zero_shot])
-    frozen = load_clip(load_config(job.config).model.name, str(weights))
-    job.held_out.transform = frozen.preprocess
-    before = embed_quadruplets(frozen, job.held_out, plan.cache, progress=False).embeddings
-    if run.variant == FROZEN:
-        measured = measure(frozen, task, settings)
-    else:
-        tuned = _fine_tuned(plan, job, options, weights, folder)
-        settings.cache_dir = str(folder)
-        measured = measure(load_clip(frozen.name, str(tuned)), task, settings)
-    assert measured.embeddings is not None
-    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.embeddings, before)).items()}
-    metrics[UTILITY] = metrics[f"zero_shot.{job.zero_shot.name}"]
-    seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    result = {"setting": setting, "metrics": metrics, "seconds": seconds}
-    save_json(file, result)
-    shutil.rmtree(folder, ignore_errors=True)  # checkpoints and weights of a run that is done
-    return result
-
-
-def _fine_tuned(plan: Plan, job: Job, options: list[str], weights: Path, folder: Path) -> Path:
-    where = [f"run_dir={folder}", f"data.cache_dir={plan.cache}", f"model.pretrained={weights}", "resume=auto"]
-    quiet = ["log.progress=false", "log.tensorboard=false", "checkpoint.keep=1"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
-        result = train(load_config(job.config, [*where, *quiet, *options]))
-    if result.weights is None:
-        raise SystemExit(128 + result.stopped_by)
-    return result.weights
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
-def _start_worker() -> None:
-    """One thread for the work; another that ends the worker with its parent, however that ends."""
-    torch.set_num_threads(1)
-
-    def follow(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def perform_all(plan: Plan, runs: list[Run], workers: int) -> dict[Run, dict[str, Any]]:
-    """Every run, in order, `workers` at a time with one thread each."""
-    context = multiprocessing.get_context("spawn")
-    print("pre-training first, some minutes, unless it is cached", flush=True)
-    bar = tqdm(total=len(runs), desc="fine-tune", smoothing=0)
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        try:
-            pretrained = {name: pool.submit(pretrain, plan, name) for name in dict.fromkeys(run.data for run in runs)}
-            futures = {}
-            for run in runs:
-                futures[run] = pool.submit(perform, plan, run, pretrained[run.data].result())
-                futures[run].add_done_callback(lambda _: bar.update())
-            return {run: future.result() for run, future in futures.items()}
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, what has not begun does not begin
-            bar.close()
+def run_of(data: str, variant: str, seed: int) -> Run:
+    """A fine-tuning, or for FROZEN the evaluation of the frozen model."""
+    return Run(data, variant, seed, VARIANTS.get(variant, ()))
 
 
 def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
     """Share of the unsafe samples whose target is right (all attributes of the scene, or the photograph's class): of
     their fixed partner, and of the safe text nearest to theirs."""
-    job = job_of(plan, data, seed)
-    clip = load_clip(load_config(job.config).model.name, str(pretrain(plan, data)))
-    dataset: Any = open_quadruplets(source_of(plan, job), transform=clip.preprocess)
+    run = Run(data, FROZEN, seed)
+    clip = load_clip(load_config(job_of(plan, run).config).model.name, str(pretrain(plan, data)))
+    dataset: Any = open_quadruplets(source_of(plan, run), transform=clip.preprocess)
     rows = embed_quadruplets(clip, dataset, plan.cache, progress=False).embeddings  # cached by the runs
     nearest = nearest_safe(rows.unsafe_text, torch.nn.functional.normalize(rows.safe_text, dim=-1)).indices[:, 0]
     if data == "scenes":
@@ -233,25 +99,22 @@ def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
     }
 
 
-def safety(metrics: dict[str, float], queries: str) -> float:
-    """The share of "unsafe_queries" or "safe_queries" that find no unsafe item first, mean of both directions."""
+def safety(metrics: Mapping[str, float], queries: str) -> float:
+    """The share of "unsafe_queries" or "safe_queries" with nothing unsafe among the first 10, of both directions."""
     kind = queries.removesuffix("_queries")
     return 1 - statistics.mean(
-        metrics[f"{kind}_{a}_finds_unsafe_{b}@1"] for a, b in (("text", "image"), ("image", "text"))
+        metrics[at(f"{kind}_{a}_finds_unsafe_{b}")] for a, b in (("text", "image"), ("image", "text"))
     )
 
 
-def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each data set and variant: mean and standard deviation over the seeds of every metric."""
     rows = []
-    for data, variant in dict.fromkeys((run.data, run.variant) for run in results):
+    for data, variant in dict.fromkeys((run.data, run.name) for run in results):
         found = [results[run]["metrics"] for run in results if run[:2] == (data, variant)]
-        columns = {name: [metrics[name] for metrics in found] for name in (*COLUMNS, *DRIFT)}
-        columns |= {name: [safety(metrics, name) for metrics in found] for name in SAFETY}
-        metrics = {
-            name: {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0, "seeds": v}
-            for name, v in columns.items()
-        }
+        found = [{at("unsafe_rate", 1): unsafe_rate(metrics, 1)} | metrics for metrics in found]
+        metrics = {name: spread(metrics[name] for metrics in found) for name in (*COLUMNS, *DRIFT)}
+        metrics |= {name: spread(safety(metrics, name) for metrics in found) for name in SAFETY}
         options = list(VARIANTS.get(variant, ()))
         rows.append({"data": data, "variant": variant, "options": options, "metrics": metrics})
     return rows
@@ -333,14 +196,14 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def write(plan: Plan, results: dict[Run, dict[str, Any]]) -> None:
+def write(plan: Plan, results: Mapping[Run, Mapping[str, Any]]) -> None:
     """ablation.json, ablation.md and ablation.png; prints the table and what the targets are worth."""
     rows = summarize(results)
     targets: dict[str, list[dict[str, float]]] = {}
     for data, seed in dict.fromkeys((run.data, run.seed) for run in results):
         targets.setdefault(data, []).append(right_targets(plan, data, seed))
     summary: dict[str, Any] = {
-        "format": "saferclip_fast.ablation.v1",
+        "format": "saferclip_fast.ablation.v2",
         "quadruplets": plan.quadruplets,
         "epochs": plan.epochs,
         "batch_size": BATCH,
@@ -362,12 +225,10 @@ def write(plan: Plan, results: dict[Run, dict[str, Any]]) -> None:
 
 def main() -> int:
     given = arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
-    torch.set_num_threads(1)
     plan = Plan(given.out, given.cache_dir, given.photos, given.quadruplets, given.epochs, tuple(given.overrides))
     data = ["scenes"] + (["photos"] if given.photos is not None else [])
     variants = [FROZEN, *(given.only or VARIANTS)]
-    runs = [Run(name, variant, seed) for name in data for seed in range(given.seeds) for variant in variants]
+    runs = [run_of(name, variant, seed) for name in data for seed in range(given.seeds) for variant in variants]
     try:
         write(plan, perform_all(plan, runs, given.workers))
     except MISTAKES as error:

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "data.num_workers",
     "data.cache_dir",
     "data.decoded_cache",
+    "validation.final",  # which of the weights are exported
     "train.checkpointing",
     "train.profile",
     "train.timeout_minutes",

@@ -28,7 +28,7 @@ class Progress:
     step: int = 0
     epoch: int = 1
     seen: int = 0  # samples of this epoch
-    best_loss: float | None = None  # of the validations so far
+    best_score: float | None = None  # of the validations so far; less is better
     best_step: int = 0
     stale: int = 0  # validations since the best one
     finished: bool = False

@@ -22,6 +22,7 @@ from ..data.quadruplets import QuadrupletEmbeddings
 from ..models import WEIGHTS_NAME, ClipModel
 from ..models.identity import Identity
 from ..objectives import ObjectiveOutput
+from ..runtime.precision import native_precision
 from ..runtime.ranks import ALONE, Ranks, Share, ranks
 from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
 from ..storage.files import atomic_write, remove_leftovers
@@ -33,6 +34,7 @@ from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
 from .prepare import Split, TrainingData, build_objective, prepare
 from .profiling import marked, part, profile_steps
+from .recall import recall
 from .resume import restore_run, save_run
 from .runlog import Meter, RunLog
 from .state import Progress, RunState
@@ -234,8 +236,10 @@ class Trainer:
         progress = self.state.progress
         check_finite(means, progress.step)
         self.log.write("val", progress.step, means, epoch=progress.epoch)
-        if progress.best_loss is None or means["loss"] < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.stale = means["loss"], progress.step, 0
+        metric = self.config.validation.metric
+        score = means["loss"] if metric == "loss" else -means[metric]
+        if progress.best_score is None or score < progress.best_score:
+            progress.best_score, progress.best_step, progress.stale = score, progress.step, 0
             best = gathered(self.state.trained_tensors(), self.ranks.first)
             if self.ranks.first:
                 save_checked(self.best_file, best, {"step": progress.step})
@@ -250,18 +254,22 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, split: Split) -> dict[str, float]:
-        """Means of the loss and its terms over `split`, whose batches are dealt out to the ranks whole."""
+        """Means of the loss and its terms over `split`, whose batches are dealt out to the ranks whole; its recall."""
         self.clip.eval()
         options, meter = self.config.train, Meter()
         batches = list(BatchSampler(range(len(split.samples)), options.batch_size, drop_last=False))
         mine = batches[self.ranks.rank :: self.ranks.world]
         # sliced weights (train.fsdp) need every rank for every batch
         spare = batches[:1] * (math.ceil(len(batches) / self.ranks.world) - len(mine))
+        pairs = []
         for number, batch in enumerate(self.loader(split, mine + spare)):
             current = embed_micro_batches(self.clip, batch, options.micro_batch_size, options.precision)
             out = self.loss(current, batch, split)
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
-        return meter.means(self.ranks)
+            if number < len(mine):
+                pairs.append((current.safe_text, current.safe_image))
+        texts, images = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return meter.means(self.ranks) | {"recall": recall(texts, images, self.ranks)}
 
     def loader(self, split: Split, batches: RankBatches | list[list[int]]) -> DataLoader:
         workers = self.config.data.num_workers
@@ -295,7 +303,7 @@ class Trainer:
         folder = self.run_dir / "final"
         if not (self.ranks.first or self.config.train.fsdp):
             return folder / WEIGHTS_NAME
-        best = self.config.validation.final == "best" and self.state.progress.best_loss is not None
+        best = self.config.validation.final == "best" and self.state.progress.best_score is not None
         if best:
             self.state.load_trained(load_checked(self.best_file).tensors)  # averaged ones, where there is an average
         with nullcontext() if best else self.averaged():
@@ -336,6 +344,8 @@ def _trainer(config: Config, members: Ranks) -> Trainer:
     """The run that `config` describes, on one of its ranks, where the last checkpoint left it."""
     run_dir = Path(config.run_dir)
     device = set_up_torch(config)
+    if config.train.precision == "auto":
+        config = replace(config, train=replace(config.train, precision=native_precision(device)))
     clip, frozen = open_for_training(config, device)
     config = replace(config, model=replace(config.model, weights_hash=frozen.weights_hash))
     data = prepare(config, clip, members)

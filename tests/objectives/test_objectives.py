@@ -1,6 +1,5 @@
 """The objectives: their terms against the formulas, labels, and what they refuse."""
 
-import json
 import math
 
 import numpy as np
@@ -8,11 +7,9 @@ import pytest
 import torch
 
 from saferclip_fast import SafeBank, nearest_safe, preservation_loss, retarget_loss
-from saferclip_fast.config import flatten, load_config
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.objectives.rank_guard import rank_guard, rank_guards
-from saferclip_fast.train.prepare import build_objective
 
 B, D = 6, 16
 
@@ -282,40 +279,3 @@ def test_bad_options():
 def test_labels_of_another_length_are_named(twelve, objective):
     with pytest.raises(ValueError, match=r"image\w* must have shape \[12\]"):
         objective()(*twelve, image_is_unsafe=torch.ones(3))
-
-
-def test_ablation_variants_are_what_their_names_say():
-    from benchmarks.quality import ablation
-
-    configs = {name: load_config("demo", options) for name, options in ablation.VARIANTS.items()}
-    built = {name: build_objective(config) for name, config in configs.items()}
-    stages = {name for name, config in configs.items() if not config.curriculum.enabled}
-    assert stages == {"Safe-CLIP", "+ nearest targets", "+ relative loss", "ShieldCLIP"}
-    assert isinstance(built["ShieldCLIP"], ShieldClip)
-    assert [built[name].targets for name in ("Safe-CLIP", "+ nearest targets")] == ["pair", "nearest"]
-    paper = built["+ curriculum = SafeR-CLIP"]
-    assert (paper.k, paper.beta, paper.margin, paper.negative) == (1, 1, 0, "frozen")
-    moving = built["SafeR-CLIP, moving negative"]
-    assert moving.negative == "current" and moving.weights == paper.weights
-    assert built["default"].weights == DEFAULT_WEIGHTS
-    assert [built[name].k for name in ("default", "default, k 1", "default, k 4")] == [16, 1, 4]
-    assert built["default, no rank guard"].weights == DEFAULT_WEIGHTS | {"rank_guard": 0.0}
-    assert len({json.dumps(flatten(config)) for config in configs.values()}) == len(configs)
-
-
-def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(tmp_path):
-    from benchmarks.quality import ablation
-
-    def found(value):
-        names = [*ablation.COLUMNS, *ablation.DRIFT]
-        return {"metrics": dict.fromkeys(names, value)}
-
-    values = {(ablation.FROZEN, 0): 0.5, (ablation.FROZEN, 1): 0.5, ("default", 0): 0.1, ("default", 1): 0.3}
-    rows = ablation.summarize({ablation.Run("scenes", *key): found(value) for key, value in values.items()})
-    assert [(row["data"], row["variant"]) for row in rows] == [("scenes", ablation.FROZEN), ("scenes", "default")]
-    zero_shot = rows[1]["metrics"]["zero_shot"]
-    assert zero_shot == {"mean": pytest.approx(0.2), "std": pytest.approx(math.sqrt(0.02)), "seeds": [0.1, 0.3]}
-    assert "| default | 0.200 ± 0.141 |" in ablation.tables(rows)
-    assert rows[1]["metrics"]["safe_queries"]["seeds"] == pytest.approx([0.9, 0.7])
-    ablation.picture(rows, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saferclip_fast.config import ConfigError, OptimizerOptions
+from saferclip_fast.config import ConfigError, OptimizerOptions, load_config
 from saferclip_fast.models import load_clip
+from saferclip_fast.runtime.precision import native_precision
+from saferclip_fast.runtime.ranks import Ranks
 from saferclip_fast.train import Trainer, train
 from saferclip_fast.train.__main__ import main
 from saferclip_fast.train.checkpoint import CheckpointError
 from saferclip_fast.train.frozen import FrozenModelError
 from saferclip_fast.train.optim import build_optimizer, check_all_used, learning_rate
+from saferclip_fast.train.recall import recall
 from tests.train.conftest import final_weights, log_lines
 
 
@@ -179,11 +182,41 @@ def test_early_stopping_exports_the_best_weights(tiny, tmp_path, monkeypatch):
     save = Trainer.save
     monkeypatch.setattr(Trainer, "save", lambda self: (trained.append(self), save(self)))
     result = train(tiny(tmp_path, "validation.patience=2", "train.epochs=9"))
-    assert (result.progress.epoch, result.progress.best_loss, result.progress.stale) == (5, 1.0, 2)
+    assert (result.progress.epoch, result.progress.best_score, result.progress.stale) == (5, 1.0, 2)
     assert result.progress.best_step == validations(tmp_path)[1]["step"]
     best = trained[-1].state.trained_tensors()
     stored = load_best(tmp_path)
     assert all(torch.equal(best[n], t) for n, t in stored.items()), "exported from the best weights"
+
+
+def test_early_stopping_on_recall(tiny, tmp_path, monkeypatch):
+    recalls = iter([0.5, 0.9, 0.8, 0.7, 1.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self, split: {"loss": 1.0, "recall": next(recalls)})
+    result = train(tiny(tmp_path, "validation.patience=2", "validation.metric=recall", "train.epochs=9"))
+    assert (result.progress.epoch, result.progress.best_score, result.progress.stale) == (5, -0.9, 2)
+
+
+def test_recall_counts_pairs_that_find_each_other(undisturbed):
+    text = torch.eye(4)
+    image = text[[0, 1, 3, 2]]  # two pairs are swapped
+    assert recall(text, image, Ranks()) == 0.5 and recall(text, 3 * text, Ranks()) == 1.0
+    assert all(0 <= line["recall"] <= 1 for line in validations(undisturbed))
+
+
+@pytest.mark.parametrize("native", ["bf16", "fp32"])
+def test_precision_auto_is_what_the_hardware_has(tiny, tmp_path, monkeypatch, native):
+    monkeypatch.setattr("saferclip_fast.train.trainer.native_precision", lambda device: native)
+    train(tiny(tmp_path / native, "train.precision=auto", "train.epochs=1"))
+    assert load_config(tmp_path / native / "config.yaml").train.precision == native, "the run says what it used"
+
+
+def test_bf16_is_native_only_with_instructions_for_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert native_precision(cpu) == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert native_precision(cpu) == "bf16"
 
 
 def load_best(run_dir):

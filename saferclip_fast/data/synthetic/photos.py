@@ -8,7 +8,7 @@ class, or, with probability `mismatch`, one of another class. Everything follows
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,11 @@ class Photos:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def every_second(self, start: int) -> Photos:
+        """The photographs start, start + 2, ..."""
+        kept = slice(start, None, 2)
+        return replace(self, images=self.images[kept], labels=self.labels[kept], names=self.names[kept])
 
 
 def load_photos(path: str | os.PathLike, split: str, size: int = 32, on_error: str = "raise") -> Photos:
@@ -99,7 +104,8 @@ class PhotoDataset(QuadrupletDataset):
     """Quadruplets of photographs; serves items like any QuadrupletDataset.
 
     path: the tar. split: its top folder. n: number of quadruplets (default: one for each photo; at most that
-    many). mismatch: probability that the fixed safe partner is of another class. size: pixels a side.
+    many). mismatch: probability that the fixed safe partner is of another class. size: pixels a side. half: "even" or
+    "odd" takes every second photograph, so that two sets of one split share none.
 
     Besides the items: uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images` (the
     unsafe photos without their sign), `right_texts`; int64 [n] `safe_labels`, `unsafe_labels` into
@@ -118,8 +124,13 @@ class PhotoDataset(QuadrupletDataset):
         size: int = 32,
         on_error: str = "raise",
         transform: Transform | None = None,
+        half: str = "",
     ):
+        if half not in ("", "even", "odd"):
+            raise ValueError(f"half is even, odd or empty, got {half!r}")
         self.photos = photos = load_photos(path, split, size, on_error)
+        if half:
+            self.photos = photos = photos.every_second(half == "odd")
         n = len(photos) if n is None else n
         if not 1 <= n <= len(photos):
             raise ValueError(f"n must be between 1 and the split's {len(photos)} photographs, got {n}")

@@ -92,3 +92,12 @@ def test_a_broken_photo_is_fatal_or_skipped(tmp_path: Path) -> None:
     data = open_quadruplets(f"photos:path={path}", on_error="skip")
     assert len(data) == 5 and data.summary.skipped == 1
     assert data.safe_images.shape == (5, 32, 32, 3)  # fitted to the size
+
+
+def test_halves_share_no_photograph(archive: Path) -> None:
+    path = str(archive)
+    even, odd = (PhotoDataset(path, half=half) for half in ("even", "odd"))
+    assert not set(even.photos.names) & set(odd.photos.names)
+    assert sorted([*even.photos.names, *odd.photos.names]) == sorted(PhotoDataset(path).photos.names)
+    with pytest.raises(ValueError, match="half is even, odd or empty"):
+        PhotoDataset(path, half="left")

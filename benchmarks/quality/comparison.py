@@ -1,0 +1,292 @@
+"""Each method at its best: python -m benchmarks.quality.comparison --photos FILE.tar
+
+1. Every method is fine-tuned with each of the same SETTINGS, on scenes and photographs, and judged on validation data;
+   `score` chooses one setting of each.
+2. With it, three seeds are trained on other data and evaluated on test data that chose nothing, at each share of wrong
+   fixed partners (MISMATCH), and along the safety dial.
+Writes comparison.json, comparison.md and comparison.png to --out. Stopped at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from benchmarks.quality.runs import (
+    BATCH,
+    EPOCHS,
+    FROZEN,
+    QUADRUPLETS,
+    UTILITY,
+    VALIDATION_SEED,
+    Plan,
+    Run,
+    perform_all,
+    spread,
+    unsafe_rate,
+)
+from saferclip_fast.cli import MISTAKES
+from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
+from saferclip_fast.storage.files import save_json
+
+OURS = "SafeR-CLIP@K"
+METHODS: dict[str, tuple[str, ...]] = {  # name in the tables -> the objective, with its authors' weights
+    "Safe-CLIP": ("objective.name=safeclip",),
+    "ShieldCLIP": ("objective.name=shieldclip",),
+    "SafeR-CLIP": ("objective.preset=paper",),
+    OURS: (),
+}
+_ADAPTERS = {  # alpha 1 is Safe-CLIP's; steps of adapters scaled by 1 are larger
+    "rank 16, alpha 1": (("lora.rank=16", "lora.alpha=1"), ("1e-3", "3e-3")),
+    "rank 32, alpha 32": (("lora.rank=32", "lora.alpha=32"), ("3e-4", "1e-3")),
+}
+_EXPORTED = {  # of early stopping, and without
+    "best recall": ("validation.metric=recall", "validation.final=best"),
+    "last step": ("validation.final=last",),
+}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    f"{adapters}, lr {rate}, {end}": (*words, f"optimizer.lr={rate}", *stop)
+    for adapters, (words, rates) in _ADAPTERS.items()
+    for rate in rates
+    for end, stop in _EXPORTED.items()
+}
+MISMATCH = {
+    "scenes": (0.7, 0.35, 0.0),
+    "photos": (0.7,),
+}  # share of fixed partners that are wrong; the first: dial, too
+DIAL = (0.25, 0.5, 0.75, 1.0, 1.25)
+VALIDATED_ON = 300  # quadruplets that early stopping looks at
+COLUMNS = {
+    "unsafe_rate@1": "unsafe, mean of four @1",
+    "unsafe_rate@10": "@10",
+    "unsafe_rate@20": "@20",
+    **{at(name): name.replace("_", " ").replace(" finds", ":") + " @10" for name in UNSAFE_FOUND},
+    "unsafe_text_finds_right_image@1": "unsafe text: right safe image @1",
+    UTILITY: "zero-shot",
+    "S-V.text_to_image@1": "safe text: its image @1",
+    "S-V.image_to_text@1": "safe image: its text @1",
+}
+
+
+def run_of(plan: Plan, data: str, method: str, setting: str, seed: int, mismatch: float, dial: bool = False) -> Run:
+    """A fine-tuning of `method`, which early stopping watches on the validation half of the held-out data."""
+    if data == "scenes":
+        watched = f"scenes:n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test"
+    else:
+        watched = f"photos:path={plan.photos},n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test,half=odd"
+    options = (*METHODS[method], *SETTINGS[setting], f"data.val={watched},mismatch={mismatch:g}")
+    return Run(data, method, seed, options, mismatch, DIAL if dial else ())
+
+
+def score(metrics: Mapping[str, float], frozen: Mapping[str, float]) -> float:
+    """What chooses a setting: the harmonic mean of safety and usefulness.
+
+    Safety is 1 - unsafe rate, its mean over K = 1, 5, 10, 20; usefulness is zero-shot accuracy over the frozen model's,
+    at most 1.
+    """
+    safe = 1 - statistics.mean(unsafe_rate(metrics, k) for k in CUTOFFS)
+    useful = min(1.0, metrics[UTILITY] / frozen[UTILITY])
+    return 2 * safe * useful / (safe + useful) if safe + useful else 0.0
+
+
+def tune(plan: Plan, data: Sequence[str], workers: int) -> list[dict[str, Any]]:
+    """Every setting of every method on validation data: its options, figures and score; "chosen" marks the best."""
+    frozen_runs = {name: Run(name, FROZEN, VALIDATION_SEED) for name in data}
+    runs = {
+        (name, method, setting): run_of(plan, name, method, setting, VALIDATION_SEED, MISMATCH[name][0])
+        for name in data
+        for method in METHODS
+        for setting in SETTINGS
+    }
+    results = perform_all(plan, [*frozen_runs.values(), *runs.values()], workers)
+    tried = []
+    for (name, method, setting), run in runs.items():
+        metrics = results[run]["metrics"]
+        value = score(metrics, results[frozen_runs[name]]["metrics"])
+        tried.append({"data": name, "method": method, "setting": setting, "score": value, "metrics": _kept(metrics)})
+    for name, method in dict.fromkeys((entry["data"], entry["method"]) for entry in tried):
+        same = [entry for entry in tried if (entry["data"], entry["method"]) == (name, method)]
+        best = max(same, key=lambda entry: entry["score"])
+        for entry in same:
+            entry["chosen"] = entry is best
+    return tried
+
+
+def report(plan: Plan, tried: Iterable[Mapping[str, Any]], seeds: int, workers: int) -> list[dict[str, Any]]:
+    """The chosen settings on test data: a row for each data set, mismatch and method, frozen first."""
+    chosen = {(entry["data"], entry["method"]): entry["setting"] for entry in tried if entry["chosen"]}
+    runs: dict[tuple[str, float, str], list[Run]] = {}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        for number, mismatch in enumerate(MISMATCH[name]):
+            runs[name, mismatch, FROZEN] = [Run(name, FROZEN, seed) for seed in range(seeds)]
+            for method in METHODS:
+                runs[name, mismatch, method] = [
+                    run_of(plan, name, method, chosen[name, method], seed, mismatch, number == 0)
+                    for seed in range(seeds)
+                ]
+    results = perform_all(plan, dict.fromkeys(run for part in runs.values() for run in part), workers)
+    rows = []
+    for (name, mismatch, method), part in runs.items():
+        found = [results[run] for run in part]
+        dial = {alpha: _spread([result["dial"][alpha] for result in found]) for alpha in found[0]["dial"]}
+        metrics = _spread([result["metrics"] for result in found])
+        rows.append({"data": name, "mismatch": mismatch, "method": method, "metrics": metrics, "dial": dial})
+    return rows
+
+
+def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
+    rates = {at("unsafe_rate", k): unsafe_rate(metrics, k) for k in CUTOFFS}
+    return {name: metrics[name] for name in COLUMNS if name in metrics} | rates
+
+
+def _spread(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    kept = [_kept(metrics) for metrics in found]
+    return {name: spread(metrics[name] for metrics in kept) for name in kept[0]}
+
+
+def against(rows: Sequence[Mapping[str, Any]], rival: str) -> dict[str, Any]:
+    """Our unsafe rate at rank 10 over the least of `rival` among the points of its dial that are at least as useful as
+    ours, a point of zero-shot accuracy less admitted; the frozen model is one of them."""
+    by_method = {row["method"]: row for row in rows}
+    ours = by_method[OURS]["metrics"]
+    points = [by_method[FROZEN]["metrics"], by_method[rival]["metrics"], *by_method[rival]["dial"].values()]
+    useful = [p for p in points if p[UTILITY]["mean"] >= ours[UTILITY]["mean"] - 0.01]
+    best = min(p["unsafe_rate@10"]["mean"] for p in useful) if useful else None
+    rate = ours["unsafe_rate@10"]["mean"]
+    return {"rival": rival, "ours": rate, "best_of_rival": best, "ratio": rate / best if best else None}
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
+    """Mean ± standard deviation over seeds, a line for each method."""
+    lines = [f"| | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        cells = [f"{row['metrics'][name]['mean']:.3f} ± {row['metrics'][name]['std']:.3f}" for name in columns]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(summary: Mapping[str, Any]) -> str:
+    """Every table of comparison.md."""
+    parts = []
+    for name, mismatch in dict.fromkeys((row["data"], row["mismatch"]) for row in summary["rows"]):
+        rows = [row for row in summary["rows"] if (row["data"], row["mismatch"]) == (name, mismatch)]
+        parts.append(f"{name}, {100 * mismatch:g} % of the fixed partners wrong\n\n{table(rows)}")
+    lines = ["| data | method | setting chosen on validation data | score |", "|---|---|---|---|"]
+    for entry in summary["tried"]:
+        if entry["chosen"]:
+            lines.append(f"| {entry['data']} | {entry['method']} | {entry['setting']} | {entry['score']:.3f} |")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def picture(summary: Mapping[str, Any], path: Path) -> None:
+    """Frontiers: safety among the first 10 and the first 1 against zero-shot accuracy, along the dial of each method on
+    test data (mean of the seeds, error bars at the trained model), and faintly every setting that was tried."""
+    data = list(dict.fromkeys(row["data"] for row in summary["rows"]))
+    ranks = (10, 1)
+    size = (6.2 * len(data), 4.6 * len(ranks))
+    figure, panels = plt.subplots(len(ranks), len(data), figsize=size, layout="constrained", squeeze=False)
+    for line, k in zip(panels, ranks, strict=True):
+        for axes, name in zip(line, data, strict=True):
+            _panel(axes, summary, name, k)
+            axes.set_title(f"{name}, first {k}" if k > 1 else f"{name}, first place")
+        line[0].set_ylabel("searches that find nothing unsafe (mean of four)")
+    for axes in panels[-1]:
+        axes.set_xlabel("zero-shot accuracy on safe images")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=5, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _panel(axes: Any, summary: Mapping[str, Any], name: str, k: int) -> None:
+    rate = at("unsafe_rate", k)
+    rows = [row for row in summary["rows"] if row["data"] == name and row["mismatch"] == MISMATCH[name][0]]
+    frozen = next(row["metrics"] for row in rows if row["method"] == FROZEN)
+    start = (frozen[UTILITY]["mean"], 1 - frozen[rate]["mean"])
+    axes.plot(*start, "*", color="black", ms=11, label=FROZEN, zorder=5)
+    for number, method in enumerate(METHODS):
+        color, mark = plt.colormaps["tab10"](number), "osDv"[number]
+        row = next(row for row in rows if row["method"] == method)
+        points = [(p[UTILITY]["mean"], 1 - p[rate]["mean"]) for p in row["dial"].values()]
+        axes.plot(*zip(start, *points, strict=True), "-", color=color, marker=".", lw=1.2, ms=4)
+        x, y = row["metrics"][UTILITY], row["metrics"][rate]
+        style = {"fmt": mark, "color": color, "ms": 8, "lw": 1, "zorder": 4, "label": method}
+        axes.errorbar(x["mean"], 1 - y["mean"], xerr=x["std"], yerr=y["std"], **style)
+        tried = [e["metrics"] for e in summary["tried"] if (e["data"], e["method"]) == (name, method)]
+        axes.plot([m[UTILITY] for m in tried], [1 - m[rate] for m in tried], mark, color=color, ms=4, alpha=0.3)
+    axes.set_ylim(-0.05, 1.05)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only")
+    add("--out", type=Path, default=Path("benchmarks/results/comparison"), help="results (%(default)s)")
+    add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
+    add("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    add("--quadruplets", type=int, default=QUADRUPLETS, help="to fine-tune on (default: %(default)s)")
+    add("--epochs", type=int, default=EPOCHS, help="of a fine-tuning (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
+    given = parser.parse_args()
+    if given.photos is not None and not given.photos.is_file():
+        parser.error(
+            f"--photos {given.photos}: no such file; pass a tar of train/CLASS/NAME and test/CLASS/NAME images"
+        )
+    if min(given.seeds, given.quadruplets, given.epochs, given.workers) < 1:
+        parser.error("--seeds, --quadruplets, --epochs and --workers must be at least 1")
+    return given
+
+
+def main() -> int:
+    given = arguments()
+    plan = Plan(given.out, given.cache_dir, given.photos, given.quadruplets, given.epochs)
+    data = ["scenes"] + (["photos"] if given.photos is not None else [])
+    try:
+        tried = tune(plan, data, given.workers)
+        rows = report(plan, tried, given.seeds, given.workers)
+    except MISTAKES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    compared = {
+        name: [
+            against([r for r in rows if r["data"] == name and r["mismatch"] == MISMATCH[name][0]], rival)
+            for rival in METHODS
+            if rival != OURS
+        ]
+        for name in data
+    }
+    summary = {
+        "format": "saferclip_fast.comparison.v1",
+        "quadruplets": plan.quadruplets,
+        "epochs": plan.epochs,
+        "batch_size": BATCH,
+        "settings": SETTINGS,
+        "torch": torch.__version__,
+        "tried": tried,
+        "rows": rows,
+        "against": compared,
+    }
+    save_json(plan.out / "comparison.json", summary)
+    (plan.out / "comparison.md").write_text(tables(summary) + "\n", encoding="utf-8")
+    picture(summary, plan.out / "comparison.png")
+    print(tables(summary))
+    for name, found in compared.items():
+        for entry in found:
+            print(f"{name}: unsafe rate at rank 10 {entry['ours']:.3f}, {entry['rival']}'s {entry['best_of_rival']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

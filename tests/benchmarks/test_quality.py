@@ -1,0 +1,147 @@
+"""The quality benchmarks: variants and settings are what their names say, figures are means, tests choose nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import ablation, comparison, runs
+from saferclip_fast.config import flatten, load_config
+from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
+from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
+from saferclip_fast.train.prepare import build_objective
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_ablation_variants_are_what_their_names_say():
+    configs = {name: load_config("demo", options) for name, options in ablation.VARIANTS.items()}
+    built = {name: build_objective(config) for name, config in configs.items()}
+    stages = {name for name, config in configs.items() if not config.curriculum.enabled}
+    assert stages == {"Safe-CLIP", "+ nearest targets", "+ relative loss", "ShieldCLIP"}
+    assert isinstance(built["ShieldCLIP"], ShieldClip)
+    assert [built[name].targets for name in ("Safe-CLIP", "+ nearest targets")] == ["pair", "nearest"]
+    paper = built["+ curriculum = SafeR-CLIP"]
+    assert (paper.k, paper.beta, paper.margin, paper.negative) == (1, 1, 0, "frozen")
+    moving = built["SafeR-CLIP, moving negative"]
+    assert moving.negative == "current" and moving.weights == paper.weights
+    assert built["default"].weights == DEFAULT_WEIGHTS
+    assert [built[name].k for name in ("default", "default, k 1", "default, k 4")] == [16, 1, 4]
+    assert built["default, no rank guard"].weights == DEFAULT_WEIGHTS | {"rank_guard": 0.0}
+    assert len({json.dumps(flatten(config)) for config in configs.values()}) == len(configs)
+
+
+def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(tmp_path):
+    def found(value):
+        names = [*ablation.COLUMNS, *ablation.DRIFT, *(at(name, k) for name in UNSAFE_FOUND for k in CUTOFFS)]
+        return {"metrics": dict.fromkeys(names, value)}
+
+    values = {(ablation.FROZEN, 0): 0.5, (ablation.FROZEN, 1): 0.5, ("default", 0): 0.1, ("default", 1): 0.3}
+    rows = ablation.summarize({ablation.run_of("scenes", *key): found(value) for key, value in values.items()})
+    assert [(row["data"], row["variant"]) for row in rows] == [("scenes", ablation.FROZEN), ("scenes", "default")]
+    zero_shot = rows[1]["metrics"]["zero_shot"]
+    assert zero_shot == {"mean": pytest.approx(0.2), "std": pytest.approx(math.sqrt(0.02)), "seeds": [0.1, 0.3]}
+    assert "| default | 0.200 ± 0.141 |" in ablation.tables(rows)
+    assert rows[1]["metrics"]["safe_queries"]["seeds"] == pytest.approx([0.9, 0.7])
+    ablation.picture(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def figures(rate, zero_shot, others=0.5):
+    """What perform() gives: the same unsafe rate everywhere, a zero-shot accuracy, and `others`."""
+    names = (*comparison.COLUMNS, "S-V.text_to_image@1", "S-V.image_to_text@1")
+    rates = {at(name, k): rate for name in UNSAFE_FOUND for k in CUTOFFS}
+    return dict.fromkeys(names, others) | rates | {runs.UTILITY: zero_shot}
+
+
+def test_every_method_has_the_same_settings_and_its_own_objective(tmp_path):
+    plan = runs.Plan(tmp_path, tmp_path, tmp_path / "photos.tar")
+    tuned = {}
+    for method in comparison.METHODS:
+        configs = []
+        for setting in comparison.SETTINGS:
+            run = comparison.run_of(plan, "scenes", method, setting, 0, 0.7)
+            configs.append(load_config("demo", runs.options_of(plan, run)))
+        tuned[method] = {
+            (c.lora.rank, c.lora.alpha, c.optimizer.lr, c.validation.final, c.train.batch_size, c.data.val)
+            for c in configs
+        }
+        assert len(tuned[method]) == len(comparison.SETTINGS) == 8
+        kind = {"Safe-CLIP": SafeClip, "ShieldCLIP": ShieldClip}.get(method, SaferClip)
+        assert isinstance(build_objective(configs[0]), kind)
+    assert all(settings == tuned[comparison.OURS] for settings in tuned.values())
+    paper, ours = (
+        build_objective(load_config("demo", comparison.METHODS[name])) for name in ("SafeR-CLIP", comparison.OURS)
+    )
+    assert paper.weights["rank_guard"] == 0 and ours.weights == DEFAULT_WEIGHTS
+
+
+def test_what_chooses_a_setting_does_not_report_it(tmp_path):
+    plan = runs.Plan(tmp_path, tmp_path, tmp_path / "photos.tar")
+    chosen, reported = (
+        comparison.run_of(plan, "scenes", "Safe-CLIP", next(iter(comparison.SETTINGS)), seed, 0.7)
+        for seed in (runs.VALIDATION_SEED, 0)
+    )
+    judged_on, tested_on = (runs.job_of(plan, run).held_out for run in (chosen, reported))
+    assert not torch.equal(torch.from_numpy(judged_on.safe_images), torch.from_numpy(tested_on.safe_images))
+    assert runs.source_of(plan, chosen) != runs.source_of(plan, reported)
+    assert "seed=1001,split=test" in reported.options[-1] and "seed=2001,split=test" in chosen.options[-1]
+    watched = comparison.run_of(plan, "photos", "Safe-CLIP", next(iter(comparison.SETTINGS)), 0, 0.7).options[-1]
+    assert watched.endswith("split=test,half=odd,mismatch=0.7"), "early stopping never sees the tested half"
+
+
+def test_the_score_wants_safety_and_usefulness():
+    frozen = figures(1.0, 0.8)
+    assert comparison.score(frozen, frozen) == 0
+    assert comparison.score(figures(0.0, 0.8), frozen) == 1
+    assert comparison.score(figures(0.0, 0.4), frozen) == pytest.approx(2 / 3)
+    assert comparison.score(figures(0.5, 0.9), frozen) == pytest.approx(2 / 3), "more than frozen counts as frozen"
+    assert comparison.score(figures(0.0, 0.0), frozen) == 0
+
+
+def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatch):
+    best = {"Safe-CLIP": 3, "ShieldCLIP": 0, "SafeR-CLIP": 5, comparison.OURS: 7}
+    options = list(comparison.SETTINGS.values())
+    asked = []
+
+    def perform_all(plan, wanted, workers):
+        results = {}
+        for run in wanted:
+            asked.append(run)
+            if run.name == runs.FROZEN:
+                results[run] = {"metrics": figures(1.0, 0.8), "dial": {}}
+                continue
+            setting = next(i for i, words in enumerate(options) if set(words) <= set(run.options))
+            rate = 0.1 if setting == best[run.name] else 0.9
+            rate += 0.02 * run.seed if run.seed < runs.VALIDATION_SEED else 0
+            metrics = figures(rate if run.name == comparison.OURS else min(1.0, rate + 0.3), 0.75)
+            results[run] = {"metrics": metrics, "dial": {f"{alpha:g}": metrics for alpha in run.dial}}
+        return results
+
+    monkeypatch.setattr(comparison, "perform_all", perform_all)
+    plan = runs.Plan(tmp_path, tmp_path, None)
+    tried = comparison.tune(plan, ["scenes"], 1)
+    chosen = {entry["method"]: entry["setting"] for entry in tried if entry["chosen"]}
+    assert chosen == {method: list(comparison.SETTINGS)[number] for method, number in best.items()}
+    assert {run.seed for run in asked} == {runs.VALIDATION_SEED}
+    asked.clear()
+    rows = comparison.report(plan, tried, 3, 1)
+    assert {run.seed for run in asked} == {0, 1, 2}
+    ours = next(row for row in rows if row["method"] == comparison.OURS)
+    assert ours["metrics"]["unsafe_rate@10"]["seeds"] == pytest.approx([0.1, 0.12, 0.14])
+    dialed = {row["mismatch"] for row in rows if row["dial"]}
+    assert dialed == {0.7}, "the dial is drawn where settings were chosen"
+    found = comparison.against([row for row in rows if row["mismatch"] == 0.7], "Safe-CLIP")
+    assert (found["ours"], found["best_of_rival"]) == pytest.approx((0.12, 0.42))
+    summary = {"rows": rows, "tried": tried}
+    assert "| SafeR-CLIP@K | 0.120 ± 0.020 |" in comparison.tables(summary)
+    comparison.picture(summary, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_comparison_tables_are_the_committed_results():
+    summary = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "comparison.json").read_text())
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert all(part in method for part in comparison.tables(summary).split("\n\n") if part.startswith("|"))

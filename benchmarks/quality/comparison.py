@@ -50,21 +50,23 @@ _ADAPTERS = {  # alpha 1 is Safe-CLIP's; steps of adapters scaled by 1 are large
     "rank 16, alpha 1": (("lora.rank=16", "lora.alpha=1"), ("1e-3", "3e-3")),
     "rank 32, alpha 32": (("lora.rank=32", "lora.alpha=32"), ("3e-4", "1e-3")),
 }
-_EXPORTED = {  # of early stopping, and without
-    "best recall": ("validation.metric=recall", "validation.final=best"),
-    "last step": ("validation.final=last",),
-}
 SETTINGS: dict[str, tuple[str, ...]] = {
-    f"{adapters}, lr {rate}, {end}": (*words, f"optimizer.lr={rate}", *stop)
+    f"{adapters}, lr {rate}": (*words, f"optimizer.lr={rate}")
     for adapters, (words, rates) in _ADAPTERS.items()
     for rate in rates
-    for end, stop in _EXPORTED.items()
+}
+_STOP_EARLY = ("validation.metric=recall", "validation.final=best")
+EXPORTED = {  # which weights: those of the best recall of safe pairs, as their authors do, or the last
+    "Safe-CLIP": _STOP_EARLY,
+    "ShieldCLIP": _STOP_EARLY,
+    "SafeR-CLIP": ("validation.final=last",),
+    OURS: ("validation.final=last",),
 }
 MISMATCH = {
     "scenes": (0.7, 0.35, 0.0),
     "photos": (0.7,),
 }  # share of fixed partners that are wrong; the first: dial, too
-DIAL = (0.25, 0.5, 0.75, 1.0, 1.25)
+DIAL = (0.5, 0.75, 1.0)
 VALIDATED_ON = 300  # quadruplets that early stopping looks at
 COLUMNS = {
     "unsafe_rate@1": "unsafe, mean of four @1",
@@ -84,7 +86,7 @@ def run_of(plan: Plan, data: str, method: str, setting: str, seed: int, mismatch
         watched = f"scenes:n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test"
     else:
         watched = f"photos:path={plan.photos},n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test,half=odd"
-    options = (*METHODS[method], *SETTINGS[setting], f"data.val={watched},mismatch={mismatch:g}")
+    options = (*METHODS[method], *SETTINGS[setting], *EXPORTED[method], f"data.val={watched},mismatch={mismatch:g}")
     return Run(data, method, seed, options, mismatch, DIAL if dial else ())
 
 

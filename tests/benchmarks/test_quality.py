@@ -65,10 +65,9 @@ def test_every_method_has_the_same_settings_and_its_own_objective(tmp_path):
             run = comparison.run_of(plan, "scenes", method, setting, 0, 0.7)
             configs.append(load_config("demo", runs.options_of(plan, run)))
         tuned[method] = {
-            (c.lora.rank, c.lora.alpha, c.optimizer.lr, c.validation.final, c.train.batch_size, c.data.val)
-            for c in configs
+            (c.lora.rank, c.lora.alpha, c.optimizer.lr, c.train.epochs, c.train.batch_size, c.data.val) for c in configs
         }
-        assert len(tuned[method]) == len(comparison.SETTINGS) == 8
+        assert len(tuned[method]) == len(comparison.SETTINGS) == 4
         kind = {"Safe-CLIP": SafeClip, "ShieldCLIP": ShieldClip}.get(method, SaferClip)
         assert isinstance(build_objective(configs[0]), kind)
     assert all(settings == tuned[comparison.OURS] for settings in tuned.values())
@@ -102,7 +101,7 @@ def test_the_score_wants_safety_and_usefulness():
 
 
 def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatch):
-    best = {"Safe-CLIP": 3, "ShieldCLIP": 0, "SafeR-CLIP": 5, comparison.OURS: 7}
+    best = {"Safe-CLIP": 3, "ShieldCLIP": 0, "SafeR-CLIP": 1, comparison.OURS: 2}
     options = list(comparison.SETTINGS.values())
     asked = []
 

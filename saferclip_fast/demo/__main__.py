@@ -1,8 +1,8 @@
 """The whole job in one command: python -m saferclip_fast.demo
 
-Pre-trains a small CLIP on synthetic scenes (cached), fine-tunes it with SafeR-CLIP and, to compare, with Safe-CLIP on
-the same data, evaluates all three on held-out scenes, prints one table and writes evaluations, weights, a figure and a
-report. The "hazards" are harmless drawings.
+Pre-trains a small CLIP on synthetic scenes (cached), fine-tunes it with SafeR-CLIP@K (the default objective) and, to
+compare, with Safe-CLIP at its best setting, evaluates all three on held-out scenes, prints one table and writes
+evaluations, weights, a figure and a report. The "hazards" are harmless drawings.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
         assert figure.width > 1000
     assert (run_dir / "final" / "open_clip_model.safetensors").is_file()
     report = (run_dir / "report.html").read_text()
-    assert "Of 24 unsafe captions" in report and "Safety report: SafeR-CLIP, Safe-CLIP" in report
+    assert "Of 24 unsafe captions" in report and "Safety report: SafeR-CLIP@K, Safe-CLIP" in report
     shown = capsys.readouterr().out
     assert shown.strip().endswith(f"report: {run_dir / 'report.html'}") and str(run_dir / "evaluation.json") in shown
     assert max(map(len, shown.split("seconds:")[0].splitlines())) <= 120

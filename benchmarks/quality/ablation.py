@@ -34,7 +34,6 @@ from benchmarks.quality.runs import (
     pretrain,
     source_of,
     spread,
-    unsafe_rate,
 )
 from saferclip_fast import nearest_safe
 from saferclip_fast.cli import MISTAKES
@@ -42,7 +41,6 @@ from saferclip_fast.config import load_config
 from saferclip_fast.data import open_quadruplets
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.models import load_clip
-from saferclip_fast.results import PAGE, at
 from saferclip_fast.storage.files import save_json
 
 # Name in the tables -> training options over the demo's. Safe-CLIP, then one thing more with each "+". All have
@@ -59,21 +57,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default, k 1": ("objective.k=1",),
     "default, k 4": ("objective.k=4",),
 }
-# Unsafe items among the first 10 of a search of safe and unsafe items; the last two search safe items alone.
+# What comes first in a search; the last two search safe items alone. The committed results are of the first place.
 COLUMNS = {
-    "unsafe_text_finds_unsafe_image@10": "unsafe text: unsafe image @10",
-    "unsafe_image_finds_unsafe_text@10": "unsafe image: unsafe text @10",
-    "safe_text_finds_unsafe_image@10": "safe text: unsafe image @10",
-    "safe_image_finds_unsafe_text@10": "safe image: unsafe text @10",
-    "unsafe_rate@1": "mean of these four @1",
-    "unsafe_text_finds_right_image@1": "unsafe text: right safe image @1",
+    "unsafe_text_finds_unsafe_image@1": "unsafe text: unsafe image",
+    "unsafe_image_finds_unsafe_text@1": "unsafe image: unsafe text",
+    "safe_text_finds_unsafe_image@1": "safe text: unsafe image",
+    "safe_image_finds_unsafe_text@1": "safe image: unsafe text",
+    "unsafe_text_finds_right_image@1": "unsafe text: right safe image",
+    "unsafe_image_finds_right_text@1": "unsafe image: right safe text",
     "zero_shot": "zero-shot accuracy",
-    "unsafe_image_finds_right_text@1": "unsafe image: right safe text @1",
-    "S-V.text_to_image@1": "safe text: right safe image @1",
-    "S-V.image_to_text@1": "safe image: right safe text @1",
+    "S-V.text_to_image@1": "safe text: right safe image",
+    "S-V.image_to_text@1": "safe image: right safe text",
 }
 DRIFT = ("safe_text_cosine_to_frozen", "safe_image_cosine_to_frozen")
-SAFETY = {f"{kind}_queries": f"{kind} inputs: nothing unsafe in the first {PAGE}" for kind in ("unsafe", "safe")}
+SAFETY = {f"{kind}_queries": f"{kind} inputs that find nothing unsafe" for kind in ("unsafe", "safe")}
 
 
 def run_of(data: str, variant: str, seed: int) -> Run:
@@ -100,10 +97,10 @@ def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
 
 
 def safety(metrics: Mapping[str, float], queries: str) -> float:
-    """The share of "unsafe_queries" or "safe_queries" with nothing unsafe among the first 10, of both directions."""
+    """The share of "unsafe_queries" or "safe_queries" that find no unsafe item first, mean of both directions."""
     kind = queries.removesuffix("_queries")
     return 1 - statistics.mean(
-        metrics[at(f"{kind}_{a}_finds_unsafe_{b}")] for a, b in (("text", "image"), ("image", "text"))
+        metrics[f"{kind}_{a}_finds_unsafe_{b}@1"] for a, b in (("text", "image"), ("image", "text"))
     )
 
 
@@ -112,7 +109,6 @@ def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for data, variant in dict.fromkeys((run.data, run.name) for run in results):
         found = [results[run]["metrics"] for run in results if run[:2] == (data, variant)]
-        found = [{at("unsafe_rate", 1): unsafe_rate(metrics, 1)} | metrics for metrics in found]
         metrics = {name: spread(metrics[name] for metrics in found) for name in (*COLUMNS, *DRIFT)}
         metrics |= {name: spread(safety(metrics, name) for metrics in found) for name in SAFETY}
         options = list(VARIANTS.get(variant, ()))
@@ -203,7 +199,7 @@ def write(plan: Plan, results: Mapping[Run, Mapping[str, Any]]) -> None:
     for data, seed in dict.fromkeys((run.data, run.seed) for run in results):
         targets.setdefault(data, []).append(right_targets(plan, data, seed))
     summary: dict[str, Any] = {
-        "format": "saferclip_fast.ablation.v2",
+        "format": "saferclip_fast.ablation.v1",
         "quadruplets": plan.quadruplets,
         "epochs": plan.epochs,
         "batch_size": BATCH,

@@ -24,7 +24,7 @@ from .pretrain import Pairs, pretrained_clip
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 32_000, 3
 QUADRUPLETS, HELD_OUT = 3_000, 1_000
 OURS, BASELINE = "SafeR-CLIP@K", "Safe-CLIP"  # as tables and the report call them
-# The baseline's best on validation scenes (benchmarks/quality/comparison.py), over the demo's own: its authors' adapters
+# The baseline's best on validation scenes (benchmarks.quality.comparison), over the demo's own: its authors' adapters
 # and early stopping, three times their learning rate.
 BASELINE_OPTIONS = (
     "objective.name=safeclip",

@@ -78,6 +78,7 @@ COLUMNS = {
     "S-V.text_to_image@1": "safe text: its image @1",
     "S-V.image_to_text@1": "safe image: its text @1",
 }
+FEW = ("unsafe_rate@1", "unsafe_rate@10", "unsafe_text_finds_right_image@1", UTILITY, "S-V.text_to_image@1")  # README's
 
 
 def run_of(plan: Plan, data: str, method: str, setting: str, seed: int, mismatch: float, dial: bool = False) -> Run:

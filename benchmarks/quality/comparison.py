@@ -129,14 +129,16 @@ def report(plan: Plan, tried: Iterable[Mapping[str, Any]], seeds: int, workers: 
     """The chosen settings on test data: a row for each data set, mismatch and method, frozen first."""
     chosen = {(entry["data"], entry["method"]): entry["setting"] for entry in tried if entry["chosen"]}
     runs: dict[tuple[str, float, str], list[Run]] = {}
-    for name in dict.fromkeys(name for name, _ in chosen):
-        for number, mismatch in enumerate(MISMATCH[name]):
-            runs[name, mismatch, FROZEN] = [Run(name, FROZEN, seed) for seed in range(seeds)]
-            for method in METHODS:
-                runs[name, mismatch, method] = [
-                    run_of(plan, name, method, chosen[name, method], seed, mismatch, number == 0)
-                    for seed in range(seeds)
-                ]
+    shares = [(number, name, share) for name, shares in MISMATCH.items() for number, share in enumerate(shares)]
+    for number, name, mismatch in sorted(shares, key=lambda item: item[0]):  # what the README shows comes first
+        if (name, OURS) not in chosen:
+            continue
+        runs[name, mismatch, FROZEN] = [Run(name, FROZEN, seed) for seed in range(seeds)]
+        for method in METHODS:
+            setting, dial = chosen[name, method], number == 0
+            runs[name, mismatch, method] = [
+                run_of(plan, name, method, setting, seed, mismatch, dial) for seed in range(seeds)
+            ]
     results = perform_all(plan, dict.fromkeys(run for part in runs.values() for run in part), workers)
     rows = []
     for (name, mismatch, method), part in runs.items():

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .bank import SafeBank
 from .data import QuadrupletDataset, collate
 from .data.captions import trim
+from .data.images import DECODING
 from .data.packed_captions import PackedCaptions
 from .data.quadruplets import QuadrupletEmbeddings
 from .models import ClipModel
@@ -76,6 +77,7 @@ def embed_quadruplets(
         "weights_hash": clip.weights_hash,
         "data_hash": dataset.content_hash(),
         "preprocessing": _preprocessing(clip, dataset),
+        "decoding": DECODING,
         "precision": precision,
         "rows": str(len(dataset)),
     }

@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..ops import Neighbors, backends, nearest_safe
-from ..ops.checks import check_finite, check_matrix, row_norms
+from ..ops.checks import check_finite, check_matrix, near_one, wide
+from ..ops.nearest_safe import version
 from ..storage.files import atomic_write, sync
 from ..storage.row_file import RowFile
 
 FORMAT = "saferclip_fast.bank.v1"
+_SHORT, _LONG = 1e-15, 1e15  # lengths between which squares of float32 entries that count are in range
 _NORMALIZE_ROWS = 1 << 16  # rows normalized at a time, so that building from a mapped file stays small in memory
 
 
@@ -50,13 +52,14 @@ class SafeBank:
         self.image = _normalize("image", image)
         self.metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
         self.packed: Tensor | None = None
+        self.packed_version = 0  # of `text` when it was packed
         self.offset = 0
 
     @classmethod
     def from_unit(cls, text: Tensor, image: Tensor, metadata: Mapping[str, str], packed: Tensor | None = None):
         """A bank of rows [N, d] that are of unit length already, unchecked; they are not copied."""
         bank = cls.__new__(cls)
-        bank.text, bank.image, bank.packed = text, image, packed
+        bank.text, bank.image, bank.packed, bank.packed_version = text, image, packed, version(text)
         bank.metadata, bank.offset = dict(metadata), 0
         return bank
 
@@ -88,6 +91,7 @@ class SafeBank:
         searched = native.usable and "nearest_safe" in native.ops and self.text.dtype != torch.float64
         if self.packed is None and searched:
             self.packed = torch.ops.saferclip_fast.pack_bank(self.text)
+            self.packed_version = version(self.text)
         return self
 
     def to(self, device: torch.device | str) -> SafeBank:
@@ -215,9 +219,13 @@ def _normalize(name: str, rows: Tensor) -> Tensor:
     for begin in range(0, len(rows), _NORMALIZE_ROWS):
         chunk = rows[begin : begin + _NORMALIZE_ROWS].detach()
         check_finite(name, chunk)
-        norms = row_norms(chunk).unsqueeze(1)
+        scaled = chunk.to(wide(chunk.dtype))
+        norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        if not ((norms > _SHORT) & (norms < _LONG)).all():  # squares may vanish or overflow
+            scaled, _ = near_one(chunk)
+            norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
         if not norms.all():
             row = begin + int((norms == 0).nonzero()[0, 0])
             raise ValueError(f"{name} row {row} is all zeros and has no direction; drop this pair")
-        unit[begin : begin + _NORMALIZE_ROWS] = (chunk.to(norms.dtype) / norms).to(rows.dtype)
+        unit[begin : begin + _NORMALIZE_ROWS] = (scaled / norms).to(rows.dtype)
     return unit

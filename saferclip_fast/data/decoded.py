@@ -24,7 +24,7 @@ from torch import Tensor
 from ..runtime.ranks import Ranks
 from ..storage import row_cache
 from .errors import DataError
-from .images import MAX_PIXELS, ImageRef
+from .images import DECODING, MAX_PIXELS, ImageRef
 from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
 from .transforms import ToTensor, Transform
 
@@ -66,6 +66,7 @@ def decode_images(
     metadata = {
         "format": FORMAT,
         "data_hash": dataset.content_hash(),
+        "decoding": DECODING,
         "resizing": repr(resize),
         "probe": _probe(resized),
         "rows": str(len(dataset)),

@@ -17,6 +17,8 @@ from PIL import Image
 
 # Formats that Pillow decodes by itself: EPS would start Ghostscript, and others are rarely photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_HEIF = tuple(b"ftyp" + kind for kind in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1"))
+DECODING = "2"  # part of the names of caches of what was decoded: raise it when `decode` gives other pixels
 # Pillow's own warning threshold for decompression bombs (about 89 million pixels).
 MAX_PIXELS = 89_478_485
 
@@ -144,13 +146,28 @@ def opened(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Iterator[Ima
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not a {', '.join(FORMATS)} image"
+            if data[4:12] in _HEIF:
+                reason = f"AVIF and HEIC are not read, only {', '.join(FORMATS)}: convert it"
         raise ImageError(f"broken image {name}: {reason}") from error
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode `data` to an RGB image. Raises ImageError as `opened` does; no pixel of too large a one is decoded."""
+    """Decode `data` to an RGB image of 8 bits a channel: the first frame, as stored (EXIF does not turn it), without
+    its transparency, as open_clip's own loader does. 16-bit gray and floats from 0 to 1 are scaled to 8 bits.
+
+    Raises ImageError as `opened` does, and for numbers of an unknown range; no pixel of too large an image is decoded.
+    """
     with opened(data, name, max_pixels) as image:
-        return image.convert("RGB")
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        if not wide and image.mode not in ("I", "F"):
+            return image.convert("RGB")
+        pixels, top = np.asarray(image), 65535 if wide else 1
+        if not wide and (image.mode == "I" or not ((pixels >= 0) & (pixels <= 1)).all()):
+            raise ImageError(
+                f"image {name} holds numbers from {pixels.min():g} to {pixels.max():g}, and which of them is white is "
+                "not known: save it with 8 or 16 bits, or as floats from 0 to 1"
+            )
+        return Image.fromarray(np.round(pixels * (255 / top)).astype(np.uint8)).convert("RGB")
 
 
 def check_max_pixels(max_pixels: int) -> int:
@@ -175,7 +192,7 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
     Raises ImageError (kind "bad path" or "missing image") for anything that is not such a file.
     """
     if not isinstance(name, str) or not name.strip():
-        raise ImageError(f"image path is empty or not text: {name!r}", "bad path")
+        raise ImageError(f"image path is empty or not text: {name!r:.80}", "bad path")
     if "\0" in name:
         raise ImageError(f"image path holds a zero byte: {name!r}", "bad path")
     path = os.path.normpath(name)
@@ -194,6 +211,8 @@ def resolve_inside(root: str | os.PathLike, name: object, allow_absolute: bool =
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if "\\" in name:
+            reason += " (a path of Windows? write / between folders)"
         raise ImageError(f"missing image {path}: {reason}", "missing image") from error
     if not stat.S_ISREG(mode):  # a pipe or device would block or never end
         raise ImageError(f"image path {path} is not a regular file", "bad path")

@@ -91,8 +91,8 @@ def _read(
     if suffix == ".json":
         if not root:
             raise ValueError(
-                f"{source} is read as ViSU or NSFWCaps: pass root, the folder with COCO's train2017/ and val2017/, "
-                "or with NoCaps' images"
+                f"{source} is read as ViSU or NSFWCaps: pass root (in a command data.root=FOLDER), the folder with "
+                "COCO's train2017/ and val2017/, or with NoCaps' images"
             )
         return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
     if suffix == ".tar" or Path(source).is_dir():
@@ -108,13 +108,15 @@ def _read(
 def parse_options(text: str) -> dict[str, Any]:
     """Parse "name=value,name=value": values become int, float or bool where they read as such.
 
-    Raises ValueError for a part without "=".
+    Raises ValueError for a part without "=", and for a name that is given twice.
     """
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"expected name=value, got {item!r} in {text!r}")
+        if name.strip() in options:
+            raise ValueError(f"{name.strip()} is given twice in {text!r}")
         options[name.strip()] = _value(value.strip())
     return options
 

@@ -17,7 +17,7 @@ from ..data import DataError, ImageError, ImageFile
 from ..data.images import MAX_PIXELS, resolve_inside
 from ..data.readers.rows import column_names
 from ..data.readers.tables import READERS
-from ..data.readers.visu import entries, read_json, unsafe_name
+from ..data.readers.visu import check_pattern, entries, read_json, unsafe_name
 from ..storage.files import atomic_write, save_json
 from .classifiers import THRESHOLD, ImageClassifier, probabilities
 
@@ -116,6 +116,7 @@ def _read_table(table: Path, names: Mapping[str, str]) -> Rows:
 
 
 def _read_json(table: Path, unsafe_image: str | None) -> Rows:
+    check_pattern(unsafe_image)
     content = read_json(table)
     found = entries(content, table)
     for key, entry in found:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,9 +62,47 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in for inputs of `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def near_one(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [rows, d] over a power of two that brings their largest entry into [0.5, 1), and its exponent [rows, 1].
+
+    In float32 (float64 for float64), where squares of rows below 1e-22 vanish and of those above 1e19 overflow.
+    Nothing is rounded, and a row of zeros stays as it is.
+    """
+    value = value.to(wide(value.dtype))
+    exponent = torch.frexp(value.abs().amax(-1, keepdim=True) if value.shape[-1] else value.sum(-1, keepdim=True))[1]
+    return shifted(value, -exponent), exponent
+
+
+def shifted(value: Tensor, exponent: Tensor) -> Tensor:
+    """`value` times two to the `exponent`, in two parts, since the power itself may be out of range."""
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(value, half), exponent - half)
+
+
 def row_norms(value: Tensor) -> Tensor:
-    """The length of each row, [rows], in float32 (float64 for float64)."""
-    return torch.linalg.vector_norm(value, dim=-1, dtype=torch.promote_types(value.dtype, torch.float32))
+    """The length of each row, [rows], in float32 (float64 for float64); Inf where that is out of range."""
+    rows, exponent = near_one(value)
+    return shifted(torch.linalg.vector_norm(rows, dim=-1), exponent.squeeze(-1))
+
+
+def check_first_order(op: str, *inputs: Tensor) -> None:
+    """Refuses transforms that a closed-form gradient of first order does not go through.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func, or for an input that carries a forward-mode tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    found = "a transform of torch.func (grad, jvp, vmap, ...)" if torch._C._are_functorch_transforms_active() else ""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        found = "forward-mode differentiation"
+    if found:
+        raise RuntimeError(f"{op} does not go through {found}: use loss.backward() or torch.autograd.grad")
 
 
 def check_unit_rows(name: str, value: Tensor) -> None:
@@ -84,24 +124,68 @@ def check_unit_rows(name: str, value: Tensor) -> None:
         )
 
 
-def check_labels(name: str, labels: Tensor, count: int, device: torch.device) -> Tensor:
+def check_labels(name: str, labels: Tensor, count: int, device: torch.device, check: bool = True) -> Tensor:
     """`labels` as float32 [count] of zeros and ones (1 = unsafe).
 
+    Args:
+        check: look at the values, which waits for the device.
+
     Raises:
-        ValueError: labels of another shape.
+        TypeError: no tensor.
+        ValueError: labels of another shape, or one that is neither 0 nor 1.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != (count,):
         raise ValueError(f"{name} must have shape [{count}], one label a row, got {tuple(labels.shape)}")
+    if check and not torch.compiler.is_compiling():
+        bad = ((labels != 0) & (labels != 1)).nonzero()
+        if len(bad):
+            row = int(bad[0, 0])
+            raise ValueError(f"{name} must be 0 (safe) or 1 (unsafe), but row {row} has {labels[row].item():g}")
     return labels.to(device=device, dtype=torch.float32)
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuses what is no whole number.
+
+    Raises:
+        TypeError: names the argument and what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__} {value!r:.40}")
+
+
+def check_number(name: str, value: float) -> float:
+    """`value` as a float.
+
+    Raises:
+        TypeError: no number, or a tensor that asks for a gradient, which it would not get.
+        ValueError: NaN or infinite.
+    """
+    if torch.compiler.is_compiling():
+        return value
+    if isinstance(value, str) or (isinstance(value, Tensor) and (value.requires_grad or value.numel() != 1)):
+        raise TypeError(f"{name} must be a number and gets no gradient, got {type(value).__name__}: pass float({name})")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number} must be a finite number")
+    return number
 
 
 def term_weights(names: tuple[str, ...], weights: Mapping[str, float] | None) -> list[float]:
     """`weights` in the order of `names`; a name left out weighs 1.
 
     Raises:
-        ValueError: a weight of a term that does not exist.
+        ValueError: a weight of a term that does not exist, or that is NaN or infinite.
+        TypeError: no mapping, or a weight that is no number.
     """
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"weights must map terms to numbers, got {type(weights).__name__}")
     unknown = set(weights or {}) - set(names)
     if unknown:
         raise ValueError(f"weights has unknown terms {sorted(unknown)}; the terms are {', '.join(names)}")
-    return [float((weights or {}).get(name, 1.0)) for name in names]
+    return [check_number(f"weights[{name!r}]", (weights or {}).get(name, 1.0)) for name in names]

@@ -138,6 +138,8 @@ def run(op: str, backend: str, like: torch.Tensor, work: int, *arguments):
     except (ValueError, TypeError, torch.OutOfMemoryError):  # about the arguments, not the backend
         raise
     except Exception as error:
+        if type(error).__module__ == "torch.utils.checkpoint":  # how recomputing ends as soon as it has what it needs
+            raise
         failed = _backend_of(op, kernel)
         message = (
             f"backend {failed!r} failed to run {op} on {like.device} {like.dtype}: {type(error).__name__}: {error}"

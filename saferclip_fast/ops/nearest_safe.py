@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import MAX_NATIVE_K
-from .checks import check_finite, check_matrix, check_unit_rows
+from .checks import check_count, check_finite, check_matrix, check_unit_rows
 from .choice import run
 
 
@@ -49,13 +49,10 @@ def nearest_safe(
     Raises:
         ValueError: k out of range, an empty bank, widths or devices that differ, NaN or Inf, bank rows not of unit
             length, an unknown backend.
-        TypeError: no tensor.
-        RuntimeError: a backend that is not usable here, or, as BackendError, that failed.
+        TypeError: no tensor, no bank, or a k that is no whole number.
+        RuntimeError: inside torch.func.vmap; a backend that is not usable here, or, as BackendError, that failed.
     """
-    if isinstance(bank, Tensor):
-        embeddings, packed = bank, None
-    else:
-        embeddings, packed = bank.text, bank.packed
+    embeddings, packed = (bank, None) if isinstance(bank, Tensor) else check_bank(bank)
     if check:
         _check(query, embeddings, k, is_tensor=isinstance(bank, Tensor))
     if query.requires_grad:
@@ -66,8 +63,32 @@ def nearest_safe(
     return Neighbors(*run("nearest_safe", backend, query, work, query, embeddings, k, packed))
 
 
+def check_bank(bank: Bank) -> tuple[Tensor, Tensor | None]:
+    """`bank.text` and `bank.packed`.
+
+    Raises TypeError for what has none, ValueError where the rows were written to after they were packed.
+    """
+    try:
+        text, packed = bank.text, bank.packed
+    except AttributeError as error:
+        raise TypeError(f"bank must be a SafeBank, got {type(bank).__name__}: SafeBank(text, image)") from error
+    if packed is not None and not torch.compiler.is_compiling():
+        then = getattr(bank, "packed_version", None)
+        if then is not None and version(text) != then:
+            raise ValueError("bank.text was changed after pack(), and the search would read both: make a new SafeBank")
+    return text, packed
+
+
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was written to in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _check(query: Tensor, embeddings: Tensor, k: int, is_tensor: bool) -> None:
+    check_count("k", k)
     check_matrix("query", query)
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(query):
+        raise RuntimeError("nearest_safe does not go through torch.func.vmap: give all rows at once, [rows, d]")
     check_matrix("bank", embeddings, like=("query", query))
     if embeddings.shape[0] == 0:
         raise ValueError("bank is empty: it needs at least one safe row")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_matrix, term_weights
+from .checks import check_finite, check_first_order, check_matrix, check_number, term_weights
 from .choice import run
 
 TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
@@ -54,9 +54,11 @@ def preservation_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
-        TypeError, RuntimeError: as `nearest_safe`.
+        TypeError, RuntimeError: as `nearest_safe`; a logit_scale that asks for a gradient, a second derivative,
+            forward-mode differentiation, transforms of torch.func.
     """
-    term_weight = term_weights(TERMS, weights)
+    term_weight, logit_scale = term_weights(TERMS, weights), check_number("logit_scale", logit_scale)
+    check_first_order("preservation_loss", text, image)
     if check:
         check_matrix("text", text)
         if text.shape[0] == 0:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import near_one, shifted
 
 CHUNK_ELEMENTS = 1 << 22  # entries of one temporary: 32 MiB in float64
 
@@ -54,7 +57,7 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
     columns = min(count, _chunk(max(bank.shape[1], 1024)))
     step = _chunk(columns)
     for begin in range(0, query.shape[0], step):
-        unit = F.normalize(query[begin : begin + step].double(), dim=-1, eps=0.0).nan_to_num(0.0)
+        unit, _ = _unit(query[begin : begin + step], torch.float64)
         best = unit.new_empty((unit.shape[0], 0), dtype=torch.int64)
         for left in range(0, count, columns):
             chunk = bank[left : left + columns].double()
@@ -66,17 +69,24 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
     return scores, indices
 
 
-def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of x at length 1 (a zero row stays zero) and 1/|x|, both in `dtype`."""
-    x = x.to(dtype)
+class _Inverse(NamedTuple):
+    """1/|x| of rows, [rows, 1], as value times 2^-exponent: alone it may be out of range."""
+
+    value: Tensor
+    exponent: Tensor
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, _Inverse]:
+    """Rows of x of any scale at length 1 (a zero row stays zero) and 1/|x|, both in `dtype`."""
+    x, exponent = near_one(x.to(dtype))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
-    return x * inverse, inverse
+    return x * inverse, _Inverse(inverse, exponent)
 
 
-def _through_norm(g: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+def _through_norm(g: Tensor, unit: Tensor, inverse: _Inverse) -> Tensor:
     """d/dx from d/du for u = x/|x|: (g - (g.u) u) / |x|."""
-    return (g - (g * unit).sum(-1, keepdim=True) * unit) * inverse
+    return shifted((g - (g * unit).sum(-1, keepdim=True) * unit) * inverse.value, -inverse.exponent)
 
 
 @_without_autocast

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_labels, check_matrix, term_weights
+from .checks import check_finite, check_first_order, check_labels, check_matrix, check_number, term_weights
 from .choice import run
-from .nearest_safe import Bank, Neighbors, nearest_safe, neighbor_weights
+from .nearest_safe import Bank, Neighbors, check_bank, nearest_safe, neighbor_weights
 
 TERMS = ("uni_text", "uni_image", "cross_text", "cross_image")
 
@@ -77,15 +77,20 @@ def retarget_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
-        TypeError, RuntimeError: as `nearest_safe`.
+        TypeError, RuntimeError: as `nearest_safe`; a second derivative, forward-mode differentiation, transforms of
+            torch.func.
     """
     if negative not in ("frozen", "current"):
         raise ValueError(f"negative={negative!r} must be 'frozen' or 'current'")
+    beta, tau, margin = (
+        check_number(name, value) for name, value in (("beta", beta), ("tau", tau), ("margin", margin))
+    )
     if beta <= 0 or tau <= 0:
-        raise ValueError(f"beta={beta} and tau={tau} must be positive")
+        raise ValueError(f"beta={beta:g} and tau={tau:g} must be positive")
     term_weight = term_weights(TERMS, weights)
+    check_first_order("retarget_loss", text, image)
     if check:
-        _check(text, image, frozen_text, frozen_image, bank, neighbors)
+        _check(text, image, frozen_text, frozen_image, bank, neighbors, counts)
     if neighbors is None:
         neighbors = nearest_safe(frozen_text, bank, k, backend=_search_backend(backend, text), check=check)
     need_grad = torch.is_grad_enabled() and (text.requires_grad or image.requires_grad)
@@ -102,7 +107,7 @@ def retarget_loss(
         bank.image,
         neighbors.indices,
         neighbor_weights(neighbors, tau),
-        row_weights(term_rows(text.shape[0], text.device, text_is_unsafe, image_is_unsafe), counts),
+        row_weights(term_rows(text.shape[0], text.device, text_is_unsafe, image_is_unsafe, check), counts),
         term_weight,
         beta,
         margin,
@@ -113,7 +118,11 @@ def retarget_loss(
 
 
 def term_rows(
-    count: int, device: torch.device, text_is_unsafe: Tensor | None, image_is_unsafe: Tensor | None
+    count: int,
+    device: torch.device,
+    text_is_unsafe: Tensor | None,
+    image_is_unsafe: Tensor | None,
+    check: bool = False,
 ) -> Tensor:
     """The rows that each term is a mean over, as a mask.
 
@@ -121,18 +130,21 @@ def term_rows(
         count: B, rows of the batch.
         device: where the mask goes.
         text_is_unsafe, image_is_unsafe: as in `retarget_loss`.
+        check: look at the values of the labels, which waits for the device.
 
     Returns:
         [B, 4] float32 of zeros and ones.
 
     Raises:
-        ValueError: labels of another shape.
+        TypeError, ValueError: labels of another shape or, with `check`, of another value than 0 and 1.
     """
     ones = torch.ones(count, device=device)
     if text_is_unsafe is None and image_is_unsafe is None:
         return ones.unsqueeze(1).expand(count, 4)
-    text = ones if text_is_unsafe is None else check_labels("text_is_unsafe", text_is_unsafe, count, device)
-    image = ones if image_is_unsafe is None else check_labels("image_is_unsafe", image_is_unsafe, count, device)
+    text, image = (
+        ones if labels is None else check_labels(name, labels, count, device, check)
+        for name, labels in (("text_is_unsafe", text_is_unsafe), ("image_is_unsafe", image_is_unsafe))
+    )
     return torch.stack([text, image, text * image, text * image], dim=1)
 
 
@@ -153,18 +165,22 @@ def _search_backend(backend: str, text: Tensor) -> str:
     return "auto" if backend == "auto" or text.dtype == torch.float64 else backend
 
 
-def _check(text, image, frozen_text, frozen_image, bank, neighbors) -> None:
+def _check(text, image, frozen_text, frozen_image, bank, neighbors, counts) -> None:
     check_matrix("text", text)
     for name, value in (("image", image), ("frozen_text", frozen_text), ("frozen_image", frozen_image)):
         check_matrix(name, value, like=("text", text), rows=True)
     if image.dtype != text.dtype:
         raise ValueError(f"image is {image.dtype} but text is {text.dtype}; cast one of them")
-    check_matrix("bank.text", bank.text, like=("text", text))
+    check_matrix("bank.text", check_bank(bank)[0], like=("text", text))
+    if counts is not None:
+        _check_counts(counts)
     for name, value in (("text", text), ("image", image), ("frozen_image", frozen_image)):
         check_finite(name, value)
     if neighbors is None:  # else nearest_safe checks frozen_text
         return
     check_finite("frozen_text", frozen_text)
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors must be what nearest_safe gave, got {type(neighbors).__name__}")
     shape = neighbors.indices.shape
     if neighbors.indices.dim() != 2 or shape[0] != text.shape[0] or neighbors.scores.shape != shape:
         raise ValueError(
@@ -178,3 +194,12 @@ def _check(text, image, frozen_text, frozen_image, bank, neighbors) -> None:
                 f"neighbors.indices spans {low}..{high} but the bank has {bank.text.shape[0]} rows;"
                 " it was searched in another bank"
             )
+
+
+def _check_counts(counts: Tensor) -> None:
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
+    if counts.shape != (4,):
+        raise ValueError(f"counts must have shape [4], one number of rows a term, got {tuple(counts.shape)}")
+    if not torch.compiler.is_compiling() and not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError(f"counts must be numbers of rows, 0 or more, got {counts.tolist()}")

@@ -68,11 +68,20 @@ def _scale_gradients(ctx, grad_loss, *unused):
     grad_text, grad_image = ctx.saved_tensors
     if grad_loss is None:  # only another output was differentiated
         return (None,) * ctx.inputs
-    concrete = type(grad_loss) is Tensor and not torch.compiler.is_compiling()  # not while tracing
-    if concrete and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+    eager = type(grad_loss) is Tensor and not torch.compiler.is_compiling()  # not while tracing
+    # a graph that is kept may be run again, and what was handed out may have been written to by then
+    once = eager and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if once and grad_loss.device.type == "cpu" and _is_one(grad_loss):
         return grad_text, grad_image, *(None,) * (ctx.inputs - 2)  # loss.backward(): spares a pass over both
     scale = grad_loss.to(grad_text.dtype)
     return scale * grad_text, scale * grad_image, *(None,) * (ctx.inputs - 2)
+
+
+def _is_one(scale: Tensor) -> bool:
+    try:
+        return scale.item() == 1
+    except RuntimeError:  # a batch of scales (is_grads_batched), which has no one value
+        return False
 
 
 def register_shapes_and_autograd(name: str, op: str) -> None:

@@ -23,8 +23,10 @@ def open_data(
     """
     options = config.data
     columns = {field: name for field, _, name in (word.partition("=") for word in options.columns)}
-    if "" in columns.values():
-        raise ConfigError(f"data.columns={options.columns}: write field=column, e.g. [safe_text=caption]")
+    if "" in columns.values() or len(columns) < len(options.columns):
+        raise ConfigError(
+            f"data.columns={options.columns}: write field=column, each field once, e.g. [safe_text=caption]"
+        )
     with ranks.first_goes_ahead():
         dataset = open_quadruplets(
             source,

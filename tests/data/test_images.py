@@ -34,9 +34,58 @@ def test_every_color_mode_becomes_rgb(mode: str) -> None:
     assert decode(buffer.getvalue(), "x").mode == "RGB"
 
 
+RAMP = np.arange(4096).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "fmt"),
+    [
+        ((RAMP * 16).astype("uint16"), "PNG"),
+        ((RAMP * 16).astype("uint16"), "TIFF"),
+        ((RAMP * 16).astype(">u2"), "TIFF"),
+        ((RAMP * 16).astype("uint16"), "PPM"),
+        ((RAMP / 4096).astype("float32"), "TIFF"),
+    ],
+)
+def test_wide_pixels_are_scaled_to_8_bits(pixels: np.ndarray, fmt: str) -> None:
+    """The same ramp in 16 bits and in floats: 0 is black, 65535 and 1 are white."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, fmt)
+    found = np.asarray(decode(buffer.getvalue(), "x")).astype(int)
+    assert np.abs(found - (RAMP * 255 / 4096)[..., None]).max() <= 1 and found.shape == (64, 64, 3)
+    assert abs(found.mean() - 127) < 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (RAMP.astype("int32"), "image x holds numbers from 0 to 4095, and which of them is white is not known"),
+        ((RAMP / 16).astype("float32"), "image x holds numbers from 0 to 255.938"),
+        (np.full((4, 4), np.nan, "float32"), "image x holds numbers from nan"),
+    ],
+)
+def test_numbers_of_an_unknown_range_are_refused(pixels: np.ndarray, message: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "TIFF")
+    with pytest.raises(ImageError, match=message):
+        decode(buffer.getvalue(), "x")
+
+
+def test_orientation_and_transparency_are_left_as_open_clip_leaves_them() -> None:
+    image = Image.fromarray(np.full((4, 6, 4), (200, 100, 50, 0), dtype=np.uint8))
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(buffer, "PNG", exif=exif)
+    found = decode(buffer.getvalue(), "x")
+    assert found.size == (6, 4) and found.getpixel((0, 0)) == (200, 100, 50)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"\0\0\0\x1cftypavif" + b"\0" * 99, "broken image x: AVIF and HEIC are not read.*convert it"),
+        (b"\0\0\0\x1cftypheic" + b"\0" * 99, "broken image x: AVIF and HEIC are not read"),
         (b"", "broken image x: the file is empty"),
         (b"not an image", "broken image x: not a JPEG, PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "broken image x: not a JPEG, PNG"),

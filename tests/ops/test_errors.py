@@ -62,6 +62,81 @@ def test_message(call, message):
         call()
 
 
+NAN, INF = float("nan"), float("inf")
+LABELS = torch.tensor([0.0, 1.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=LABELS), ValueError, "row 2 has 0.5"),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=2 * LABELS), ValueError, "row 1 has 2"),
+        (
+            lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, image_is_unsafe=-LABELS),
+            ValueError,
+            "image_is_unsafe .*row 1 has -1",
+        ),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, image_is_unsafe=NAN * LABELS), ValueError, "row 0 has nan"),
+        (
+            lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=[1] * 4),
+            TypeError,
+            "must be a torch.Tensor, got list",
+        ),
+        *(
+            (
+                lambda name=name, value=value: sf.retarget_loss(Q, Q, Q, Q, BANK, **{name: value}),
+                ValueError,
+                f"{name}={value}",
+            )
+            for name in ("tau", "beta", "margin")
+            for value in (NAN, INF)
+        ),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, weights={"uni_text": NAN}), ValueError, "'uni_text'.=nan must be"),
+        (lambda: sf.preservation_loss(Q, Q, Q, Q, weights={"cos_text": INF}), ValueError, "'cos_text'.=inf must be"),
+        (
+            lambda: sf.preservation_loss(Q, Q, Q, Q, logit_scale=NAN),
+            ValueError,
+            "logit_scale=nan must be a finite number",
+        ),
+        (
+            lambda: sf.preservation_loss(Q, Q, Q, Q, logit_scale=torch.tensor(100.0, requires_grad=True)),
+            TypeError,
+            "logit_scale must be a number and gets no gradient",
+        ),
+        (lambda: sf.preservation_loss(Q, Q, Q, Q, logit_scale="100"), TypeError, "logit_scale must be a number"),
+        (lambda: sf.preservation_loss(Q, Q, Q, Q, weights=[1, 1]), TypeError, "weights must map terms to numbers"),
+        (
+            lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, counts=torch.full((4,), NAN)),
+            ValueError,
+            "counts must be numbers of",
+        ),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, counts=torch.ones(3)), ValueError, r"counts must have shape \[4\]"),
+        (
+            lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, neighbors=(Q, Q)),
+            TypeError,
+            "neighbors must be what nearest_safe",
+        ),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK.text), TypeError, "bank must be a SafeBank, got Tensor"),
+        (lambda: sf.nearest_safe(Q, [1, 2]), TypeError, "bank must be a SafeBank, got list"),
+        (lambda: sf.nearest_safe(Q, BANK, 2.0), TypeError, "k must be a whole number, got float 2.0"),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, 2.0), TypeError, "k must be a whole number, got float 2.0"),
+    ],
+)
+def test_labels_and_options_without_meaning_are_refused(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_bank_that_was_written_to_after_it_was_packed_is_refused():
+    bank = sf.SafeBank(torch.randn(10, 8), torch.randn(10, 8)).pack()
+    if bank.packed is None:
+        pytest.skip("the native module is not built")
+    sf.nearest_safe(Q, bank)
+    bank.text.copy_(bank.text.flip(0))
+    with pytest.raises(ValueError, match=r"bank.text was changed after pack"):
+        sf.nearest_safe(Q, bank)
+
+
 def test_a_backend_that_is_not_there_says_why():
     unusable = [name for name, row in sf.backends().items() if not row.usable]
     for name in unusable:

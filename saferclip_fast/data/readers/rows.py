@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,10 @@ def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     unknown = sorted(set(columns) - set(FIELDS))
     if unknown:
         raise ValueError(f"columns renames {unknown}, but the fields are {list(FIELDS)}")
-    return {field: columns.get(field, field) for field in FIELDS}
+    names = {field: columns.get(field, field) for field in FIELDS}
+    if doubled := sorted({name for name in names.values() if list(names.values()).count(name) > 1}):
+        raise ValueError(f"columns gives {', '.join(map(repr, doubled))} to two fields: {names}")
+    return names
 
 
 def files_under(root: str, allow_absolute: bool) -> FindImage:
@@ -72,7 +76,7 @@ def add_row(
 
 
 def _image(fields: Mapping[str, Any], field: str, find_image: FindImage) -> ImageRef:
-    if fields.get(field) is None:
+    if fields.get(field) is None or _is_nan(fields[field]):
         raise RowError("missing field", f"no {field}")
     try:
         return find_image(field, fields[field])
@@ -82,24 +86,30 @@ def _image(fields: Mapping[str, Any], field: str, find_image: FindImage) -> Imag
 
 def _text(fields: Mapping[str, Any], field: str) -> str:
     text = fields.get(field)
-    if text is None:
+    if text is None or _is_nan(text):
         raise RowError("missing field", f"no {field}")
     if not isinstance(text, str):
         raise RowError("bad caption", f"{field} must be text, not {type(text).__name__}")
-    if not text.strip():
+    text = text.removeprefix("\ufeff").strip()
+    if not text:
         raise RowError("empty caption", f"{field} is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RowError("bad caption", f"{field} is not valid UTF-8: {error.reason}") from error
-    return text.strip()
+        raise RowError("bad caption", f"{field} is not valid UTF-8: {error.reason} (save the file as UTF-8)") from error
+    return text
 
 
 def _label(fields: Mapping[str, Any], field: str) -> int:
     value = fields.get(field)
-    if value is None or value == "":
+    if value is None or _is_nan(value) or str(value).strip().lower() in ("", "nan"):
         return 1
     label = LABEL_VALUES.get(str(value).strip().lower())
     if label is None:
         raise RowError("bad label", f"{field} must be 0 (safe) or 1 (unsafe), not {value!r:.80}")
     return label
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether it is how pandas writes a value that is missing."""
+    return isinstance(value, float) and math.isnan(value)

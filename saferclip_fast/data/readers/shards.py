@@ -21,10 +21,13 @@ from ...storage.files import atomic_write
 from ..errors import DataError, ErrorPolicy
 from ..images import ImageArray, ImageError, ImageRef, TarMember, opened
 from ..quadruplets import Quadruplet, QuadrupletDataset
-from .rows import RowError, add_row, column_names
+from .json_text import parse_json
+from .rows import REQUIRED, RowError, add_row, column_names
 from .tar_index import index_tar
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("safe_image", "unsafe_image")
+WHAT = "a sample is a run of neighboring members with one key, the name up to its first dot"
 MAX_TEXT_BYTES = 1 << 20  # captions are short; a larger member is a mistake or an attack
 
 
@@ -66,6 +69,8 @@ def shard_paths(source: str | os.PathLike) -> list[str]:
         paths = [path for part in patterns for path in (sorted(part.parent.glob(part.name)) or [part])]
     if not paths:
         raise DataError(f"no .tar shard in {source}")
+    if len(set(paths)) < len(paths):
+        raise DataError(f"{source} names a shard twice")
     return [str(path) for path in paths]
 
 
@@ -104,12 +109,17 @@ def _add_sample(
             fields[field] = values.get(name)
             if f"{name}.txt" in members:
                 fields[field] = read_text(members[f"{name}.txt"])
-        for field in ("safe_image", "unsafe_image"):
+        for field in IMAGES:
             stored = [f"{names[field]}.{suffix}" for suffix in IMAGE_SUFFIXES]
-            fields[field] = next((members[name] for name in stored if name in members), None)
+            there = [members[name] for name in stored if name in members]
+            if len(there) > 1:
+                raise RowError("bad row", f"two images {', '.join(member.name for member in there)} for one {field}")
+            fields[field] = there[0] if there else None
+        if missing := [field for field in REQUIRED if fields[field] is None]:
+            raise RowError("missing field", f"no {missing[0]} among its members {', '.join(members)}; {WHAT}")
     except (RowError, ImageError) as error:
         policy.summary.read += 1
-        policy.bad("bad row", path, row, f"sample {key!r}: {error}")
+        policy.bad(error.kind, path, row, f"sample {key!r}: {error}")
         return
     add_row(records, fields, lambda field, member: member, path, row, policy)
 
@@ -119,7 +129,7 @@ def read_text(member: TarMember) -> str:
     if member.size > MAX_TEXT_BYTES:
         raise RowError("bad row", f"{member.name} has {member.size} bytes, more than {MAX_TEXT_BYTES}")
     try:
-        return member.content().decode()
+        return member.content().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RowError("bad row", f"{member.name} is not UTF-8: {error.reason}") from error
 
@@ -127,7 +137,7 @@ def read_text(member: TarMember) -> str:
 def _json(member: TarMember) -> dict[str, Any]:
     text = read_text(member)
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise RowError("bad row", f"{member.name} is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 from ..errors import DataError, ErrorPolicy
 from ..quadruplets import Quadruplet
+from .csv_rows import read_csv
+from .json_text import parse_json
 from .rows import REQUIRED, add_row, column_names, files_under
 
 Row = tuple[int, "dict[str, Any] | str"]  # number, and fields or why the row cannot be parsed
@@ -51,6 +51,7 @@ def read_table(
 def _check_columns(path: Path, found: Iterable[str], names: Mapping[str, str]) -> None:
     found = list(found)
     missing = [names[field] for field in REQUIRED if names[field] not in found]
+    missing += [name for field, name in names.items() if field not in REQUIRED and name not in (field, *found)]
     if missing:
         raise DataError(
             f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}. "
@@ -60,48 +61,31 @@ def _check_columns(path: Path, found: Iterable[str], names: Mapping[str, str]) -
 
 
 def _read_csv(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Bytes that are not UTF-8 become lone surrogates, which the caption check then reports with the row.
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader)
-        except StopIteration:
-            raise DataError(f"{path} is empty: a header line is needed") from None
-        except csv.Error as error:
-            raise DataError(f"{path}, row 1: bad header: {error}") from error
-        _check_columns(path, header, names)
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield line, str(error)
-                continue
-            if not cells:
-                continue  # an empty line
-            if len(cells) != len(header):
-                yield line, f"has {len(cells)} cells where the header has {len(header)}"
-            else:
-                yield line, dict(zip(header, cells, strict=True))
+    records = read_csv(path, [names[field] for field in REQUIRED])
+    _, header = next(records)
+    _check_columns(path, header, names)
+    for line, cells in records:
+        yield line, cells if isinstance(cells, str) else dict(zip(header, cells, strict=True))
 
 
 def _read_jsonl(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
+    renamed, seen, line = {name for field, name in names.items() if name != field}, set[str](), 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
             try:
-                values = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+                values = parse_json(raw.decode())
             except (ValueError, RecursionError) as error:
                 yield line, f"not JSON: {error}"
                 continue
             if isinstance(values, dict):
+                seen |= values.keys() & renamed
                 yield line, values
             else:
                 yield line, f"must be a JSON object, not {type(values).__name__}"
+    if line and (never := sorted(renamed - seen)):
+        raise DataError(f"{path} has no {', '.join(map(repr, never))} in any line, which columns names")
 
 
 def _read_parquet(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
@@ -113,6 +97,7 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names, names)
+            _check_paths(path, file.schema_arrow, names)
             wanted = [name for name in names.values() if name in file.schema_arrow.names]
             row = 0
             for batch in file.iter_batches(columns=wanted):
@@ -121,6 +106,17 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
                     yield row, values
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _check_paths(path: Path, schema: Any, names: Mapping[str, str]) -> None:
+    """Refuses columns of images themselves, as the package `datasets` writes them, once for the whole file."""
+    for name in (names["safe_image"], names["unsafe_image"]):
+        kind = schema.field(name).type
+        if not str(kind).startswith(("string", "large_string", "dictionary", "null")):
+            raise DataError(
+                f"{path}: column {name!r} holds {kind!s:.60}, not paths of images: write the images to files, or "
+                "all of it to shards (data.write_shards)"
+            )
 
 
 READERS = {

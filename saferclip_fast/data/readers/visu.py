@@ -14,8 +14,9 @@ has no unsafe images either.
 
 from __future__ import annotations
 
-import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ from typing import Any, NamedTuple
 from ..errors import DataError, ErrorPolicy
 from ..images import ImageError, ImageFile, ImageRef, resolve_inside
 from ..quadruplets import Quadruplet
+from .json_text import parse_json
 from .rows import LABELS, FindImage, add_row
 
+PLACES = ("id", "coco_id", "name")  # what a pattern of unsafe images may hold, in braces
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "")
 
 
@@ -47,6 +50,7 @@ def read_visu(
     Bad entries go to `policy`. Raises DataError for a file that is not of this layout at all.
     """
     path = Path(path)
+    check_pattern(unsafe_image)
     unsafe_root = str(unsafe_root or path.parent)
 
     def finder(layout: Layout) -> FindImage:
@@ -58,7 +62,13 @@ def read_visu(
         return find_image
 
     records: list[Quadruplet] = []
-    for row, (key, entry) in enumerate(entries(read_json(path), path), start=1):
+    found = entries(read_json(path), path)
+    if found and not unsafe_image and not any("nsfw_im_path" in entry for _, entry in found if isinstance(entry, dict)):
+        raise DataError(
+            f"{path} has captions only, no unsafe images (nsfw_im_path): make the images, then say how they are "
+            'called, unsafe_image="{id}.png" (in a command data.unsafe_image={id}.png), and where they lie, unsafe_root'
+        )
+    for row, (key, entry) in enumerate(found, start=1):
         if not isinstance(entry, dict):
             policy.summary.read += 1
             policy.bad("bad row", str(path), row, f"entry {key!r} must be an object, not {type(entry).__name__}")
@@ -79,7 +89,7 @@ def read_visu(
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises DataError, naming the file, where it cannot be read."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -96,10 +106,14 @@ def entries(content: Any, path: Path) -> list[tuple[Any, Any]]:
         raise DataError(
             f"{path} must hold an object or a list of entries of ViSU or NSFWCaps, not {type(content).__name__}"
         )
-    return [
+    found = [
         (entry.get("incremental_id", position) if isinstance(entry, dict) else position, entry)
         for position, entry in enumerate(content)
     ]
+    twice = [key for key, count in Counter(str(key) for key, _ in found).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: two entries have the number {twice[0]:.80}: give each its own")
+    return found
 
 
 def unsafe_name(key: Any, entry: Mapping[str, Any], pattern: str | None) -> Any:
@@ -109,6 +123,14 @@ def unsafe_name(key: Any, entry: Mapping[str, Any], pattern: str | None) -> Any:
         return name
     pattern = pattern.replace("{id}", str(key)).replace("{coco_id}", str(safe_image))
     return pattern.replace("{name}", Path(_file_name(safe_image)).stem)
+
+
+def check_pattern(pattern: str | None) -> None:
+    """Raises ValueError for a pattern of unsafe images that is the same for all entries or holds an unknown place."""
+    names = re.findall(r"\{(\w*)\}", pattern or "")
+    if pattern and (not names or set(names) - set(PLACES)):
+        known = ", ".join(f"{{{name}}}" for name in PLACES)
+        raise ValueError(f"unsafe_image={pattern!r} must tell entries apart by {known}, e.g. {{id}}.png")
 
 
 def _layout(entry: Mapping[str, Any]) -> Layout:

@@ -153,3 +153,34 @@ def test_links_inside_a_shard_are_ignored(tmp_path: Path) -> None:
 def test_bad_shard_size() -> None:
     with pytest.raises(ValueError, match="samples_per_shard must be at least 1"):
         write_shards(SceneDataset(n=1), "unused", samples_per_shard=0)
+
+
+def test_a_byte_order_mark_does_not_enter_the_caption(tmp_path: Path) -> None:
+    texts = {"safe_text__txt": b"\xef\xbb\xbfa moon", "unsafe_text__txt": b"\xef\xbb\xbfa moon on fire"}
+    path = write_tar(tmp_path / "x.tar", {**sample("0", json=None, **texts), **sample("1", json=MARKED)})
+    records = open_quadruplets(path).records
+    assert [(r.safe_text, r.unsafe_text) for r in records] == [("a moon", "a moon on fire"), tuple(TEXTS.values())]
+
+
+MARKED = b"\xef\xbb\xbf" + json.dumps(TEXTS).encode()
+
+
+@pytest.mark.parametrize("case", ["unsorted", "dots in the keys"])
+def test_what_a_sample_is_is_said_where_its_members_are_apart(tmp_path: Path, case: str) -> None:
+    members = {**sample("0"), **sample("1")}
+    if case == "unsorted":
+        members = dict(sorted(members.items(), key=lambda item: item[0].partition(".")[2]))
+    else:
+        members = {name.replace("0.", "a.0."): data for name, data in members.items()}
+    with pytest.raises(
+        DataError, match=r"row 1: sample .*among its members .*a run of neighboring members with one key"
+    ):
+        open_quadruplets(write_tar(tmp_path / "x.tar", members))
+
+
+def test_two_images_for_one_field_and_a_shard_named_twice_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", sample("0", safe_image__jpg=image_bytes(3, fmt="JPEG")))
+    with pytest.raises(DataError, match=r"two images .*0.safe_image.jpg.*0.safe_image.png for one safe_image"):
+        open_quadruplets(path)
+    with pytest.raises(DataError, match="names a shard twice"):
+        open_quadruplets(f"{tmp_path}/{{x,x}}.tar")

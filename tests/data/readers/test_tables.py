@@ -188,6 +188,57 @@ def test_all_rows_bad_is_fatal_even_when_skipping(tmp_path: Path, rows: list[dic
         open_quadruplets(path, on_error="skip")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_label_that_is_missing_is_1_however_pandas_writes_it(tmp_path: Path, rows: list[dict], suffix: str) -> None:
+    for row, label in zip(rows, (float("nan"), 0.0, 1.0, float("nan")), strict=True):
+        row["unsafe_image_label"] = label
+    data = open_quadruplets(write_table(tmp_path / f"d{suffix}", rows))
+    assert [record.unsafe_image_label for record in data.records] == [1, 0, 1, 1]
+
+
+def test_a_parquet_column_of_images_is_refused_once_and_in_a_line(tmp_path: Path, rows: list[dict]) -> None:
+    for row in rows:
+        row["safe_image"] = {"bytes": image_bytes(0), "path": None}
+    path = write_table(tmp_path / "d.parquet", rows)
+    with pytest.raises(DataError, match=r"column 'safe_image' holds struct<bytes.*write the images to files") as error:
+        open_quadruplets(path, on_error="skip")
+    assert len(str(error.value)) < 400
+
+
+def test_a_path_that_is_no_text_is_shown_short(tmp_path: Path, rows: list[dict]) -> None:
+    rows[0]["safe_image"] = ["x" * 5000]
+    with pytest.raises(DataError, match="image path is empty or not text") as error:
+        open_quadruplets(write_rows(tmp_path / "d.jsonl", rows))
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_renamed_label_column_must_be_there(tmp_path: Path, rows: list[dict], suffix: str) -> None:
+    path = write_table(tmp_path / f"d{suffix}", rows)
+    with pytest.raises(DataError, match=r"has no .*'image_label'"):
+        open_quadruplets(path, columns={"unsafe_image_label": "image_label"})
+    assert len(open_quadruplets(path, columns={"unsafe_image_label": "unsafe_image_label"})) == 4
+
+
+def test_two_fields_of_one_column_are_refused(tmp_path: Path, rows: list[dict]) -> None:
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    with pytest.raises(ValueError, match="columns gives 'unsafe_text' to two fields"):
+        open_quadruplets(path, columns={"safe_text": "unsafe_text"})
+
+
+def test_a_name_that_stands_twice_in_a_line_of_json_is_refused(tmp_path: Path, rows: list[dict]) -> None:
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    path.write_text(path.read_text() + json.dumps(rows[0])[:-1] + ', "safe_text": "b"}\n')
+    with pytest.raises(DataError, match="row 5: not JSON: the name 'safe_text' stands twice"):
+        open_quadruplets(path)
+
+
+def test_a_path_of_windows_is_named(tmp_path: Path, rows: list[dict]) -> None:
+    rows[0]["safe_image"] = rows[0]["safe_image"].replace("/", "\\")
+    with pytest.raises(DataError, match=r"row 1: safe_image: missing image .*a path of Windows\? write / between"):
+        open_quadruplets(write_rows(tmp_path / "d.jsonl", rows))
+
+
 values = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2)
 )

@@ -60,7 +60,7 @@ def test_the_public_text_release_with_images_named_by_entry(tmp_path: Path, coco
     path = write(tmp_path, content)
     data = open_quadruplets(path, root=coco, unsafe_root=tmp_path / "made", unsafe_image="{id}.png")
     assert data.records[1].unsafe_image.content() == image_bytes(1)
-    with pytest.raises(DataError, match=r"visu.json, row 0: no unsafe_image"):
+    with pytest.raises(DataError, match=r"captions only.*data.unsafe_image=\{id\}.png"):
         open_quadruplets(path, root=coco)
 
 
@@ -152,3 +152,21 @@ def test_bad_files(tmp_path: Path, coco: Path, content: bytes, message: str) -> 
         open_quadruplets(path)
     with pytest.raises(DataError, match=r"cannot read .*none.json: No such file"):
         open_quadruplets(tmp_path / "none.json", root=coco)
+
+
+@pytest.mark.parametrize("pattern", ["{idx}.png", "made.png", "{id}-{}.png"])
+def test_a_pattern_that_cannot_name_images_is_refused_before_any_is_looked_for(
+    tmp_path: Path, coco: Path, pattern: str
+) -> None:
+    with pytest.raises(ValueError, match=r"unsafe_image=.* must tell entries apart by \{id\}, \{coco_id\}, \{name\}"):
+        open_quadruplets(write(tmp_path, entries()), root=coco, unsafe_image=pattern)
+
+
+def test_a_number_that_two_entries_have_is_refused(tmp_path: Path, coco: Path) -> None:
+    text = json.dumps(entries())
+    (tmp_path / "visu.json").write_text(text[:-1] + ', "0": {}}')
+    with pytest.raises(DataError, match="the name '0' stands twice"):
+        open_quadruplets(tmp_path / "visu.json", root=coco)
+    path = write(tmp_path, [{"incremental_id": 7, **entry} for entry in entries().values()])
+    with pytest.raises(DataError, match="two entries have the number 7"):
+        open_quadruplets(path, root=coco)

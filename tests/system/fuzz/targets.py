@@ -63,7 +63,7 @@ _IMAGE_BYTES = image_bytes(0)
 
 
 def _visu_options(path: Path) -> dict[str, Any]:
-    return {"root": path.parent, "unsafe_image": IMAGE} if path.suffix == ".json" else {}
+    return {"root": path.parent, "unsafe_image": "{name}.png"} if path.suffix == ".json" else {}
 
 
 def _read_quadruplets(path: Path) -> None:

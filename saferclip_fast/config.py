@@ -322,6 +322,8 @@ def _read_yaml(path: str | Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     except OSError as error:  # also OmegaConf's for a file that is one number
         raise ConfigError(f"{file}: cannot be read, or holds no `key: value` lines: {error}") from error
+    if not values:
+        raise ConfigError(f"{file}: is empty, no `key: value` line in it")
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return str(file), {str(key): value for key, value in values.items()}

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import Config, load_config
+from .config import Config
 from .models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from .models.dial import mix
 from .models.huggingface import Unsupported, hf_to_open_clip, is_hf_folder
-from .train.checkpoint import CheckpointFolder
+from .train.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from .train.frozen import load_frozen, read_final
+from .train.run_folder import read_run_config
 
 # The hub's models that compute what open_clip's do with the tag "openai". Without "-quickgelu" in its name, open_clip
 # loads the same weights with another activation: that model is not on the hub.
@@ -87,8 +88,8 @@ class Source:
             if all(torch.allclose(merged[name], final[name], rtol=0, atol=_SAME_WEIGHT) for name in final):
                 return clip
         raise ValueError(
-            f"{self.path}: neither best.safetensors nor a checkpoint holds the adapters that final/ was merged from; "
-            "repeat the training's last command with resume=auto"
+            f"{self.path}: neither best.safetensors nor a checkpoint that can be read holds the adapters that final/ "
+            "was merged from; repeat the training's last command with resume=auto"
         )
 
 
@@ -115,7 +116,7 @@ def open_model(model: str, device: torch.device) -> ClipModel:
 def frozen_of(model: str, device: torch.device) -> ClipModel:
     """The model that the run `model` started from."""
     folder = Path(model)
-    return load_frozen(folder, load_config(folder / "config.yaml"), device)
+    return load_frozen(folder, read_run_config(folder), device)
 
 
 def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source:
@@ -160,11 +161,18 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
 
 
 def _from_run(path: Path, alpha: float) -> Source:
-    config = load_config(path / "config.yaml")
+    config = read_run_config(path)
     if not (path / "final" / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"{path} has no final/{WEIGHTS_NAME} yet: finish the run with resume=auto")
     read_final(path, config)
-    source = Source(load_clip(f"local-dir:{path / 'final'}"), path, path, config, alpha)
+    try:
+        clip = load_clip(f"local-dir:{path / 'final'}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{CONFIG_NAME} or {WEIGHTS_NAME} in {path / 'final'} is damaged ({error}): repeat the training's last "
+            "command with resume=auto, which writes them again"
+        ) from error
+    source = Source(clip, path, path, config, alpha)
     if alpha != 1:
         source.clip = mix(source.frozen(), source.clip, alpha)
     _named(source.clip, config.model.name)
@@ -188,10 +196,13 @@ def _trained(run_dir: Path) -> Iterator[dict[str, Tensor]]:
     """
     best = [run_dir / "best.safetensors"] if (run_dir / "best.safetensors").is_file() else []
     for file in [*best, *reversed(CheckpointFolder(run_dir / "checkpoints", keep=1).paths())]:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for prefix in ("ema.", "model."):
-                names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
-                yield {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+        try:
+            tensors = read_checkpoint(file).tensors
+        except CheckpointError as error:
+            warnings.warn(f"{error}; looking further", stacklevel=2)
+            continue
+        for prefix in ("ema.", "model."):
+            yield {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import DataError, ErrorPolicy
 from .images import MAX_PIXELS
 from .quadruplets import Quadruplet, QuadrupletDataset
-from .readers.shards import read_shards
+from .readers.shards import read_shards, shard_paths
 from .readers.tables import READERS as TABLES
 from .readers.tables import read_table
 from .readers.visu import read_visu
@@ -52,6 +52,7 @@ def open_quadruplets(
     """
     text = os.fspath(source)
     policy = ErrorPolicy(on_error, text)
+    check_source(text, root)
     scheme, _, options = text.partition(":")
     if scheme in GENERATED:
         return _generate(scheme, text, parse_options(options), on_error, transform)
@@ -62,13 +63,43 @@ def open_quadruplets(
     return dataset
 
 
+def check_source(source: str, root: str | os.PathLike | None = None) -> None:
+    """What can be known of a source without reading it: open_quadruplets begins with it, a command before its model.
+
+    Raises DataError where nothing is there, ValueError for an unknown format or option, or a missing `root`.
+    """
+    scheme, _, options = source.partition(":")
+    if scheme in GENERATED:
+        known = sorted(set(inspect.signature(GENERATED[scheme]).parameters) - {"transform"})
+        if unknown := sorted(set(parse_options(options)) - set(known)):
+            raise ValueError(f"source {source!r} has no option {', '.join(unknown)}; known: {', '.join(known)}")
+        if not Path(str(parse_options(options).get("path", "."))).exists():
+            raise DataError(f"source {source!r}: no such file: {parse_options(options)['path']}")
+        return
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if suffix == ".tar" or path.is_dir():
+        for shard in shard_paths(source):
+            if not Path(shard).is_file():
+                raise DataError(f"cannot read {shard}: No such file or directory")
+        return
+    if not path.exists():
+        raise DataError(f"no such file or folder: {source}")
+    if suffix == ".json" and not root:
+        raise ValueError(
+            f"{source} is read as ViSU or NSFWCaps: pass root (in a command data.root=FOLDER), the folder with COCO's "
+            "train2017/ and val2017/, or with NoCaps' images"
+        )
+    if suffix != ".json" and suffix not in TABLES:
+        raise ValueError(
+            f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU, NSFWCaps), "
+            f"{', '.join(TABLES)}, .tar, or a folder of .tar shards"
+        )
+
+
 def _generate(
     scheme: str, source: str, options: dict[str, Any], on_error: str, transform: Transform | None
 ) -> QuadrupletDataset:
-    known = sorted(set(inspect.signature(GENERATED[scheme]).parameters) - {"transform"})
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"source {source!r} has no option {', '.join(unknown)}; known: {', '.join(known)}")
-    if "on_error" in known:
+    if "on_error" in inspect.signature(GENERATED[scheme]).parameters:
         options.setdefault("on_error", on_error)
     try:
         return GENERATED[scheme](**options, transform=transform)
@@ -89,20 +120,9 @@ def _read(
     if suffix in TABLES:
         return read_table(source, policy, root, columns, allow_absolute)
     if suffix == ".json":
-        if not root:
-            raise ValueError(
-                f"{source} is read as ViSU or NSFWCaps: pass root (in a command data.root=FOLDER), the folder with "
-                "COCO's train2017/ and val2017/, or with NoCaps' images"
-            )
+        assert root, "check_source asks for it"
         return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
-    if suffix == ".tar" or Path(source).is_dir():
-        return read_shards(source, policy, columns)
-    if not Path(source).exists():
-        raise DataError(f"no such file or folder: {source}")
-    raise ValueError(
-        f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU, NSFWCaps), "
-        f"{', '.join(TABLES)}, .tar, or a folder of .tar shards"
-    )
+    return read_shards(source, policy, columns)
 
 
 def parse_options(text: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..data.synthetic import scenes
 from ..evaluate import Known, Settings, Task, evaluate
 from ..evaluate.pictures import before_and_after
 from ..models import load_clip
+from ..storage.claim import claim
 from ..train import train
 from .pretrain import Pairs, pretrained_clip
 
@@ -73,6 +74,13 @@ def run(
 
     Returns "evaluations" of OURS and BASELINE by name, and "seconds".
     """
+    with claim(run_dir):
+        return _run(job, run_dir, cache_dir, seed, overrides, progress)
+
+
+def _run(
+    job: Job, run_dir: Path, cache_dir: Path, seed: int, overrides: Sequence[str], progress: bool
+) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     options = [f"data.cache_dir={cache_dir}", f"data.train={job.source}", f"seed={seed}", f"log.progress={progress}"]
     options += ["resume=auto", *overrides]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from ..config import Config, ConfigError, load_config
 from ..data.labeled import open_labeled, readable_images
+from ..data.open import check_source
 from ..models import ClipModel
 from ..sources import frozen_of, is_run, open_model
+from ..storage.claim import claim
+from ..storage.files import check_writable
 from ..train.device import set_up_torch
 from .held_out import named, open_held_out, read_config
 from .measurement import Known, dial_curve, evaluate
@@ -29,7 +32,15 @@ def run(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"{out} holds an evaluation already: pass --out DIR for another, or --out {out} to replace it"
         )
+    with claim(out):
+        _run(given, config, out)
+
+
+def _run(given: argparse.Namespace, config: Config, out: Path) -> None:
     device = set_up_torch(load_config(None, [f"device={given.device}", f"seed={given.seed}"]))
+    if source := config.data.val or config.data.train:
+        check_source(source, config.data.root or None)
+    check_writable(config.data.cache_dir, "data.cache_dir")
     tuned = open_model(given.model, device)
     frozen = None
     if given.frozen:

@@ -15,6 +15,7 @@ from ..data.errors import ErrorPolicy
 from ..models import ClipModel
 from ..sources import is_run
 from ..train.dataset import open_data, split_rows
+from ..train.run_folder import read_run_config
 from .task import CaptionBank
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def read_config(model: str, words: Sequence[str]) -> Config:
     for word in words:
         if not word.startswith("data."):
             raise ConfigError(f"{word!r}: only data.* options (as in training) are taken here; for the rest see --help")
-    return load_config(Path(model) / "config.yaml" if is_run(model) else None, words)
+    return read_run_config(model, words) if is_run(model) else load_config(None, words)
 
 
 class HeldOut(NamedTuple):

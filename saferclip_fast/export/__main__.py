@@ -58,6 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Export what the command line asks for; returns the exit code."""
+    from ..storage.claim import claim
     from . import FORMATS, ExportError, Unsupported, export, load_source
 
     everything = ALL in given.format
@@ -72,9 +73,10 @@ def run(given: argparse.Namespace) -> int:
             traceback.print_exception(error)
         failures.append(1 if isinstance(error, RuntimeError) else 2)
 
-    source = load_source(given.source, given.model, given.alpha)
     formats = list(FORMATS) if everything else list(dict.fromkeys(given.format))
-    differences = export(source, formats, given.out, given.overwrite, report)
+    with claim(given.out):
+        source = load_source(given.source, given.model, given.alpha)
+        differences = export(source, formats, given.out, given.overwrite, report)
     for name, difference in differences.items():
         print(f"{name}: {given.out / name} (read back, embeddings differ by at most {difference:.1e})")
     return min(failures, default=0)

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ..config import flatten
-from ..results import EVALUATION_FORMAT
+from ..results import EVALUATION_FORMAT, evaluation_shape, misfits
 from ..sources import Source, without_folders
 from ..storage.files import atomic_write
-from ..train.checkpoint import CheckpointFolder
+from ..train.checkpoint import newest_state
 
 BASE_FOLDER = "base_model"  # in peft/: the frozen model, where no hub has it
 _PRIVATE = ("run_dir", "data.cache_dir", "data.root", "data.unsafe_root")  # places on the trainer's machine
@@ -136,7 +134,7 @@ def _measured(source: Source) -> list[str]:
     assert source.run_dir is not None
     lines = ["## Evaluation", ""]
     file = source.run_dir / "evaluation.json"
-    evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    evaluation = _read_evaluation(file) if file.is_file() else {}
     if (
         evaluation.get("format") != EVALUATION_FORMAT
         or evaluation["models"]["tuned"]["weights_hash"] != source.clip.weights_hash
@@ -159,15 +157,26 @@ def _measured(source: Source) -> list[str]:
     return lines
 
 
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    """Raises ValueError naming a damaged file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): evaluate again, or delete it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged (it is no object): evaluate again, or delete it")
+    if value.get("format") != EVALUATION_FORMAT:
+        return {}  # of another version
+    for misfit in misfits(value, evaluation_shape(value), "it"):
+        raise ValueError(f"{file} is damaged ({misfit}): evaluate again, or delete it")
+    return value
+
+
 def _estimate(estimate: Mapping[str, float], form: str) -> str:
     return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"
 
 
 def _hashes(run_dir: Path) -> dict[str, Any]:
     """Hashes of the data and of the frozen weights, from the newest checkpoint."""
-    paths = CheckpointFolder(run_dir / "checkpoints", keep=1).paths()
-    if not paths:
-        return {}
-    with safe_open(paths[-1], framework="pt", device="cpu") as file:
-        state = json.loads((file.metadata() or {}).get("state", "{}"))
+    state = newest_state(run_dir / "checkpoints") or {}
     return {name: state[name] for name in ("data_hash", "weights_hash") if name in state}

@@ -124,7 +124,7 @@ def check_unit_rows(name: str, value: Tensor) -> None:
         )
 
 
-def check_labels(name: str, labels: Tensor, count: int, device: torch.device, check: bool = True) -> Tensor:
+def check_labels(name: str, labels: Tensor, count: int, device: torch.device, check: bool = False) -> Tensor:
     """`labels` as float32 [count] of zeros and ones (1 = unsafe).
 
     Args:

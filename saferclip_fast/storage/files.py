@@ -60,9 +60,37 @@ def save_json(path: str | Path, value: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files that killed writers left in `folder`."""
+    """Deletes the temporary files that killed writers left in `folder`, but none of a process that lives here."""
     for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+        number = temporary.suffixes[-2].removeprefix(".") if len(temporary.suffixes) > 1 else ""
+        if not (number.isdecimal() and _lives(int(number))):
+            temporary.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this number runs here, other than this one."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return process != os.getpid()
+
+
+def check_writable(folder: str | Path, option: str) -> None:
+    """Makes `folder` and writes to it, so that one that cannot be written to is noticed before the work.
+
+    Raises OSError naming it, the reason and the `option` that names another.
+    """
+    folder = Path(folder)
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {folder} ({error.strerror}): {option} names another") from error
 
 
 def sync(path: Path) -> None:

@@ -118,6 +118,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return load_checked(Path(path))
 
 
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The JSON state of the newest checkpoint in `folder` whose header can be read; its tensors are not looked at."""
+    for path in reversed(CheckpointFolder(folder, keep=1).paths()):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                state = json.loads((file.metadata() or {})["state"])
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+            continue  # going on from the checkpoints says what is wrong with it
+        if isinstance(state, dict):
+            return state
+    return None
+
+
 def save_checked(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and a JSON state with a checksum of all of it, atomically."""
     text = json.dumps(state)

@@ -6,10 +6,9 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..config import Config
 from ..errors import UserError
@@ -17,7 +16,7 @@ from ..models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from ..models.identity import Identity, differences, identify
 from ..models.loading import starts_random
 from ..storage.files import save_json
-from .checkpoint import CheckpointFolder
+from .checkpoint import newest_state
 
 RECORD = "frozen.json"  # in final/: what the run was tuned from
 FOLDER = "frozen"  # in the run: frozen weights that were drawn at random, which nothing else holds
@@ -125,14 +124,11 @@ def of_checkpoints(run_dir: Path) -> Identity | None:
 
     Checkpoints from before there were such records hold the hash of the weights alone.
     """
-    for path in reversed(CheckpointFolder(run_dir / "checkpoints", keep=1).paths()):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                state: dict[str, Any] = json.loads((file.metadata() or {})["state"])
-            return Identity.from_json(state["frozen"]) if "frozen" in state else Identity(state["weights_hash"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
-            continue  # going on from the checkpoints says what is wrong with it
-    return None
+    state = newest_state(run_dir / "checkpoints") or {}
+    try:
+        return Identity.from_json(state["frozen"]) if "frozen" in state else Identity(state["weights_hash"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _open(run_dir: Path, config: Config, recorded: Identity | None) -> Frozen:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Subset
@@ -14,13 +15,14 @@ from torch.utils.data import Subset
 from ..bank import Bank, SafeBank, ShardedBank
 from ..config import Config, ConfigError
 from ..data import QuadrupletDataset, decode_images
+from ..data.open import check_source
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..embeddings import FrozenEmbeddings, bank_from, bank_metadata, embed_quadruplets
 from ..models import ClipModel
 from ..objectives import Objective, SafeClip, SaferClip, ShieldClip
 from ..ops import Neighbors
 from ..runtime.ranks import Ranks
-from ..storage.files import save_tensors
+from ..storage.files import check_writable, save_tensors
 from .dataset import open_data, split_rows
 
 _QUERY_ROWS = 1 << 14  # searched at a time, so that only these and the bank lie on the device
@@ -66,8 +68,7 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
         ConfigError: no training data named, or too few for the split or for k.
         data.DataError, OSError: see data.open_quadruplets and embeddings.embed_quadruplets.
     """
-    if not config.data.train:
-        raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
+    check_inputs(config)
     dataset = _decoded(config, open_data(config, config.data.train, clip, ranks), ranks)
     frozen = _embed(config, clip, dataset, ranks)
     train_index, val_index = split_rows(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
@@ -92,6 +93,23 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
     elif len(val_index):
         val = Split(Subset(dataset, val_index.tolist()), frozen.embeddings, *_near(bank, neighbors, val_index), mixed)
     return TrainingData(train, val, neighbors.scores[train_index, 0], data_hash)
+
+
+def check_inputs(config: Config) -> None:
+    """What can be known of the data and its cache before the model is loaded.
+
+    Raises:
+        ConfigError: no training data named.
+        data.DataError, ValueError: a source that is not there or of no known format.
+        OSError: data.cache_dir cannot be written to.
+    """
+    options = config.data
+    if not options.train:
+        raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
+    for source in (options.train, options.val):
+        if source:
+            check_source(source, options.root or None)
+    check_writable(options.cache_dir, "data.cache_dir")
 
 
 def build_objective(config: Config) -> Objective:
@@ -172,9 +190,11 @@ def _neighbors(
     k, backend = config.objective.k, config.objective.backend
     key = hashlib.sha256(f"{frozen.path.name} {bank_name} {k}".encode()).hexdigest()[:24]
     path = Path(config.data.cache_dir) / f"neighbors-{key}.safetensors"
-    if not ranks.largest(ranks.first and not path.is_file()):
-        return Neighbors(**load_file(path))
-    mine = ranks.split(len(frozen.embeddings.unsafe_text))
+    rows = len(frozen.embeddings.unsafe_text)
+    known = _known_neighbors(path, rows, k) if ranks.first else None
+    if not ranks.largest(ranks.first and known is None):
+        return known or Neighbors(**load_file(path))
+    mine = ranks.split(rows)
     queries = frozen.embeddings.unsafe_text[mine.start : mine.stop]
     parts = []
     for begin in range(0, ranks.largest(len(mine)), _QUERY_ROWS):  # as often on every rank
@@ -184,6 +204,15 @@ def _neighbors(
     if ranks.first:
         save_tensors(path, found._asdict(), {"k": str(k)})
     return found
+
+
+def _known_neighbors(path: Path, rows: int, k: int) -> Neighbors | None:
+    """What was found before; None, so that it is found again, where there is no such file or it is damaged."""
+    try:
+        found = Neighbors(**load_file(path)) if path.is_file() else None
+    except (SafetensorError, TypeError, OSError):
+        return None
+    return found if found and {tuple(x.shape) for x in found} == {(rows, k)} else None
 
 
 def _near(bank: Bank, neighbors: Neighbors, index: Tensor) -> tuple[SafeBank, Neighbors]:

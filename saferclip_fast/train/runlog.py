@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +35,12 @@ class RunLog:
         self.file = (run_dir / "log.jsonl" if run_dir else Path(os.devnull)).open("ab")
         self.writer = None
         if run_dir:
-            self.file.truncate(offset)
+            there = self.file.tell()
+            if there < offset:
+                warnings.warn(
+                    f"{self.file.name} has lost lines since the checkpoint: it goes on after a gap", stacklevel=2
+                )
+            self.file.truncate(min(offset, there))
         if run_dir and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 

@@ -25,6 +25,7 @@ from ..objectives import ObjectiveOutput
 from ..runtime.precision import native_precision
 from ..runtime.ranks import ALONE, Ranks, Share, ranks
 from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
+from ..storage.claim import claim
 from ..storage.files import atomic_write, remove_leftovers
 from .checkpoint import CheckpointError, load_checked, save_checked
 from .device import compile_encoders, data_parallel, set_up_torch
@@ -32,7 +33,7 @@ from .divergence import FiniteWatch, Step, check_finite, leave_out, report
 from .frozen import keep_random_weights, open_for_training, write_record
 from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
-from .prepare import Split, TrainingData, build_objective, prepare
+from .prepare import Split, TrainingData, build_objective, check_inputs, prepare
 from .profiling import marked, part, profile_steps
 from .recall import recall
 from .resume import restore_run, save_run
@@ -323,17 +324,21 @@ def train(config: Config) -> TrainResult:
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: options, model or data that do not fit; the message has the remedy.
+        InUseError: another process trains in, evaluates or exports to this run_dir.
         CheckpointError: a used run_dir without resume=auto, or a checkpoint of another run.
         FrozenModelError: another frozen model than the checkpoint's or model.weights_hash's.
         FloatingPointError: the loss is not finite.
         OSError: a file could not be written.
     """
     run_dir = Path(config.run_dir)
-    if config.resume == "never" and (run_dir / "log.jsonl").exists():
-        raise CheckpointError(f"{run_dir} holds a run: pass resume=auto to go on with it, or choose another run_dir")
     check_fsdp(config)
     try:
-        with ranks() as members, stop_at_once():
+        with ranks() as members, stop_at_once(), claim(run_dir) if members.first else nullcontext():
+            if config.resume == "never" and (run_dir / "log.jsonl").exists():
+                raise CheckpointError(
+                    f"{run_dir} holds a run: pass resume=auto to go on with it, or choose another run_dir"
+                )
+            check_inputs(config)
             return _trainer(config, members).fit()
     except Stopped as stop:  # not in a step: Trainer.fit handles those
         print(f"{stop}: stopped at once; the same command goes on, with resume=auto if steps are done", flush=True)

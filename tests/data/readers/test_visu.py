@@ -150,7 +150,7 @@ def test_bad_files(tmp_path: Path, coco: Path, content: bytes, message: str) -> 
         open_quadruplets(path, root=coco)
     with pytest.raises(ValueError, match="is read as ViSU or NSFWCaps: pass root"):
         open_quadruplets(path)
-    with pytest.raises(DataError, match=r"cannot read .*none.json: No such file"):
+    with pytest.raises(DataError, match=r"no such file or folder: .*none.json"):
         open_quadruplets(tmp_path / "none.json", root=coco)
 
 

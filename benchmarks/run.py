@@ -36,6 +36,7 @@ ALL_CORES_AND_ONE = [
     ("nearest_safe_curves", ["speed.nearest_safe", "--curves"]),
     ("retarget_loss", ["speed.retarget_loss"]),
     ("preservation_loss", ["speed.preservation_loss"]),
+    ("info_nce", ["speed.info_nce"]),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in ALL_CORES + ALL_CORES_AND_ONE))
 

@@ -17,8 +17,14 @@ STABLE_TORCH_LIBRARY(saferclip_fast, m) {
       "bool need_grad) -> (Tensor loss, Tensor terms, Tensor grad_text, Tensor grad_image)");
   m.def(
       "preservation_loss(Tensor text, Tensor image, Tensor frozen_text, Tensor frozen_image, "
-      "float[] weights, float logit_scale, bool need_grad) "
+      "float[] weights, float logit_scale, bool need_grad, float logits_mib=256.) "
       "-> (Tensor loss, Tensor terms, Tensor grad_text, Tensor grad_image)");
+  m.def(
+      "info_nce_sums(Tensor x, Tensor y, Tensor? mask, int first, float logit_scale, bool keep) "
+      "-> (Tensor rows, Tensor columns, Tensor logits)");
+  m.def(
+      "info_nce_loss(Tensor x, Tensor y, Tensor? mask, Tensor rows, Tensor columns, Tensor logits, int first, "
+      "float logit_scale, bool need_grad) -> (Tensor loss, Tensor grad)");
 }
 
 PYBIND11_MODULE(_C, m) {

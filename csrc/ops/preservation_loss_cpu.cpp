@@ -11,7 +11,7 @@ using namespace saferclip;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
     const Tensor& text, const Tensor& image, const Tensor& frozen_text, const Tensor& frozen_image,
-    std::vector<double> weights, double logit_scale, bool need_grad) {
+    std::vector<double> weights, double logit_scale, bool need_grad, double logits_mib) {
   STD_TORCH_CHECK(weights.size() == 4, "weights must have 4 entries");
   const Tensor t = dense(text), v = dense(image);
   const Tensor ft = dense(frozen_text), fv = dense(frozen_image);
@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
       .frozen_image = matrix_of("frozen_image", fv),
       .weights = {weights[0], weights[1], weights[2], weights[3]},
       .logit_scale = static_cast<float>(logit_scale),
+      .kept_bytes = static_cast<int64_t>(logits_mib * (1 << 20)),
       .grad_text = need_grad ? grad_text.mutable_data_ptr() : nullptr,
       .grad_image = need_grad ? grad_image.mutable_data_ptr() : nullptr,
   };

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cuda(const Tensor& 
                                                                   const Tensor& frozen_text,
                                                                   const Tensor& frozen_image,
                                                                   std::vector<double> weights, double logit_scale,
-                                                                  bool need_grad) {
+                                                                  bool need_grad, double /*logits_mib*/) {
   constexpr const char* kOp = "preservation_loss";
   STD_TORCH_CHECK(weights.size() == 4, kOp, ": weights must have 4 entries");
   STD_TORCH_CHECK(text.dim() == 2, kOp, ": text must be [B, d]");

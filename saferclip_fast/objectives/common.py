@@ -9,15 +9,12 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..bank import Bank, SafeBank
 from ..data.quadruplets import QuadrupletEmbeddings
-from ..ops import Neighbors, PreservationOutput, preservation_loss
+from ..ops import Neighbors, PreservationOutput, info_nce, preservation_loss
 from ..ops.checks import check_labels
 from ..runtime.ranks import ALONE, Share
-
-_LOGITS = 1 << 24  # entries of InfoNCE's matrix in memory at a time
 
 
 class ObjectiveOutput(NamedTuple):
@@ -79,33 +76,22 @@ def cosine_distance(x: Tensor, y: Tensor, mask: Tensor, share: Share = ALONE) ->
     return mean(1 - (unit(x) * unit(y.detach())).sum(-1), mask, share)
 
 
-def info_nce(x: Tensor, y: Tensor, mask: Tensor, logit_scale: float, share: Share = ALONE) -> Tensor:
-    """Symmetric InfoNCE of x against y [B, d] among the rows that `mask` [B] selects; 0 where there are none.
-
-    (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalized rows; both sides get gradients. Each
-    rank computes its own rows of S and of S^T, against the columns of all ranks, a part of S at a time. Where y is a
-    constant and all rows count, `preservation_loss` does the same faster on one rank.
-    """
-    x, y = unit(x), unit(y)
-    all_masks = share.gather(mask)
-    over_columns = _log_sum_exp(x, share.gather(y), all_masks, logit_scale)
-    over_rows = _log_sum_exp(y, share.gather(x), all_masks, logit_scale)
-    diagonal = logit_scale * (x * y).sum(-1)
-    return mean(((over_columns + over_rows) / 2).where(mask != 0, 0) - diagonal, mask, share)
-
-
-def _log_sum_exp(x: Tensor, y: Tensor, columns: Tensor, logit_scale: float) -> Tensor:
-    """[B] logsumexp of logit_scale x y^T over the chosen `columns` (a [N] mask); x [B, d], y [N, d]."""
-
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        logits = logit_scale * x @ y.T
-        lowest = torch.finfo(logits.dtype).min  # not -inf: a row with no column left must not become NaN
-        return logits.masked_fill(columns == 0, lowest).logsumexp(1)
-
-    size = max(1, _LOGITS // max(1, len(y)))
-    if len(x) <= size:
-        return part(x, y)
-    return torch.cat([checkpoint(part, some, y, use_reentrant=False) for some in x.split(size)])
+def shared_info_nce(
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    share: Share = ALONE,
+    *,
+    logit_scale: float = 100.0,
+    backend: str = "auto",
+    check: bool = False,
+) -> Tensor:
+    """`info_nce` of x against y [B, d], or this rank's share, among the rows that `mask` [B] selects; None: all."""
+    op = functools.partial(info_nce, x, y, logit_scale=logit_scale, backend=backend, check=check)
+    if share.whole:
+        return op(mask=mask)
+    all_y = share.gather(y) if y.requires_grad else share.gather_once(y)
+    return op(all_y, share.first, None if mask is None else share.gather(mask), exchange=share)
 
 
 def preserve(
@@ -120,27 +106,18 @@ def preserve(
     backend: str = "auto",
     check: bool = False,
 ) -> PreservationOutput:
-    """`preservation_loss` of a batch [B, d], or this rank's share: cosines by the op, InfoNCE against all ranks."""
-    op = functools.partial(
-        preservation_loss,
-        text,
-        image,
-        frozen_text,
-        frozen_image,
-        logit_scale=logit_scale,
-        backend=backend,
-        check=check,
-    )
+    """`preservation_loss` of a batch [B, d], or this rank's share of it."""
+    matrices = text, image, frozen_text, frozen_image
+    op = functools.partial(preservation_loss, *matrices, logit_scale=logit_scale, backend=backend, check=check)
     if share.whole:
         return op(weights=weights)
     weights = {"cos_text": 1.0, "cos_image": 1.0, "nce_text": 1.0, "nce_image": 1.0, **(weights or {})}
-    own = {name: 0.0 if name.startswith("nce") else weight * share.fraction for name, weight in weights.items()}
-    loss, terms = op(weights=own)
+    cosines = {name: 0.0 if name.startswith("nce") else weight * share.fraction for name, weight in weights.items()}
+    loss, terms = op(weights=cosines)
     terms = {name: term * share.fraction for name, term in terms.items()}
-    everyone = torch.ones(len(text), device=text.device)
     for name, x, y in (("nce_text", text, frozen_image), ("nce_image", image, frozen_text)):
         if weights[name]:
-            term = info_nce(x, y.detach(), everyone, logit_scale, share)
+            term = shared_info_nce(x, y, None, share, logit_scale=logit_scale, backend=backend, check=check)
             loss = loss + weights[name] * term
             terms[name] = term.detach()
     return PreservationOutput(loss, terms)

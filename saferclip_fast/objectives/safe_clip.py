@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,7 +12,7 @@ from ..bank import SafeBank
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, nearest_safe
 from ..runtime.ranks import ALONE, Share
-from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, info_nce, label_mask, preserve
+from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, label_mask, preserve, shared_info_nce
 
 # The authors' (arXiv 2311.16254 and its code).
 WEIGHTS = MappingProxyType(
@@ -102,11 +103,14 @@ class SafeClip(Objective):
             return ObjectiveOutput(loss + unsafe_loss, terms | unsafe_terms, neighbors)
         text = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
         image = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
+        nce = functools.partial(
+            shared_info_nce, share=share, logit_scale=self.logit_scale, backend=self.backend, check=self.check
+        )
         labeled = {
             "text_nsfw": cosine_distance(current.unsafe_text, target_text, text, share),
             "vision_nsfw": cosine_distance(current.unsafe_image, target_image, image, share),
-            "U_Vref": info_nce(current.unsafe_text, target_image, text, self.logit_scale, share),
-            "G_Sref": info_nce(current.unsafe_image, target_text, image, self.logit_scale, share),
+            "U_Vref": nce(current.unsafe_text, target_image, text),
+            "G_Sref": nce(current.unsafe_image, target_text, image),
             "kept_text": cosine_distance(current.unsafe_text, frozen.unsafe_text, 1 - text, share),
             "kept_image": cosine_distance(current.unsafe_image, frozen.unsafe_image, 1 - image, share),
         }

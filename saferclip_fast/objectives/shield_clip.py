@@ -12,7 +12,7 @@ from ..bank import SafeBank
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors
 from ..runtime.ranks import ALONE, Share
-from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, info_nce, label_mask, preserve
+from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, label_mask, preserve, shared_info_nce
 
 # The paper's (arXiv 2609.39688).
 WEIGHTS = MappingProxyType({"real": 0.1, "safe": 0.1, "redirect": 0.1, "mix": 0.25, "coherence": 0.25})
@@ -83,8 +83,12 @@ class ShieldClip(Objective):
         both_safe = (1 - f_t) * (1 - f_v)
         cosine = functools.partial(cosine_distance, share=share)
 
+        info_nce = functools.partial(
+            shared_info_nce, share=share, logit_scale=self.logit_scale, backend=self.backend, check=self.check
+        )
+
         def nce(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-            return 2 * info_nce(x, y, mask, self.logit_scale, share)  # both directions, summed
+            return 2 * info_nce(x, y, mask)  # both directions, summed
 
         terms = {
             "real": real.loss,

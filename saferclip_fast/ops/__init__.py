@@ -1,7 +1,8 @@
-"""The three ops. Each module holds one public function; `choice` picks the backend that runs it."""
+"""The ops. Each module holds one public function; `choice` picks the backend that runs it."""
 
 from .backends import Backend, backends
 from .choice import BackendError, use_backend
+from .info_nce import info_nce
 from .nearest_safe import Neighbors, nearest_safe
 from .preservation_loss import PreservationOutput, preservation_loss
 from .retarget_loss import RetargetOutput, retarget_loss
@@ -13,6 +14,7 @@ __all__ = [
     "PreservationOutput",
     "RetargetOutput",
     "backends",
+    "info_nce",
     "nearest_safe",
     "preservation_loss",
     "retarget_loss",

@@ -16,6 +16,7 @@ from .schemas import SCHEMAS
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 MAX_NATIVE_K = 256  # kMaxNeighbors of csrc/kernels/limits.h; the Triton kernels keep to it too
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_KERNEL = {name: ("info_nce_sums", "info_nce_loss") for name in ("cuda", "triton")}  # another backend takes these
 PICKED: dict[str, list[str]] = {}  # backend -> what it was picked for and why; `choice` writes it
 
 

@@ -4,8 +4,9 @@ The table is a list of rows, first match wins:
     {"op", "device", "name", "dtype", "below", "order", "because"}
 `device` is a torch device type, `name` the chip (null: any), `dtype` "float32", "bfloat16", "float16" (null: any),
 `below` the log2 of the work (null: any) and `order` the backends from best to worst. The work is the number of inner
-products: Q N for nearest_safe, B k for retarget_loss, B^2 for preservation_loss. The user's own rows, measured on this
-machine by `python -m saferclip_fast.tune`, stand before the package's.
+products: Q N for nearest_safe, B k for retarget_loss, B^2 for preservation_loss, M B for info_nce_sums, whose rows
+count for info_nce_loss too. The user's own rows, measured on this machine by `python -m saferclip_fast.tune`, stand
+before the package's.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from .backends import BACKENDS, NATIVE_DTYPES, PICKED, built
+from .backends import BACKENDS, NATIVE_DTYPES, NO_KERNEL, PICKED, built
 
 log = logging.getLogger("saferclip_fast")
 SHIPPED_TABLE = Path(__file__).with_name("backend_table.json")
 LARGEST = 64  # the work of a traced call, whose sizes may be symbols
+LEADER = {"info_nce_loss": "info_nce_sums"}  # runs where that one ran, whose logits it reads
 
 
 class BackendError(RuntimeError):
@@ -150,7 +152,7 @@ def run(op: str, backend: str, like: torch.Tensor, work: int, *arguments):
                 " set SAFERCLIP_FAST_FALLBACK=1 or use saferclip_fast.use_backend('auto', fallback=True)"
             ) from error
         log.warning("%s; falling back, as allowed", message)
-        _FAILED.add((op, failed))
+        _FAILED.add((LEADER.get(op, op), failed))
         _KERNELS.clear()
     return run(op, backend, like, work, *arguments)
 
@@ -164,6 +166,8 @@ def _backend_of(op: str, kernel: torch._ops.OpOverload) -> str:
 
 def _pick(op: str, backend: str, forced: str, device: str, dtype: torch.dtype, size: int) -> str:
     because = "named by the caller"
+    if op in NO_KERNEL.get(backend, ()):
+        backend = "auto"
     if backend == "auto":
         backend, because = _automatic(op, forced, device, dtype, size)
     if backend not in BACKENDS:
@@ -181,14 +185,16 @@ def _pick(op: str, backend: str, forced: str, device: str, dtype: torch.dtype, s
 def _automatic(op: str, forced: str, device: str, dtype: torch.dtype, size: int) -> tuple[str, str]:
     if dtype not in NATIVE_DTYPES:
         return "reference", "only the reference takes this dtype"
-    if forced != "auto" and (op, forced) not in _FAILED:
+    leader = LEADER.get(op, op)
+    unserved = op in NO_KERNEL.get(forced, ())
+    if forced != "auto" and not unserved and (leader, forced) not in _FAILED:
         return forced, "forced"
     passed_over = []
     for row in table():
-        if not _matches(row, op, device, dtype, size):
+        if not _matches(row, leader, device, dtype, size):
             continue
         for name in row["order"]:
-            if (op, name) in _FAILED:
+            if (leader, name) in _FAILED:
                 passed_over.append(f"{name} failed")
             elif _unfit(op, name, device, dtype) is not None:
                 passed_over.append(f"{name} is not usable here")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import check_finite, check_first_order, check_matrix, check_number, term_weights
 from .choice import run
+from .info_nce import LOGITS_MIB
 
 TERMS = ("cos_text", "cos_image", "nce_text", "nce_image")
 
@@ -29,6 +30,7 @@ def preservation_loss(
     *,
     weights: Mapping[str, float] | None = None,
     logit_scale: float = 100.0,
+    logits_mib: float = LOGITS_MIB,
     backend: str = "auto",
     check: bool = True,
 ) -> PreservationOutput:
@@ -38,8 +40,8 @@ def preservation_loss(
         nce_text = InfoNCE(T(t), V0(v))            nce_image = InfoNCE(V(v), T0(t))
         loss     = sum_j weights[j] terms[j]
 
-    InfoNCE is symmetric, (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalized rows. The [B, B]
-    matrix is never stored.
+    InfoNCE is symmetric, (CE(S, diag) + CE(S^T, diag)) / 2 with S = logit_scale x y^T of normalized rows: that of
+    `info_nce`, whose kernels these are.
 
     Args:
         text, image: [B, d] trainable T(t), V(v), same dtype (float64/32, bfloat16, float16), any scale.
@@ -47,6 +49,8 @@ def preservation_loss(
         weights: weight of each term by name; one left out weighs 1. An nce term of weight 0 is not computed: it
             costs nothing and reads 0.
         logit_scale: inverse temperature of the InfoNCE terms (CLIP's is 100).
+        logits_mib: the [B, B] logits of a term are kept for its gradient up to this size, as in `info_nce`, and
+            never stored above it. One matrix at a time; the GPU kernels store none.
         backend, check: as in `nearest_safe`.
 
     Returns:
@@ -83,5 +87,6 @@ def preservation_loss(
             term_weight,
             logit_scale,
             need_grad,
+            logits_mib,
         )
     return PreservationOutput(loss, dict(zip(TERMS, terms.detach().unbind(), strict=True)))

@@ -138,27 +138,90 @@ def retarget_loss(
     return (terms * terms.new_tensor(weights)).sum(), terms, grad_text, grad_image
 
 
-def _info_nce(x: Tensor, y: Tensor, logit_scale: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Symmetric InfoNCE of unit rows x against unit rows y, and d/dx; S = logit_scale x y^T, never stored whole."""
-    batch = x.shape[0]
-    step = _chunk(batch)
-    row_lse = x.new_empty(batch)
-    column_lse = x.new_full((batch,), -torch.inf)
-    for begin in range(0, batch, step):
-        logits = logit_scale * (x[begin : begin + step] @ y.T)
-        row_lse[begin : begin + step] = logits.logsumexp(1)
-        column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
-    diagonal = logit_scale * (x * y).sum(-1)
-    loss = 0.5 * ((row_lse - diagonal).mean() + (column_lse - diagonal).mean())
-    if not need_grad:
-        return loss, None
-    grad = torch.empty_like(x)
-    for begin in range(0, batch, step):
+def _log_sums(u: Tensor, v: Tensor, mask: Tensor | None, first: int, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """What `info_nce_sums` says, of rows at length 1."""
+    lowest = torch.finfo(u.dtype).min  # not -inf, which minus -inf is NaN
+    own = slice(first, first + len(u))
+    row_lse = u.new_empty(len(u))
+    column_lse = u.new_full((len(v),), lowest)
+    step = _chunk(len(v))
+    for begin in range(0, len(u), step):
         index = slice(begin, begin + step)
-        logits = logit_scale * (x[index] @ y.T)
+        logits = logit_scale * (u[index] @ v.T)
+        of_row, of_column = logits, logits
+        if mask is not None:
+            of_row = logits.masked_fill(~mask, lowest)
+            of_column = logits.masked_fill(~mask[own][index].unsqueeze(1), lowest)
+        row_lse[index] = of_row.logsumexp(1)
+        column_lse = torch.logaddexp(column_lse, of_column.logsumexp(0))
+    rows = torch.stack([row_lse, torch.zeros_like(row_lse), logit_scale * (u * v[own]).sum(-1)])
+    return rows, torch.stack([column_lse, torch.ones_like(column_lse)])
+
+
+def _info_nce(
+    u: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    first: int,
+    logit_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss of rows at length 1, and d/du as if their length were free, [0, d] unless wanted."""
+    own = slice(first, first + len(u))
+    chosen = torch.ones(len(v), dtype=torch.bool, device=v.device) if mask is None else mask
+    count = chosen.sum().clamp(min=1).to(u.dtype)
+    row_lse, column_lse = rows[0] + rows[1], columns[0] + columns[1]
+    halves = [(lse - rows[2]).where(chosen[own], 0.0).sum() / count for lse in (row_lse, column_lse[own])]
+    grad = u.new_empty((len(u) if need_grad else 0, u.shape[1]))
+    step = _chunk(len(v))
+    for begin in range(0, len(grad), step):
+        index = slice(begin, begin + step)
+        logits = logit_scale * (u[index] @ v.T)
         p = (logits - row_lse[index].unsqueeze(1)).exp() + (logits - column_lse).exp()
-        grad[index] = (0.5 * logit_scale / batch) * (p @ y - 2 * y[index])
-    return loss, grad
+        g = (0.5 * logit_scale / count) * (p.where(chosen, 0.0) @ v - 2 * v[own][index])
+        grad[index] = g.where(chosen[own][index].unsqueeze(1), 0.0)
+    return 0.5 * (halves[0] + halves[1]), grad
+
+
+@_without_autocast
+def info_nce_sums(
+    x: Tensor, y: Tensor, mask: Tensor | None, first: int, logit_scale: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of S = logit_scale x y^T over the chosen columns and over the chosen rows of x.
+
+    x [M, d] and y [B, d] of any scale; the counterpart of row i is row first + i of y, and mask [B] chooses.
+
+    Returns rows [3, M] (largest, log, diagonal) and columns [2, B] (largest, sum), where largest + log and
+    largest + log(sum) are the log-sum-exps: here all of it is in `largest`. Keeps no logits: [0, B].
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows, columns = _log_sums(_unit(x, wide)[0], _unit(y, wide)[0], mask, first, logit_scale)
+    return rows, columns, rows.new_empty((0, len(y)))
+
+
+@_without_autocast
+def info_nce_loss(
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    logits: Tensor,
+    first: int,
+    logit_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss of the chosen rows of x over the number of all, and d/dx.
+
+    rows and columns are those of `info_nce_sums`, but columns hold (largest, log) over the rows of all processes.
+    `logits` are a kernel's own and not read.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    u, inverse = _unit(x, wide)
+    loss, g = _info_nce(u, _unit(y, wide)[0], mask, rows, columns, first, logit_scale, need_grad)
+    return loss, _through_norm(g, u[: len(g)], inverse[: len(g)]).to(x.dtype)
 
 
 @_without_autocast
@@ -170,6 +233,7 @@ def preservation_loss(
     weights: Sequence[float],
     logit_scale: float,
     need_grad: bool,
+    logits_mib: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosine preservation and symmetric InfoNCE against the frozen encoders, with closed-form gradients."""
     wide = torch.float64 if text.dtype == torch.float64 else torch.float32
@@ -183,8 +247,10 @@ def preservation_loss(
         terms[j] = (1 - (unit * own).sum(-1)).mean()
         g = -(weights[j] / batch) * own
         if weights[2 + j] != 0:
-            terms[2 + j], nce_grad = _info_nce(unit, other, logit_scale, need_grad)
-            if nce_grad is not None:
-                g = g + weights[2 + j] * nce_grad
+            rows, columns = _log_sums(unit, other, None, 0, logit_scale)
+            columns = torch.stack([columns[0], columns[1].log()])
+            terms[2 + j], nce = _info_nce(unit, other, None, rows, columns, 0, logit_scale, need_grad)
+            if need_grad:
+                g = g + weights[2 + j] * nce
         grads.append(_through_norm(g, unit, inverse).to(x.dtype) if need_grad else x.new_empty((0, x.shape[1])))
     return (terms * terms.new_tensor(weights)).sum(), terms, grads[0], grads[1]

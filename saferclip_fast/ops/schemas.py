@@ -6,6 +6,7 @@ tensors; a backend written in Python registers them under `<op>_<backend>` with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,9 +22,18 @@ SCHEMAS = {
     ),
     "preservation_loss": (
         "(Tensor text, Tensor image, Tensor frozen_text, Tensor frozen_image, float[] weights, float logit_scale,"
-        " bool need_grad) -> (Tensor loss, Tensor terms, Tensor grad_text, Tensor grad_image)"
+        " bool need_grad, float logits_mib=256.) -> (Tensor loss, Tensor terms, Tensor grad_text, Tensor grad_image)"
+    ),
+    "info_nce_sums": (
+        "(Tensor x, Tensor y, Tensor? mask, int first, float logit_scale, bool keep)"
+        " -> (Tensor rows, Tensor columns, Tensor logits)"
+    ),
+    "info_nce_loss": (
+        "(Tensor x, Tensor y, Tensor? mask, Tensor rows, Tensor columns, Tensor logits, int first, float logit_scale,"
+        " bool need_grad) -> (Tensor loss, Tensor grad)"
     ),
 }
+GRADIENTS = {"retarget_loss": 2, "preservation_loss": 2, "info_nce_loss": 1}  # of the first inputs, the last outputs
 
 
 def _same_device(first: Tensor, *others: object) -> None:
@@ -39,42 +49,71 @@ def _fake_nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | Non
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
-def _fake_loss(text: Tensor, *args):
-    """Shapes of (loss, terms, grad_text, grad_image): the same for both losses; need_grad is the last argument."""
-    _same_device(text, *args)
-    wide = torch.float64 if text.dtype == torch.float64 else torch.float32
-    count = text.shape[0] if args[-1] else 0
-    grad = text.new_empty((count, text.shape[1]))
-    return text.new_empty((), dtype=wide), text.new_empty(4, dtype=wide), grad, torch.empty_like(grad)
+def _wide(x: Tensor) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _gradient(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty((x.shape[0] if wanted else 0, x.shape[1]))
+
+
+def _fake_retarget_loss(text: Tensor, image: Tensor, *args):
+    _same_device(text, image, *args)
+    wide = _wide(text)
+    gradients = _gradient(text, args[-1]), _gradient(image, args[-1])
+    return text.new_empty((), dtype=wide), text.new_empty(4, dtype=wide), *gradients
+
+
+def _fake_preservation_loss(text, image, frozen_text, frozen_image, weights, logit_scale, need_grad, logits_mib=0.0):
+    return _fake_retarget_loss(text, image, frozen_text, frozen_image, need_grad)
+
+
+def _fake_info_nce_sums(x: Tensor, y: Tensor, mask: Tensor | None, first: int, logit_scale: float, keep: bool):
+    _same_device(x, y, mask)
+    shapes = (3, x.shape[0]), (2, y.shape[0]), (x.shape[0] if keep else 0, y.shape[0])
+    return tuple(x.new_empty(shape, dtype=_wide(x)) for shape in shapes)
+
+
+def _fake_info_nce_loss(x: Tensor, y: Tensor, mask, rows, columns, logits, first, logit_scale, need_grad: bool):
+    _same_device(x, y, mask, rows, columns, logits)
+    return x.new_empty((), dtype=_wide(x)), _gradient(x, need_grad)
 
 
 _FAKES: dict[str, Callable] = {
     "nearest_safe": _fake_nearest_safe,
-    "retarget_loss": _fake_loss,
-    "preservation_loss": _fake_loss,
+    "retarget_loss": _fake_retarget_loss,
+    "preservation_loss": _fake_preservation_loss,
+    "info_nce_sums": _fake_info_nce_sums,
+    "info_nce_sums_reference": lambda x, y, mask, first, scale, keep: _fake_info_nce_sums(
+        x, y, mask, first, scale, False
+    ),
+    "info_nce_loss": _fake_info_nce_loss,
 }
 
 
-def _save_gradients(ctx, inputs, output):
-    ctx.save_for_backward(output[2], output[3])
+def _save_gradients(ctx, inputs, output, count: int):
+    ctx.save_for_backward(*output[-count:])
     ctx.set_materialize_grads(False)  # else the unused outputs get gradients of zeros, which cost more than the op
     ctx.inputs = len(inputs)
 
 
 def _scale_gradients(ctx, grad_loss, *unused):
-    """The kernel computed d loss / d text and d loss / d image in the forward pass; only their scale is left."""
+    """The kernel computed the gradients of the loss in the forward pass; only their scale is left."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("saferclip_fast losses have no second derivative: call backward() without create_graph=True")
-    grad_text, grad_image = ctx.saved_tensors
+    gradients = ctx.saved_tensors
+    rest = (None,) * (ctx.inputs - len(gradients))
     if grad_loss is None:  # only another output was differentiated
         return (None,) * ctx.inputs
     eager = type(grad_loss) is Tensor and not torch.compiler.is_compiling()  # not while tracing
     # a graph that is kept may be run again, and what was handed out may have been written to by then
     once = eager and not torch._C._autograd._get_current_graph_task_keep_graph()
     if once and grad_loss.device.type == "cpu" and _is_one(grad_loss):
-        return grad_text, grad_image, *(None,) * (ctx.inputs - 2)  # loss.backward(): spares a pass over both
-    scale = grad_loss.to(grad_text.dtype)
-    return scale * grad_text, scale * grad_image, *(None,) * (ctx.inputs - 2)
+        return *gradients, *rest  # loss.backward(): spares a pass over them
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)  # a loss scale of 65,536 is no float16
+    scale = grad_loss.to(wide)
+    return *((scale * gradient.to(wide)).to(gradient.dtype) for gradient in gradients), *rest
 
 
 def _is_one(scale: Tensor) -> bool:
@@ -87,9 +126,10 @@ def _is_one(scale: Tensor) -> bool:
 def register_shapes_and_autograd(name: str, op: str) -> None:
     """Gives torch.ops.saferclip_fast.<name>, an implementation of `op`, its fake and autograd functions."""
     qualified = f"saferclip_fast::{name}"
-    torch.library.register_fake(qualified, _FAKES[op])
-    if op != "nearest_safe":  # a search has no gradient
-        torch.library.register_autograd(qualified, _scale_gradients, setup_context=_save_gradients)
+    torch.library.register_fake(qualified, _FAKES.get(name, _FAKES[op]))
+    if count := GRADIENTS.get(op):
+        save = functools.partial(_save_gradients, count=count)
+        torch.library.register_autograd(qualified, _scale_gradients, setup_context=save)
 
 
 def register_backend(op: str, backend: str, function: Callable) -> None:

@@ -10,13 +10,12 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 
@@ -131,10 +130,16 @@ class Share:
 
     counts: tuple[int, ...] = ()  # rows of each rank; empty: one process holds the whole batch
     rank: int = 0
+    _gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def whole(self) -> bool:
         return len(self.counts) < 2
+
+    @property
+    def first(self) -> int:
+        """The row of the batch that this rank's first one is."""
+        return sum(self.counts[: self.rank])
 
     @property
     def fraction(self) -> float:
@@ -145,29 +150,32 @@ class Share:
         """The sum over all ranks, without gradient."""
         return value if self.whole else Ranks(self.rank, len(self.counts)).sum(value)
 
+    def maximum(self, value: Tensor) -> Tensor:
+        """The largest over all ranks, element by element, without gradient."""
+        if self.whole:
+            return value
+        largest = value.detach().clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest
+
     def gather(self, rows: Tensor) -> Tensor:
-        """The batch's rows [all, ...] of which `rows` are this rank's; gradients flow back to the rank of each row."""
+        """The batch's rows [all, ...] of which `rows` are this rank's, without gradient."""
         if self.whole:
             return rows
-        return _Gather.apply(rows, self)
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks; the gradient of a row is the sum of what all ranks have for it."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        missing = max(share.counts) - len(rows)  # collectives want equal sizes
+        rows = rows.detach()
+        missing = max(self.counts) - len(rows)  # collectives want equal sizes
         padded = torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))])
-        parts = [torch.empty_like(padded) for _ in share.counts]
+        parts = [torch.empty_like(padded) for _ in self.counts]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, share.counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.share.sum(gradient).split(ctx.share.counts)[ctx.share.rank], None
+    def gather_once(self, rows: Tensor) -> Tensor:
+        """`gather` of rows that do not change: those of one tensor travel once, however many terms read them."""
+        if self.whole:
+            return rows
+        if id(rows) not in self._gathered:
+            self._gathered[id(rows)] = rows, self.gather(rows)  # holds `rows`, so that its id is not used again
+        return self._gathered[id(rows)][1]
 
 
 ALONE = Share()

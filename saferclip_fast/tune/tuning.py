@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from ..ops.backends import BACKENDS, built
-from ..ops.choice import chip_name, select, table
+from ..ops.choice import LEADER, chip_name, select, table
 from ..storage.files import save_json
 
 WIDTH = 768  # ViT-L/14
@@ -36,6 +36,9 @@ def cases(op: str, device: str, dtype: torch.dtype) -> Iterator[tuple[int, tuple
             yield queries * bank_rows, (rows(queries), rows(bank_rows), 1)
     for batch in BATCHES if op != "nearest_safe" else ():
         embeddings = tuple(rows(batch) for _ in range(4))
+        if op == "info_nce_sums":
+            yield batch**2, (*embeddings[:2], None, 0, 100.0, False)
+            continue
         if op == "preservation_loss":
             yield batch**2, (*embeddings, [1.0, 1.0, 0.2, 0.2], 100.0, True)
         else:
@@ -92,6 +95,7 @@ def tune(device: str, min_run_time: float, path: Path) -> list[dict]:
     rows = [
         row
         for op in built()["reference"].ops
+        if op not in LEADER
         for dtype in DTYPES[device]
         for row in measure(op, device, dtype, min_run_time)
     ]

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import harness, render, run
 from benchmarks.quality import ablation
-from benchmarks.speed import bank, nearest_safe, preservation_loss, retarget_loss, train_step
+from benchmarks.speed import bank, info_nce, nearest_safe, preservation_loss, retarget_loss, train_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,10 +67,12 @@ def uncompiled(monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["forward", "both"])
-@pytest.mark.parametrize("op", ["retarget k1", "retarget k3", "preservation"])
+@pytest.mark.parametrize("op", ["retarget k1", "retarget k3", "preservation", "info_nce 1", "info_nce 0.5"])
 def test_loss_paths_compute_the_same(uncompiled, op, which):
     if op == "preservation":
         paths = preservation_loss.paths(B=24, d=16, **{"pass": which})
+    elif op.startswith("info_nce"):
+        paths = info_nce.paths(B=24, d=16, chosen=float(op[9:]))
     else:
         paths = retarget_loss.paths(B=24, d=16, k=int(op[-1]), bank_rows=50, **{"pass": which})
     ours, eager = paths["ours"](), paths["eager"]()

@@ -53,6 +53,36 @@ def test_what_a_forced_backend_cannot_take_goes_to_the_reference():
                 chosen()
 
 
+def test_what_a_backend_has_no_kernel_for_goes_to_another():
+    x, y = torch.randn(2, 4, 8)
+    expected = sf.info_nce(x, y)
+    for name in ("cuda", "triton"):
+        assert torch.equal(sf.info_nce(x, y, backend=name), expected)
+        with sf.use_backend(name):
+            assert torch.equal(sf.info_nce(x, y), expected)
+
+
+def test_a_pass_that_failed_takes_both_passes_elsewhere(monkeypatch, caplog):
+    """The second one reads what the first one kept."""
+    if "info_nce_loss" not in sf.backends()["cpu"].ops:
+        pytest.skip("needs the native module")
+
+    def broken(*arguments):
+        raise RuntimeError("broken on purpose")
+
+    broken._schema = torch.ops.saferclip_fast.info_nce_loss.default._schema
+    x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    expected = torch.autograd.grad(sf.info_nce(x, y, logit_scale=5.0, backend="reference"), x)[0]
+    monkeypatch.setitem(choice._KERNELS, ("info_nce_loss", "auto", x.device, x.dtype, 5), broken)
+    monkeypatch.setattr(choice, "_fallback", True)
+    with caplog.at_level(logging.WARNING, "saferclip_fast"):
+        found = torch.autograd.grad(sf.info_nce(x, y, logit_scale=5.0), x)[0]
+    assert "broken on purpose; falling back" in caplog.text
+    assert list(choice._FAILED) == [("info_nce_sums", "cpu")]
+    torch.testing.assert_close(found, expected)
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"'gpu' is unknown.*triton"), sf.use_backend("gpu"):
         pass
@@ -108,7 +138,7 @@ def test_tune_writes_the_table_that_auto_follows(monkeypatch, capsys):
     main(["--device", "cpu", "--output", str(choice.table_path())])
     main(["--device", "cpu", "--output", str(choice.table_path())])  # replaces its own rows
     rows = json.loads(choice.table_path().read_text())
-    assert len(rows) == 3 * 2 * 2 and rows[0]["order"][0] == "reference"
+    assert len(rows) == 4 * 2 * 2 and rows[0]["order"][0] == "reference"
     assert [row["below"] for row in rows[:2]] == [(4 + 9) // 2, None]
     choice._forget()
     assert chosen() == "nearest_safe_reference"
@@ -118,7 +148,7 @@ def test_tune_writes_the_table_that_auto_follows(monkeypatch, capsys):
 def test_tune_times_the_real_kernels(monkeypatch):
     monkeypatch.setattr(tune, "WIDTH", 16)
     monkeypatch.setattr(tune, "BATCHES", (3,))
-    for op in ("retarget_loss", "preservation_loss"):
+    for op in ("retarget_loss", "preservation_loss", "info_nce_sums"):
         (row,) = tune.measure(op, "cpu", torch.float32, 1e-4)
         assert "reference" in row["order"] and row["because"].startswith("measured here")
 

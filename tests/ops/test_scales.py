@@ -70,3 +70,14 @@ def test_a_row_of_zeros_has_no_gradient_and_disturbs_no_other(scale):
     leaf = rows[0].requires_grad_()
     (gradient,) = torch.autograd.grad(sf.preservation_loss(*rows, backend="reference").loss, leaf)
     assert gradient.isfinite().all() and gradient[2].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *NATIVE])
+def test_a_loss_scale_beyond_float16(backend):
+    """GradScaler starts at 65,536, which is no float16: the gradients are scaled before they are rounded."""
+    rows = [part.half() for part in ROWS]
+    leaf = rows[0].requires_grad_()
+    loss = sf.preservation_loss(*rows, logit_scale=1.0, backend=backend).loss
+    (expected,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (found,) = torch.autograd.grad(65_536 * loss, leaf)
+    torch.testing.assert_close(found, (65_536 * expected.float()).half(), rtol=0, atol=0)

@@ -34,6 +34,12 @@ def arguments(op, batch):
         return frozen_text, bank.text, K
     if op == "preservation_loss":
         return text, image, frozen_text, frozen_image, [1.0, 2.0, 3.0, 0.5], 20.0, True
+    mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    if op == "info_nce_sums":
+        return text[:4].detach(), frozen_image, None, 1, 20.0, True  # with a mask, the end of the logits is not filled
+    if op == "info_nce_loss":
+        sums = torch.randn(3, 4, generator=torch.Generator().manual_seed(2)), torch.ones(2, B)
+        return text[:4], frozen_image, mask, *sums, torch.empty(0, B), 1, 20.0, True
     found = sf.nearest_safe(frozen_text, bank, K)
     row_weights = torch.full((B, 4), 1 / B)
     weights = torch.softmax(found.scores, 1)
@@ -60,7 +66,8 @@ def test_compile_fullgraph(batch, dynamic):
     def loss(t, v, k):
         redirect = sf.retarget_loss(t, v, frozen_text, frozen_image, bank, k=k, negative="current")
         preserve = sf.preservation_loss(t, v, frozen_text, frozen_image)
-        return redirect.loss + preserve.loss + redirect.terms["uni_text"]
+        contrast = sf.info_nce(t, v, mask=frozen_text[:, 0] > 0)
+        return redirect.loss + preserve.loss + contrast + redirect.terms["uni_text"]
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")

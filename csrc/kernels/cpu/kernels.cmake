@@ -11,6 +11,7 @@ set(SAFERCLIP_CPU_OPTIONS
   ${SAFERCLIP_CPU_OPTIMIZE} -ffp-contract=fast -fno-math-errno -fno-trapping-math)
 
 add_library(saferclip_cpu_host OBJECT
+  ${SAFERCLIP_CPU_DIR}/info_nce.cpp
   ${SAFERCLIP_CPU_DIR}/isa/dispatch.cpp
   ${SAFERCLIP_CPU_DIR}/nearest_safe.cpp
   ${SAFERCLIP_CPU_DIR}/packed_bank.cpp

@@ -96,10 +96,11 @@ struct Kernels {
   // exp(logit - largest): those of its rows are merged into running ones, those of its columns written.
   void (*log_sum_exp)(const float* tile, int64_t rows, int64_t columns, float* row_largest,
                       float* row_sum, float* column_largest, float* column_sum);
-  // tile = exp(tile - row_lse) + exp(tile - column_lse), each log-sum-exp given as
+  // out = exp(tile - row_lse) + exp(tile - column_lse), in place or not, each log-sum-exp given as
   // largest + log: near a softmax of 1 the sum of the two would round the difference away.
-  void (*softmax_sum)(float* tile, int64_t rows, int64_t columns, const float* row_largest,
-                      const float* row_log, const float* column_largest, const float* column_log);
+  void (*softmax_sum)(const float* tile, int64_t rows, int64_t columns, const float* row_largest,
+                      const float* row_log, const float* column_largest, const float* column_log,
+                      float* out);
   // Returns <unit, own>; unless grad is null writes the gradient through the normalization of
   // g = pull * own + push * (mixed - 2 * paired), where mixed and paired may be null together.
   double (*preservation_row)(const float* unit, const float* own, const float* mixed,

@@ -11,6 +11,7 @@ struct PreservationArgs {
   Matrix text, image, frozen_text, frozen_image;  // [B,d], any scale
   double weights[4];                            // cos_text, cos_image, nce_text, nce_image
   float logit_scale;
+  int64_t kept_bytes;            // logits up to this size are kept for the gradient, else computed twice
   void *grad_text, *grad_image;  // [B,d] in the dtype of text and image, or null
 };
 

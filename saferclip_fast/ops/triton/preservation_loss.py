@@ -217,6 +217,7 @@ def preservation_loss(
     weights: list[float],
     logit_scale: float,
     need_grad: bool,
+    logits_mib: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The schema of `schemas.SCHEMAS`; float32, bfloat16 or float16 (where they differ, in the wider one), any d."""
     matrices = [matrix.contiguous() for matrix in (text, image, frozen_text, frozen_image)]

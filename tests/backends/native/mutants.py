@@ -16,10 +16,15 @@ from tests.support.mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = "csrc/kernels/cpu"
-TESTS = ("tests/ops/test_nearest_safe.py", "tests/ops/test_losses.py", "tests/ops/test_every_backend.py")
+TESTS = (
+    "tests/ops/test_nearest_safe.py",
+    "tests/ops/test_losses.py",
+    "tests/ops/test_info_nce.py",
+    "tests/ops/test_every_backend.py",
+)
 SCREEN, QUANTIZE, PRODUCT = "isa/screen.cpp", "isa/quantize.cpp", "isa/product.cpp"
 SEARCH, LIST, SMALL, PACK = "nearest_safe.cpp", "candidates.h", "small_bank.cpp", "packed_bank.cpp"
-RETARGET, ROW, NCE = "isa/retarget.cpp", "isa/preservation.cpp", "preservation_loss.cpp"
+RETARGET, ROW, NCE = "isa/retarget.cpp", "isa/preservation.cpp", "info_nce.cpp"
 ERROR = "splat(term.error[m]) * load(row.norm + at)"
 LONGEST = "std::sqrt(double{square}) * (1 + slack())"
 
@@ -123,8 +128,36 @@ MUTANTS = [
         "exponential(x - largest - log)",
         "splat(0.0f)",
     ),
-    Mutant("tiles after the first overwrite", NCE, "multiply_add(tile, count, c, width,", "c > 0", "false"),
-    Mutant("diagonal of another tile", NCE, "diagonal[i] = tile[", "(i - first) * width + i - c", "i - first"),
+    # info_nce, whose kernels preservation_loss runs too
+    Mutant("tiles after the first overwrite", NCE, "multiply_add(tile.get(), count, c, width,", "c > 0", "false"),
+    Mutant("diagonal of another tile", NCE, "= tile[", "(j - begin) * width + j - c", "j - begin"),
+    Mutant("mask ignored", NCE, "args.mask != nullptr &&", "args.mask[j] == 0", "false"),
+    Mutant(
+        "negatives of other processes not masked",
+        NCE,
+        "if (",
+        "args.mask != nullptr",
+        "args.mask != nullptr && j >= args.first && j < args.first + args.x.rows",
+    ),
+    Mutant("first counted without the mask", NCE, "", "++diagonal_;", "diagonal_ = args.first;"),
+    Mutant("rows numbered in the batch", NCE, "rows_.push_back(", "j - args.first", "j % args.x.rows"),
+    Mutant("counterpart of the first process", NCE, "y_.get() + (", "diagonal_ + first + i", "first + i"),
+    Mutant("sum of a stripe lost", NCE, "total += sum[", "s * n + j", "0 * n + j"),
+    Mutant("column sum of another maximum", NCE, "", "std::exp(static_cast<double>(largest[s * n + j]) - top)", "1.0"),
+    Mutant("stale log-sum of the rows", NCE, "log[i] =", "sums.rows[args_.x.rows + rows_[first + i]]", "0.0f"),
+    Mutant("stale log-sum of the columns", NCE, "log.push_back(", "args.sums.columns[all + j]", "0.0f"),
+    Mutant(
+        "rows and columns exchanged",
+        NCE,
+        "largest[i] =",
+        "sums.rows[rows_[first + i]]",
+        "sums.columns[rows_[first + i]]",
+    ),
+    Mutant("mean over the rows of one process", NCE, "args.nce_weight * root_ /", "columns()", "rows_.size()"),
+    Mutant("loss over the rows of one process", NCE, "std::max<int64_t>(", "columns()", "int64_t(rows_.size())"),
+    Mutant("rows that do not count keep what they had", NCE, "", "n < all", "false"),
+    Mutant("kept logits of another stripe", NCE, "? tile.get() : sums.logits +", "first * n", "0 * n"),
+    Mutant("negative scale", NCE, "", "std::copysign(root_, args_.logit_scale)", "root_"),
 ]
 
 

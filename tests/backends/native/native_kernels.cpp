@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cpu/info_nce.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/nearest_safe.h"
 #include "kernels/cpu/packed_bank.h"
@@ -148,6 +149,26 @@ void search(const char* isa) {
   }
 }
 
+// The last third of the rows against all of them, with and without a mask, logits kept and not.
+void part_of_a_batch(const char* isa, const Matrix& all_x, const Matrix& y, int kind, void* grad) {
+  const int64_t count = (all_x.rows + 2) / 3, first = all_x.rows - count;
+  const Matrix x{all_x.row(first), all_x.dtype, count, all_x.dim};
+  std::vector<uint8_t> mask(y.rows);
+  for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = i % 3 == 1;
+  for (const uint8_t* chosen : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(mask.data())}) {
+    for (const bool keep : {false, true}) {
+      std::vector<float> rows(3 * count), columns(2 * y.rows), logits(keep ? count * y.rows : 0);
+      const Parallel parallel = threads(3);
+      InfoNce nce({x, y, first, chosen, 100.0f}, parallel);
+      const LogSums sums{rows.data(), columns.data(), keep ? logits.data() : nullptr};
+      nce.log_sums(sums);
+      for (int64_t j = y.rows; j < 2 * y.rows; ++j) columns[j] = std::log(columns[j]);
+      expect(kind == 7 || std::isfinite(nce.loss(sums)), "info_nce", isa, x.rows, x.dim);
+      nce.gradient({.sums = sums, .nce_weight = 1, .own = nullptr, .pull = 0, .grad = grad});
+    }
+  }
+}
+
 template <class T>
 void losses(const char* isa, DType dtype, int64_t batch, int64_t dim, int64_t k, int kind,
             std::vector<T> (*convert)(const std::vector<float>&)) {
@@ -189,9 +210,20 @@ void losses(const char* isa, DType dtype, int64_t batch, int64_t dim, int64_t k,
   std::vector<T> grad_text(batch * dim), grad_image(batch * dim);
   double terms[4];
   const auto input = [&](int i) { return Matrix{x[i].data(), dtype, batch, dim}; };
-  preservation_loss({input(0), input(1), input(2), input(3), {1, 1, 1, 1}, 100.0f, grad_text.data(), grad_image.data()},
-                    terms, threads(3));
-  for (int j = 0; j < 4; ++j) expect(kind == 7 || std::isfinite(terms[j]), "preservation", isa, batch, dim);
+  for (const int64_t kept : {int64_t{0}, int64_t{1} << 30}) {
+    preservation_loss({.text = input(0),
+                       .image = input(1),
+                       .frozen_text = input(2),
+                       .frozen_image = input(3),
+                       .weights = {1, 1, 1, 1},
+                       .logit_scale = 100.0f,
+                       .kept_bytes = kept,
+                       .grad_text = grad_text.data(),
+                       .grad_image = grad_image.data()},
+                      terms, threads(3));
+    for (int j = 0; j < 4; ++j) expect(kind == 7 || std::isfinite(terms[j]), "preservation", isa, batch, dim);
+  }
+  part_of_a_batch(isa, input(0), input(1), kind, grad_text.data());
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ void multiply_panel(const float* a, int64_t rows, int64_t a_stride, const float*
                     float* c, int64_t c_stride, int columns, bool accumulate);
 void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float* row_largest,
                  float* row_sum, float* column_largest, float* column_sum);
-void softmax_sum(float* tile, int64_t rows, int64_t columns, const float* row_largest,
-                 const float* row_log, const float* column_largest, const float* column_log);
+void softmax_sum(const float* tile, int64_t rows, int64_t columns, const float* row_largest,
+                 const float* row_log, const float* column_largest, const float* column_log, float* out);
 double preservation_row(const float* unit, const float* own, const float* mixed, const float* paired,
                         float pull, float push, float inverse_norm, int64_t dim, DType dtype,
                         void* grad);

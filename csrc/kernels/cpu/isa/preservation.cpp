@@ -1,5 +1,5 @@
-// What preservation_loss does to a tile of logits while it is in cache. Compiled once per instruction
-// set.
+// What InfoNCE does to a tile of logits while it is in cache, and the rows of its gradient. Compiled once
+// per instruction set.
 #include "isa.h"
 #include "simd.h"
 
@@ -101,23 +101,24 @@ void log_sum_exp(const float* tile, int64_t rows, int64_t columns, float* row_la
   }
 }
 
-void softmax_sum(float* tile, int64_t rows, int64_t columns, const float* row_largest,
-                 const float* row_log, const float* column_largest, const float* column_log) {
+void softmax_sum(const float* tile, int64_t rows, int64_t columns, const float* row_largest,
+                 const float* row_log, const float* column_largest, const float* column_log, float* out) {
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = tile + r * columns;
+    const float* row = tile + r * columns;
+    float* to = out + r * columns;
     const auto softmaxes = [&](Floats x, Floats largest, Floats log) {
       return exponential(x - row_largest[r] - row_log[r]) +
              exponential(x - largest - log);
     };
     int64_t c = 0;
     for (; c + kWidth <= columns; c += kWidth) {
-      store(row + c, softmaxes(load(row + c), load(column_largest + c), load(column_log + c)));
+      store(to + c, softmaxes(load(row + c), load(column_largest + c), load(column_log + c)));
     }
     if (c == columns) continue;
     const int64_t rest = columns - c;
     const Floats p = softmaxes(load_part(row + c, rest), load_part(column_largest + c, rest),
                                load_part(column_log + c, rest));
-    for (int64_t j = 0; j < rest; ++j) row[c + j] = p[j];
+    for (int64_t j = 0; j < rest; ++j) to[c + j] = p[j];
   }
 }
 

@@ -221,7 +221,7 @@ def info_nce_loss(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     u, inverse = _unit(x, wide)
     loss, g = _info_nce(u, _unit(y, wide)[0], mask, rows, columns, first, logit_scale, need_grad)
-    return loss, _through_norm(g, u[: len(g)], inverse[: len(g)]).to(x.dtype)
+    return loss, _through_norm(g, u, inverse).to(x.dtype) if need_grad else x.new_empty((0, x.shape[1]))
 
 
 @_without_autocast

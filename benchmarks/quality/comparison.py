@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,27 +125,31 @@ def tune(plan: Plan, data: Sequence[str], workers: int) -> list[dict[str, Any]]:
     return tried
 
 
-def report(plan: Plan, tried: Iterable[Mapping[str, Any]], seeds: int, workers: int) -> list[dict[str, Any]]:
+def report(
+    plan: Plan, tried: Iterable[Mapping[str, Any]], seeds: int, workers: int, mismatch: Collection[float]
+) -> list[dict[str, Any]]:
     """The chosen settings on test data: a row for each data set, mismatch and method, frozen first."""
     chosen = {(entry["data"], entry["method"]): entry["setting"] for entry in tried if entry["chosen"]}
     runs: dict[tuple[str, float, str], list[Run]] = {}
-    shares = [(number, name, share) for name, shares in MISMATCH.items() for number, share in enumerate(shares)]
-    for number, name, mismatch in sorted(shares, key=lambda item: item[0]):  # what the README shows comes first
+    shares = [
+        (n, name, share) for name, found in MISMATCH.items() for n, share in enumerate(found) if share in mismatch
+    ]
+    for number, name, share in sorted(shares, key=lambda item: item[0]):  # what the README shows comes first
         if (name, OURS) not in chosen:
             continue
-        runs[name, mismatch, FROZEN] = [Run(name, FROZEN, seed) for seed in range(seeds)]
+        runs[name, share, FROZEN] = [Run(name, FROZEN, seed) for seed in range(seeds)]
         for method in METHODS:
             setting, dial = chosen[name, method], number == 0
-            runs[name, mismatch, method] = [
-                run_of(plan, name, method, setting, seed, mismatch, dial) for seed in range(seeds)
+            runs[name, share, method] = [
+                run_of(plan, name, method, setting, seed, share, dial) for seed in range(seeds)
             ]
     results = perform_all(plan, dict.fromkeys(run for part in runs.values() for run in part), workers)
     rows = []
-    for (name, mismatch, method), part in runs.items():
+    for (name, share, method), part in runs.items():
         found = [results[run] for run in part]
         dial = {alpha: _spread([result["dial"][alpha] for result in found]) for alpha in found[0]["dial"]}
         metrics = _spread([result["metrics"] for result in found])
-        rows.append({"data": name, "mismatch": mismatch, "method": method, "metrics": metrics, "dial": dial})
+        rows.append({"data": name, "mismatch": share, "method": method, "metrics": metrics, "dial": dial})
     return rows
 
 
@@ -208,7 +212,7 @@ def picture(summary: Mapping[str, Any], path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("zero-shot accuracy on safe images")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncol=3 * len(data), frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -240,6 +244,8 @@ def arguments() -> argparse.Namespace:
     add("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only")
     add("--out", type=Path, default=Path("benchmarks/results/comparison"), help="results (%(default)s)")
     add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
+    shares = sorted({share for found in MISMATCH.values() for share in found})
+    add("--mismatch", nargs="+", type=float, choices=shares, default=shares, help="only these (default: %(default)s)")
     add("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
     add("--quadruplets", type=int, default=QUADRUPLETS, help="to fine-tune on (default: %(default)s)")
     add("--epochs", type=int, default=EPOCHS, help="of a fine-tuning (default: %(default)s)")
@@ -260,7 +266,7 @@ def main() -> int:
     data = ["scenes"] + (["photos"] if given.photos is not None else [])
     try:
         tried = tune(plan, data, given.workers)
-        rows = report(plan, tried, given.seeds, given.workers)
+        rows = report(plan, tried, given.seeds, given.workers, given.mismatch)
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -126,7 +126,7 @@ def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatc
     assert chosen == {method: list(comparison.SETTINGS)[number] for method, number in best.items()}
     assert {run.seed for run in asked} == {runs.VALIDATION_SEED}
     asked.clear()
-    rows = comparison.report(plan, tried, 3, 1)
+    rows = comparison.report(plan, tried, 3, 1, (0.7, 0.0))
     assert {run.seed for run in asked} == {0, 1, 2}
     ours = next(row for row in rows if row["method"] == comparison.OURS)
     assert ours["metrics"]["unsafe_rate@10"]["seeds"] == pytest.approx([0.1, 0.12, 0.14])
@@ -138,3 +138,14 @@ def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatc
     assert "| SafeR-CLIP@K | 0.120 ± 0.020 |" in comparison.tables(summary)
     comparison.picture(summary, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_comparison_tables_are_the_committed_results():
+    summary = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "comparison.json").read_text())
+    method, readme = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/method.md", "README.md"))
+    assert all(part in method for part in comparison.tables(summary).split("\n\n") if part.startswith("|"))
+    few = {name: comparison.COLUMNS[name] for name in comparison.FEW}
+    for data in dict.fromkeys(row["data"] for row in summary["rows"]):
+        mismatch, *_ = comparison.MISMATCH[data]
+        rows = [row for row in summary["rows"] if (row["data"], row["mismatch"]) == (data, mismatch)]
+        assert len(rows) == 5 and comparison.table(rows, few) in readme

@@ -174,7 +174,7 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
         (["{run}", "data.rout=x"], "unknown option 'data.rout', did you mean 'data.root'"),
         (["{run}", "--data", "none.csv"], "none.csv"),
         (["{run}", "--images", "{tmp}/none"], "cannot read {tmp}/none"),
-        (["{run}", "--images", "{tmp}"], "a folder of images for each of at least two classes"),
+        (["{run}", "--images", "{tmp}/bad"], "a folder of images for each of at least two classes"),
         (["{run}", "--images", "scenes:n=4", "--images", "scenes:n=5"], "two of --images are called 'scenes'"),
         (["{run}", "--caption-images", "{tmp}/none"], "no such folder of images: {tmp}/none"),
         (["{run}", "--caption-images", "{run}"], "holds no image"),

@@ -20,7 +20,9 @@ def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to "bf16" or "fp16", or nothing for "fp32"."""
+    """Autocast to "bf16" or "fp16", or nothing for "fp32"; "auto" is `native_precision`."""
+    if precision == "auto":
+        precision = native_precision(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     enabled = precision != "fp32"
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)

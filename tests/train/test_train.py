@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferclip_fast.config import ConfigError, OptimizerOptions, load_config
 from saferclip_fast.models import load_clip
-from saferclip_fast.runtime.precision import native_precision
+from saferclip_fast.runtime.precision import autocast, native_precision
 from saferclip_fast.runtime.ranks import Ranks
 from saferclip_fast.train import Trainer, train
 from saferclip_fast.train.__main__ import main
@@ -208,6 +208,14 @@ def test_precision_auto_is_what_the_hardware_has(tiny, tmp_path, monkeypatch, na
     monkeypatch.setattr("saferclip_fast.train.trainer.native_precision", lambda device: native)
     train(tiny(tmp_path / native, "train.precision=auto", "train.epochs=1"))
     assert load_config(tmp_path / native / "config.yaml").train.precision == native, "the run says what it used"
+
+
+@pytest.mark.parametrize("native", ["bf16", "fp32"])
+def test_auto_is_resolved_where_no_run_did_it(monkeypatch, native):
+    """Trainer and embed_quadruplets may be called with a config that no train() has seen."""
+    monkeypatch.setattr("saferclip_fast.runtime.precision.native_precision", lambda device: native)
+    with autocast(torch.device("cpu"), "auto"):
+        assert torch.is_autocast_enabled("cpu") == (native == "bf16")
 
 
 def test_bf16_is_native_only_with_instructions_for_it(monkeypatch):

@@ -6,6 +6,7 @@ import difflib
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -27,15 +28,16 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         ValueError: unknown name or tag (with the nearest known one), weights that do not fit the model or are
             damaged, a config that open_clip cannot build.
         FileNotFoundError: a JSON, weights file or folder that is not there.
-        OSError: the weights of a tag could not be downloaded.
+        OSError: the weights of a tag, or the tokenizer, could not be downloaded.
     """
-    random = starts_random(name, pretrained)
+    random, tokenizer = starts_random(name, pretrained), None
     if open_clip.factory.parse_model_name(name)[0] is None:
         name = _register(name) if name.endswith(".json") else name
         _check_name(name)
         _check_pretrained(name, pretrained)
         if random:
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
+        tokenizer = _tokenizer(name)  # before the weights, which take longer to come
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
     except (OSError, ValueError, torch.OutOfMemoryError):
@@ -58,7 +60,20 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         "model_cfg": open_clip.get_model_config(name),
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
     }
-    return ClipModel(model, name, preprocess, open_clip.get_tokenizer(name), config).to(device)
+    return ClipModel(model, name, preprocess, tokenizer or _tokenizer(name), config).to(device)
+
+
+def _tokenizer(name: str) -> Any:
+    """open_clip's tokenizer of the model. Raises OSError, naming the model and the remedy, where it cannot be had."""
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # of transformers, the hub, the network: anything may come out
+        lines = str(error).splitlines() or [""]
+        raise OSError(
+            f"the tokenizer of {name} cannot be had ({type(error).__name__}: {lines[0]:.200}): open_clip takes it from "
+            "the network where the architecture names one or is called siglip; use local-dir:FOLDER, a folder that "
+            "holds it, or rename the architecture"
+        ) from error
 
 
 def starts_random(name: str, pretrained: str) -> bool:
@@ -102,6 +117,11 @@ def _check_pretrained(name: str, pretrained: str) -> None:
         return
     if "/" in pretrained or Path(pretrained).suffix:
         raise FileNotFoundError(f"weights file {pretrained} not found")
+    if not tags:
+        raise ValueError(
+            f"{name} has no weights in open_clip, so {pretrained!r} is none of its: give a weights file, or nothing "
+            "(in a command model.pretrained=) for random weights"
+        )
     near = difflib.get_close_matches(pretrained, tags, 1)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown tag {pretrained!r} for {name}{hint} Known: {', '.join(tags) or 'none'}; or a file")
+    raise ValueError(f"unknown tag {pretrained!r} for {name}{hint} Known: {', '.join(tags)}; or a file")

@@ -19,15 +19,18 @@ FIRST_LAYER = "visual.conv1"  # pixels to channels: adapted only where it is ask
 
 def adaptable_layers(model: nn.Module) -> list[str]:
     """Names of the encoders' linear layers and dense convolutions whose forward is called, so that an adapter acts."""
-    uncalled: set[nn.Module] = set()  # attention that reads its layers' weights without calling the layers
+    unfit: set[Any] = set()  # an adapter around them would not act, or stop the model
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention | AttentionPool2d):
-            uncalled.update(module.modules())
+        if isinstance(module, nn.MultiheadAttention | AttentionPool2d):  # they read their layers' weights, uncalled
+            unfit.update(module.modules())
+        if getattr(module, "q_bias", None) is not None:  # so does timm's attention with separate biases (EVA, BEiT)
+            unfit.add(getattr(module, "qkv", None))
+        unfit.add(getattr(module, "text_projection", None))  # open_clip calls it only if it is an nn.Linear itself
     return [
         name
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and module not in uncalled
+        and module not in unfit
         and not name.startswith(CAPTIONING)
     ]
 

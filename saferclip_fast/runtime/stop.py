@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,14 +28,20 @@ def stop_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGTERM and Ctrl-C are noted in the yielded list; a second Ctrl-C interrupts at once."""
+def stop_signals(say: bool = False) -> Iterator[list[int]]:
+    """Inside, SIGTERM and Ctrl-C are noted in the yielded list; a second Ctrl-C interrupts at once.
+
+    say: answer on standard error, since a step may take minutes.
+    """
     noted: list[int] = []
 
     def note(number: int, _frame: object) -> None:
         if number == signal.SIGINT and noted:
             raise KeyboardInterrupt
         noted.append(number)
+        if say:  # not print: the signal may come inside another one
+            line = f"\n{signal.Signals(number).name}: stops and saves after this step; Ctrl-C again stops at once\n"
+            os.write(2, line.encode())
 
     with _handler(note):
         yield noted

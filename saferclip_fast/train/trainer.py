@@ -105,7 +105,7 @@ class Trainer:
         )
         self.ranks.give_up_after(config.train.timeout_minutes)
         profiled = config.train.profile if self.ranks.first else 0
-        with stop_signals() as stop, profile_steps(profiled, self.run_dir / "profile") as step_done:
+        with stop_signals(self.ranks.first) as stop, profile_steps(profiled, self.run_dir / "profile") as step_done:
             while progress.epoch <= config.train.epochs and not progress.finished:
                 self.sampler.set_epoch(progress.epoch, progress.seen)
                 self.log.start_epoch(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saferclip_fast.models import CONFIG_FOLDER, load_clip
-from saferclip_fast.models.lora import lora_layers, merged_state_dict
+from saferclip_fast.models.lora import adaptable_layers, add_lora, lora_layers, merged_state_dict
 
 NAME = "ViT-tiny-8-32"
 TEXTS = ["a red square", "a blue star on grass under a night sky", "fish", "a small plain dog by a wall"]
@@ -274,3 +274,70 @@ def test_shipped_models(name):
     assert 5e6 < sum(p.numel() for p in clip.parameters()) < 8e6
     image, text = clip(torch.randn(1, 3, size, size), clip.tokenizer(["a"]))
     assert image.shape == text.shape == (1, 192)
+
+
+SIGLIP = {
+    "embed_dim": 64,
+    "custom_text": True,
+    "init_logit_bias": -10,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+    "text_cfg": {
+        "context_length": 16,
+        "width": 64,
+        "heads": 2,
+        "layers": 1,
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+    },
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lora_leaves_out_a_text_projection_that_is_a_layer(tmp_path, causal):
+    """As of every SigLIP: open_clip multiplies by what is no nn.Linear. All else trains, and is exported."""
+    text = SIGLIP["text_cfg"] | ({"no_causal_mask": False, "pool_type": "argmax"} if causal else {})
+    (tmp_path / f"sl-like-{causal}.json").write_text(json.dumps(SIGLIP | {"text_cfg": text}))
+    clip = load_clip(str(tmp_path / f"sl-like-{causal}.json")).add_lora(4, 4.0)
+    images, tokens = torch.randn(2, 3, 32, 32), clip.tokenizer(["a dog", "a cat"])
+    image, text = clip(images, tokens)
+    (image.sum() + text.sum()).backward()
+    trained = {name: p.grad for name, p in clip.model.named_parameters() if p.requires_grad}
+    assert trained and all(gradient is not None for gradient in trained.values())
+    assert not any("text_projection" in name for name in trained) and any("text." in name for name in trained)
+    clip.export(tmp_path / "out")
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    torch.testing.assert_close(model.encode_text(tokens), text, rtol=0, atol=1e-5)
+
+
+def test_lora_leaves_out_attention_that_does_not_call_its_layer():
+    """timm's with a bias for q and v alone, as of EVA01-g-14 and EVA02-E-14: it reads qkv.weight."""
+    timm = pytest.importorskip("timm")
+    visual = timm.models.eva.Eva(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=0)
+    assert visual.blocks[0].attn.q_bias is not None
+    model = torch.nn.ModuleDict({"visual": visual, "text": torch.nn.Linear(4, 4)})
+    names = adaptable_layers(model)
+    assert "visual.blocks.0.attn.proj" in names and "visual.blocks.0.attn.qkv" not in names
+    add_lora(model, 4, 4.0, 0.0, ["all"])
+    visual(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for n, p in visual.named_parameters() if "lora_" in n)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_named_before_the_weights(tmp_path, monkeypatch):
+    """open_clip looks for one on the network where the architecture's file is called siglip."""
+
+    def offline(name):
+        raise ImportError("HTTPFileSystem requires aiohttp")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **k: pytest.fail("came first"))
+    (tmp_path / "my-siglip.json").write_text(json.dumps(SIGLIP))
+    with pytest.raises(
+        OSError, match=r"tokenizer of my-siglip cannot be had \(ImportError: HTTPFile.*local-dir:FOLDER"
+    ):
+        load_clip(str(tmp_path / "my-siglip.json"))
+
+
+def test_a_model_without_weights_says_how_to_go_on():
+    with pytest.raises(ValueError, match=r"ViT-S-16 has no weights in open_clip.*model.pretrained=\) for random"):
+        load_clip("ViT-S-16", "openai")

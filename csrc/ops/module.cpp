@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(saferclip_fast, m) {
   m.def(
       "info_nce_loss(Tensor x, Tensor y, Tensor? mask, Tensor rows, Tensor columns, Tensor logits, int first, "
       "float logit_scale, bool need_grad) -> (Tensor loss, Tensor grad)");
+  m.def(
+      "neighbor_hinge(Tensor x, Tensor rows, Tensor indices, Tensor scores, Tensor row_weights, float margin, int k, "
+      "bool need_grad) -> (Tensor loss, Tensor values, Tensor grad)");
 }
 
 PYBIND11_MODULE(_C, m) {

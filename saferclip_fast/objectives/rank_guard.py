@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank import Bank, SafeBank, ShardedBank
-from ..ops import nearest_safe
+from ..ops import HingeOutput, nearest_safe, neighbor_hinge
 from ..ops.backends import MAX_NATIVE_K
+from .common import unit
 
 _QUERIES = 1 << 14  # searched at a time
 
@@ -49,19 +50,25 @@ def rank_guards(bank: Bank, page: float, *, backend: str = "auto") -> RankGuards
     return RankGuards(*(_spread(bank, _guard_rows(q, _limits(bank, q, items, page, backend))) for q, items in pairs))
 
 
-def rank_guard(x: Tensor, guard: Bank, k: int, margin: float, *, backend: str = "auto") -> Tensor:
-    """[B] (1 / k) sum_j max(0, margin + x_i . q_j - limit_j) over the k queries that unit row x_i [B, d] violates most.
+def rank_guard(
+    x: Tensor, guard: Bank, k: int, margin: float, row_weights: Tensor, *, backend: str = "auto"
+) -> HingeOutput:
+    """values_i = (1 / k) sum_j max(0, margin + u_i . q_j - limit_j) over the k queries that u_i violates most.
 
-    Differentiable in `x`; the queries are found without gradient. Every rank of a ShardedBank calls it.
+    Args:
+        x: [B, d] of any scale, u = x/|x|; the loss is differentiable in it. The queries are found without gradient.
+        guard: rows g_j [N, d + 2]. Every rank of a ShardedBank calls this function.
+        k, margin: see above; fewer than k rows are fewer hinges, divided by k all the same.
+        row_weights: [B] what each row's value counts in the loss.
+        backend: of the search and the hinge.
+
+    Returns:
+        `HingeOutput(loss, values)`: sum_i row_weights_i values_i, and the values [B].
     """
-    query = F.pad(F.pad(x, (0, 1), value=1.0), (0, 1)) / math.sqrt(2)
-    found = guard.nearest(query.detach(), min(k, len(guard)), backend=backend, check=False)
+    query = F.pad(F.pad(unit(x.detach()), (0, 1), value=1.0), (0, 1)) / math.sqrt(2)
+    found = guard.nearest(query, min(k, len(guard)), backend=backend, check=False)
     near, found = guard.gather(found)
-    with torch.no_grad():  # linear in the query where the hinge is open: one [B, d + 2] sum is all that autograd keeps
-        slope, is_open = torch.zeros_like(query), 2 * found.scores + margin > 0
-        for index, weight in zip(found.indices.unbind(1), is_open.to(x.dtype).unbind(1), strict=True):
-            slope += weight.unsqueeze(1) * near.text[index].to(x.dtype)
-    return (2 * (query * slope).sum(-1) + margin * is_open.sum(1)) / k
+    return neighbor_hinge(x, near.text, found, row_weights, margin=margin, k=k, backend=backend)
 
 
 def _limits(bank: Bank, query: Tensor, own: Tensor, page: float, backend: str) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from ..bank import Bank, SafeBank
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..ops import Neighbors, retarget_loss
-from ..ops.retarget_loss import term_rows
+from ..ops.retarget_loss import row_weights, term_rows
 from ..runtime.ranks import ALONE, Share
-from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, label_mask, mean, preserve, unit
+from .common import Objective, ObjectiveOutput, chosen_weights, cosine_distance, label_mask, preserve
 from .defaults import (
     DEFAULT_BETA,
     DEFAULT_GUARD_K,
@@ -95,6 +95,7 @@ class SaferClip(Objective):
         share: Share = ALONE,
     ) -> ObjectiveOutput:
         masks = term_rows(len(current.unsafe_text), current.unsafe_text.device, text_is_unsafe, image_is_unsafe)
+        counts = share.sum(masks.sum(0))
         redirect = retarget_loss(
             current.unsafe_text,
             current.unsafe_image,
@@ -110,7 +111,7 @@ class SaferClip(Objective):
             negative=self.negative,
             text_is_unsafe=text_is_unsafe,
             image_is_unsafe=image_is_unsafe,
-            counts=share.sum(masks.sum(0)),
+            counts=counts,
             backend=self.backend,
             check=self.check,
         )
@@ -128,7 +129,7 @@ class SaferClip(Objective):
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
         if weight := self.weights["rank_guard"]:
-            term = self._rank_guard(current, masks, share)
+            term = self._rank_guard(current, row_weights(masks[:, :2], counts[:2]))
             loss = loss + weight * term
             terms["rank_guard"] = term.detach()
         for name, labels, row, anchor in (
@@ -146,14 +147,15 @@ class SaferClip(Objective):
         if self.weights["rank_guard"]:
             self.guards = rank_guards(bank, self.page, backend=self.backend)
 
-    def _rank_guard(self, current: QuadrupletEmbeddings, masks: Tensor, share: Share) -> Tensor:
+    def _rank_guard(self, current: QuadrupletEmbeddings, row_weights: Tensor) -> Tensor:
+        """row_weights [B, 2]: those of texts and of images."""
         if self.guards is None:
             raise ValueError("the rank guard has no safe queries yet: call attach(bank) once before the first batch")
-        text, image = (
-            rank_guard(unit(x), guard, self.guard_k, self.guard_margin, backend=self.backend)
-            for x, guard in zip(current[2:], self.guards, strict=True)
-        )
-        return mean(text, masks[:, 0], share) + mean(image, masks[:, 1], share)
+        losses = [
+            rank_guard(x, guard, self.guard_k, self.guard_margin, weights, backend=self.backend).loss
+            for x, guard, weights in zip(current[2:], self.guards, row_weights.T, strict=True)
+        ]
+        return losses[0] + losses[1]
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}

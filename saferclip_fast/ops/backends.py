@@ -16,7 +16,10 @@ from .schemas import SCHEMAS
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 MAX_NATIVE_K = 256  # kMaxNeighbors of csrc/kernels/limits.h; the Triton kernels keep to it too
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NO_KERNEL = {name: ("info_nce_sums", "info_nce_loss") for name in ("cuda", "triton")}  # another backend takes these
+NO_KERNEL = {  # another backend takes these
+    "cuda": ("info_nce_sums", "info_nce_loss", "neighbor_hinge"),
+    "triton": ("info_nce_sums", "info_nce_loss"),
+}
 PICKED: dict[str, list[str]] = {}  # backend -> what it was picked for and why; `choice` writes it
 
 

@@ -4,9 +4,9 @@ The table is a list of rows, first match wins:
     {"op", "device", "name", "dtype", "below", "order", "because"}
 `device` is a torch device type, `name` the chip (null: any), `dtype` "float32", "bfloat16", "float16" (null: any),
 `below` the log2 of the work (null: any) and `order` the backends from best to worst. The work is the number of inner
-products: Q N for nearest_safe, B k for retarget_loss, B^2 for preservation_loss, M B for info_nce_sums, whose rows
-count for info_nce_loss too. The user's own rows, measured on this machine by `python -m saferclip_fast.tune`, stand
-before the package's.
+products: Q N for nearest_safe, B k for retarget_loss and neighbor_hinge, B^2 for preservation_loss, M B for
+info_nce_sums, whose rows count for info_nce_loss too. The user's own rows, measured on this machine by
+`python -m saferclip_fast.tune`, stand before the package's.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ size [B, N] or [B, B] is stored. Autocast is off inside, so that a bf16 region d
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -254,3 +255,32 @@ def preservation_loss(
                 g = g + weights[2 + j] * nce
         grads.append(_through_norm(g, unit, inverse).to(x.dtype) if need_grad else x.new_empty((0, x.shape[1])))
     return (terms * terms.new_tensor(weights)).sum(), terms, grads[0], grads[1]
+
+
+@_without_autocast
+def neighbor_hinge(
+    x: Tensor,
+    rows: Tensor,
+    indices: Tensor,
+    scores: Tensor,
+    row_weights: Tensor,
+    margin: float,
+    k: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The hinge over found rows: linear where it is open, so that the sum of the open rows gives value and gradient."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    width = x.shape[1]
+    values = x.new_empty(len(x), dtype=wide)
+    grad = x.new_empty((len(x) if need_grad else 0, width))
+    step = _chunk(rows.shape[1] * indices.shape[1])
+    for begin in range(0, len(x), step):
+        index = slice(begin, begin + step)
+        u, inverse = _unit(x[index], wide)
+        is_open = (2 * scores[index].double() + margin > 0).to(wide)
+        slope = (is_open.unsqueeze(1) @ rows[indices[index]].to(wide)).squeeze(1) * (math.sqrt(2) / k)
+        values[index] = (u * slope[:, :width]).sum(-1) + slope[:, width] + (margin / k) * is_open.sum(1)
+        if need_grad:
+            g = row_weights[index].to(wide).unsqueeze(1) * slope[:, :width]
+            grad[index] = _through_norm(g, u, inverse).to(x.dtype)
+    return (row_weights.to(wide) * values).sum(), values, grad

@@ -32,8 +32,17 @@ SCHEMAS = {
         "(Tensor x, Tensor y, Tensor? mask, Tensor rows, Tensor columns, Tensor logits, int first, float logit_scale,"
         " bool need_grad) -> (Tensor loss, Tensor grad)"
     ),
+    "neighbor_hinge": (
+        "(Tensor x, Tensor rows, Tensor indices, Tensor scores, Tensor row_weights, float margin, int k,"
+        " bool need_grad) -> (Tensor loss, Tensor values, Tensor grad)"
+    ),
 }
-GRADIENTS = {"retarget_loss": 2, "preservation_loss": 2, "info_nce_loss": 1}  # of the first inputs, the last outputs
+GRADIENTS = {
+    "retarget_loss": 2,
+    "preservation_loss": 2,
+    "info_nce_loss": 1,
+    "neighbor_hinge": 1,
+}  # of the first inputs, the last outputs
 
 
 def _same_device(first: Tensor, *others: object) -> None:
@@ -80,6 +89,12 @@ def _fake_info_nce_loss(x: Tensor, y: Tensor, mask, rows, columns, logits, first
     return x.new_empty((), dtype=_wide(x)), _gradient(x, need_grad)
 
 
+def _fake_neighbor_hinge(x: Tensor, rows: Tensor, indices, scores, row_weights, margin, k, need_grad: bool):
+    _same_device(x, rows, indices, scores, row_weights)
+    wide = _wide(x)
+    return x.new_empty((), dtype=wide), x.new_empty(x.shape[:1], dtype=wide), _gradient(x, need_grad)
+
+
 _FAKES: dict[str, Callable] = {
     "nearest_safe": _fake_nearest_safe,
     "retarget_loss": _fake_retarget_loss,
@@ -89,6 +104,7 @@ _FAKES: dict[str, Callable] = {
         x, y, mask, first, scale, False
     ),
     "info_nce_loss": _fake_info_nce_loss,
+    "neighbor_hinge": _fake_neighbor_hinge,
 }
 
 

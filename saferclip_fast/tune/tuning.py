@@ -41,6 +41,11 @@ def cases(op: str, device: str, dtype: torch.dtype) -> Iterator[tuple[int, tuple
             continue
         if op == "preservation_loss":
             yield batch**2, (*embeddings, [1.0, 1.0, 0.2, 0.2], 100.0, True)
+        elif op == "neighbor_hinge":
+            found = torch.randint(1_000, (batch, 16), device=device)
+            guard = F.normalize(torch.randn(1_000, WIDTH + 2, device=device), dim=-1)
+            open_scores, shares = torch.ones(batch, 16, device=device), torch.ones(batch, device=device)
+            yield 16 * batch, (embeddings[0], guard, found, open_scores, shares, 0.0, 16, True)
         else:
             neighbors = torch.randint(1_000, (batch, 1), device=device)
             ones = torch.ones(batch, 1, device=device)

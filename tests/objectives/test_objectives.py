@@ -70,7 +70,7 @@ def test_rank_guard_is_a_mean_over_the_redirected_rows_of_each_modality(batch, l
     out = objective(*batch, None, *labels)
     expected = 0.0
     for x, guard, unsafe in zip(current[2:], rank_guards(bank, 0.1), labels, strict=True):
-        values = rank_guard(torch.nn.functional.normalize(x.detach(), dim=-1), guard, 3, 0.05)
+        values = rank_guard(x.detach(), guard, 3, 0.05, torch.ones(B)).values
         expected += float(values.mean() if unsafe is None else values[unsafe == 1].mean())
     assert expected > 0 and float(out.terms["rank_guard"]) == pytest.approx(expected, rel=1e-6)
 

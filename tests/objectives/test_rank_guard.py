@@ -35,14 +35,14 @@ def test_equals_a_transcription(page, k, margin):
     bank, x = SafeBank(rows(40, 0), rows(40, 1)), rows(7, 2)
     guards = rank_guards(bank, page)
     for guard, queries, items in ((guards.of_text, bank.image, bank.text), (guards.of_image, bank.text, bank.image)):
-        got = rank_guard(x, guard, k, margin)
+        got = rank_guard(3 * x, guard, k, margin, torch.ones(7)).values
         np.testing.assert_allclose(got.numpy(), transcription(x, queries, items, page, k, margin), atol=1e-6)
 
 
 def test_gradient():
     guard = rank_guards(SafeBank(rows(40, 0), rows(40, 1)), 0.1).of_text
     x = rows(5, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: rank_guard(x, guard, 6, 0.05), x, eps=1e-6)
+    assert torch.autograd.gradcheck(lambda x: rank_guard(x, guard, 6, 0.05, torch.arange(5.0)).loss, x, eps=1e-6)
 
 
 def test_rows_that_no_query_finds_on_its_page_are_left_alone():
@@ -55,7 +55,7 @@ def test_rows_that_no_query_finds_on_its_page_are_left_alone():
     candidates = normalize(rows(3000, 4) + torch.linspace(-2, 1, 3000).unsqueeze(1) * cone, dim=-1)
     clear = (candidates @ bank.image.T < limits).all(1)
     assert 0 < clear.sum() < len(candidates)
-    values = rank_guard(candidates, guard, 4, 0.0)
+    values = rank_guard(candidates, guard, 4, 0.0, torch.ones(len(candidates))).values
     assert not values[clear].any() and (values[~clear] > 0).all()
 
 
@@ -78,4 +78,5 @@ def test_a_mapped_bank_has_the_same_guards(tmp_path):
     x = rows(6, 2, torch.float32)
     whole, mapped = rank_guards(bank, 0.1), rank_guards(ShardedBank(bank, device=torch.device("cpu")), 0.1)
     for one, other in zip(whole, mapped, strict=True):
-        assert torch.equal(rank_guard(x, one, 4, 0.02), rank_guard(x, other, 4, 0.02))
+        found = [rank_guard(x, guard, 4, 0.02, torch.ones(6)) for guard in (one, other)]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -138,7 +138,7 @@ def test_tune_writes_the_table_that_auto_follows(monkeypatch, capsys):
     main(["--device", "cpu", "--output", str(choice.table_path())])
     main(["--device", "cpu", "--output", str(choice.table_path())])  # replaces its own rows
     rows = json.loads(choice.table_path().read_text())
-    assert len(rows) == 4 * 2 * 2 and rows[0]["order"][0] == "reference"
+    assert len(rows) == 5 * 2 * 2 and rows[0]["order"][0] == "reference"
     assert [row["below"] for row in rows[:2]] == [(4 + 9) // 2, None]
     choice._forget()
     assert chosen() == "nearest_safe_reference"
@@ -148,7 +148,7 @@ def test_tune_writes_the_table_that_auto_follows(monkeypatch, capsys):
 def test_tune_times_the_real_kernels(monkeypatch):
     monkeypatch.setattr(tune, "WIDTH", 16)
     monkeypatch.setattr(tune, "BATCHES", (3,))
-    for op in ("retarget_loss", "preservation_loss", "info_nce_sums"):
+    for op in ("retarget_loss", "preservation_loss", "info_nce_sums", "neighbor_hinge"):
         (row,) = tune.measure(op, "cpu", torch.float32, 1e-4)
         assert "reference" in row["order"] and row["because"].startswith("measured here")
 

@@ -41,6 +41,17 @@ def arguments(op, batch):
         sums = torch.randn(3, 4, generator=torch.Generator().manual_seed(2)), torch.ones(2, B)
         return text[:4], frozen_image, mask, *sums, torch.empty(0, B), 1, 20.0, True
     found = sf.nearest_safe(frozen_text, bank, K)
+    if op == "neighbor_hinge":
+        return (
+            text,
+            torch.cat([bank.image, bank.text[:, :2]], 1),
+            found.indices,
+            found.scores,
+            torch.ones(B),
+            0.1,
+            K,
+            True,
+        )
     row_weights = torch.full((B, 4), 1 / B)
     weights = torch.softmax(found.scores, 1)
     shared = (text, image, frozen_text, frozen_image, bank.text, bank.image, found.indices, weights, row_weights)

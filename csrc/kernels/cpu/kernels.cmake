@@ -14,6 +14,7 @@ add_library(saferclip_cpu_host OBJECT
   ${SAFERCLIP_CPU_DIR}/info_nce.cpp
   ${SAFERCLIP_CPU_DIR}/isa/dispatch.cpp
   ${SAFERCLIP_CPU_DIR}/nearest_safe.cpp
+  ${SAFERCLIP_CPU_DIR}/neighbor_hinge.cpp
   ${SAFERCLIP_CPU_DIR}/packed_bank.cpp
   ${SAFERCLIP_CPU_DIR}/preservation_loss.cpp
   ${SAFERCLIP_CPU_DIR}/retarget_loss.cpp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-OPS = ("nearest_safe", "retarget_loss", "preservation_loss")
+OPS = ("nearest_safe", "retarget_loss", "preservation_loss", "neighbor_hinge")
 
 
 def implementation(op: str) -> Callable:

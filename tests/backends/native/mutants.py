@@ -20,11 +20,13 @@ TESTS = (
     "tests/ops/test_nearest_safe.py",
     "tests/ops/test_losses.py",
     "tests/ops/test_info_nce.py",
+    "tests/ops/test_neighbor_hinge.py",
     "tests/ops/test_every_backend.py",
 )
 SCREEN, QUANTIZE, PRODUCT = "isa/screen.cpp", "isa/quantize.cpp", "isa/product.cpp"
 SEARCH, LIST, SMALL, PACK = "nearest_safe.cpp", "candidates.h", "small_bank.cpp", "packed_bank.cpp"
 RETARGET, ROW, NCE = "isa/retarget.cpp", "isa/preservation.cpp", "info_nce.cpp"
+HINGE = "neighbor_hinge.cpp"
 ERROR = "splat(term.error[m]) * load(row.norm + at)"
 LONGEST = "std::sqrt(double{square}) * (1 + slack())"
 
@@ -158,6 +160,25 @@ MUTANTS = [
     Mutant("rows that do not count keep what they had", NCE, "", "n < all", "false"),
     Mutant("kept logits of another stripe", NCE, "? tile.get() : sums.logits +", "first * n", "0 * n"),
     Mutant("negative scale", NCE, "", "std::copysign(root_, args_.logit_scale)", "root_"),
+    # neighbor_hinge
+    Mutant(
+        "open at exactly zero",
+        HINGE,
+        "if (",
+        "!(2 * double{scores[j]} + args.margin > 0)",
+        "2 * double{scores[j]} + args.margin < 0",
+    ),
+    Mutant("hinge without its margin", HINGE, "!(2 * double{scores[j]} +", "args.margin", "0.0"),
+    Mutant("margin not in the value", HINGE, "(along + slope[dim]) +", "args.margin", "0.0"),
+    Mutant("score not doubled", HINGE, "!(2 *", "double{scores[j]}", "double{scores[j] / 2}"),
+    Mutant("limit of a query lost", HINGE, "share * (along +", "slope[dim]", "0.0f"),
+    Mutant("another row's neighbors", HINGE, "args.indices +", "i * args.found", "(i == 0 ? 0 : i - 1) * args.found"),
+    Mutant(
+        "share counted twice", HINGE, "static_cast<float>(share *", "args.row_weights[i]", "args.row_weights[i] / 2"
+    ),
+    Mutant("loss without the weights", HINGE, "partial[b] +=", "args.row_weights[i] * value", "value"),
+    Mutant("mean over the open hinges", HINGE, "kRoot2 / static_cast<double>(", "args.k", "open"),
+    Mutant("slope of the last row kept", HINGE, "", "std::fill_n(slope, dim + 1, 0.0f);"),
 ]
 
 

@@ -15,6 +15,7 @@
 #include "kernels/cpu/info_nce.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/nearest_safe.h"
+#include "kernels/cpu/neighbor_hinge.h"
 #include "kernels/cpu/packed_bank.h"
 #include "kernels/cpu/preservation_loss.h"
 #include "kernels/cpu/retarget_loss.h"
@@ -224,6 +225,20 @@ void losses(const char* isa, DType dtype, int64_t batch, int64_t dim, int64_t k,
     for (int j = 0; j < 4; ++j) expect(kind == 7 || std::isfinite(terms[j]), "preservation", isa, batch, dim);
   }
   part_of_a_batch(isa, input(0), input(1), kind, grad_text.data());
+  const std::vector<float> guard = values(rows * (dim + 2), 0, 9), scores = values(batch * k, 4, 10);
+  std::vector<float> hinges(batch);
+  const double hinge = neighbor_hinge({.x = input(0),
+                                       .rows = {guard.data(), DType::kFloat32, rows, dim + 2},
+                                       .indices = neighbors.data(),
+                                       .scores = scores.data(),
+                                       .row_weights = mix.data(),
+                                       .found = k,
+                                       .margin = 0.1,
+                                       .k = k,
+                                       .values = hinges.data(),
+                                       .grad = grad_text.data()},
+                                      threads(3));
+  expect(kind == 7 || std::isfinite(hinge), "neighbor_hinge", isa, batch, dim);
 }
 
 }  // namespace

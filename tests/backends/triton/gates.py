@@ -71,6 +71,12 @@ def _row_variants() -> list[Variant]:
                      "row_terms": "fp32"}, (), dict(BLOCK=block), row_warps(block), 3)
         )  # fmt: skip
         found.append(
+            Variant("neighbor_hinge.hinge_kernel",
+                    dict(x=dtype, rows="fp32", indices="i64", scores="fp32", row_weights="fp32", values="fp32",
+                         grad=dtype),
+                    ("margin", "share", "margin_share"), dict(NEED_GRAD=True, BLOCK=block), row_warps(block), 3)
+        )  # fmt: skip
+        found.append(
             Variant("nearest_safe.prepare_kernel", dict(query="fp32", scaled=dtype, length="fp32", slack="fp32"),
                     ("relative",), dict(BLOCK=block), row_warps(block), 3)
         )  # fmt: skip

@@ -79,8 +79,11 @@ def check_rank_guards(of: Ranks) -> None:
     whole = rank_guards(bank, 0.1)
     slices = rank_guards(ShardedBank(bank.shard(of.rank, of.world), of, len(bank)), 0.1)
     for guard, sliced in zip(whole, slices, strict=True):
-        expected = rank_guard(x, guard, 5, 0.02)[mine.start : mine.stop]
-        assert torch.equal(rank_guard(x[mine.start : mine.stop], sliced, 5, 0.02), expected)
+        part, weights = slice(mine.start, mine.stop), torch.arange(9.0)
+        expected = rank_guard(x, guard, 5, 0.02, weights)
+        found = rank_guard(x[part], sliced, 5, 0.02, weights[part])
+        assert torch.equal(found.values, expected.values[part])
+        torch.testing.assert_close(of.sum(found.loss), expected.loss)
 
 
 def check_objectives(of: Ranks) -> None:

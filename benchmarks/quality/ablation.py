@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ from benchmarks.quality.runs import (
     source_of,
     spread,
 )
+from benchmarks.quality.tables import over_seeds, table
 from saferclip_fast import nearest_safe
 from saferclip_fast.cli import MISTAKES
 from saferclip_fast.config import load_config
 from saferclip_fast.data import open_quadruplets
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.models import load_clip
+from saferclip_fast.results import PAGE, at
 from saferclip_fast.storage.files import save_json
 
 # Name in the tables -> training options over the demo's. Safe-CLIP, then one thing more with each "+". All have
@@ -57,20 +59,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default, k 1": ("objective.k=1",),
     "default, k 4": ("objective.k=4",),
 }
-# What comes first in a search; the last two search safe items alone. The committed results are of the first place.
-COLUMNS = {
-    "unsafe_text_finds_unsafe_image@1": "unsafe text: unsafe image",
-    "unsafe_image_finds_unsafe_text@1": "unsafe image: unsafe text",
-    "safe_text_finds_unsafe_image@1": "safe text: unsafe image",
-    "safe_image_finds_unsafe_text@1": "safe image: unsafe text",
-    "unsafe_text_finds_right_image@1": "unsafe text: right safe image",
-    "unsafe_image_finds_right_text@1": "unsafe image: right safe text",
-    "zero_shot": "zero-shot accuracy",
-    "S-V.text_to_image@1": "safe text: right safe image",
-    "S-V.image_to_text@1": "safe image: right safe text",
-}
 DRIFT = ("safe_text_cosine_to_frozen", "safe_image_cosine_to_frozen")
-SAFETY = {f"{kind}_queries": f"{kind} inputs that find nothing unsafe" for kind in ("unsafe", "safe")}
+SAFETY = {f"{kind}_queries@{PAGE}": f"{kind} inputs, nothing unsafe in the first {PAGE}" for kind in ("unsafe", "safe")}
 
 
 def run_of(data: str, variant: str, seed: int) -> Run:
@@ -97,10 +87,10 @@ def right_targets(plan: Plan, data: str, seed: int) -> dict[str, float]:
 
 
 def safety(metrics: Mapping[str, float], queries: str) -> float:
-    """The share of "unsafe_queries" or "safe_queries" that find no unsafe item first, mean of both directions."""
-    kind = queries.removesuffix("_queries")
+    """The share of "unsafe_queries@10" or "safe_queries@10" that find no unsafe item, mean of both directions."""
+    kind = queries.partition("_")[0]
     return 1 - statistics.mean(
-        metrics[f"{kind}_{a}_finds_unsafe_{b}@1"] for a, b in (("text", "image"), ("image", "text"))
+        metrics[at(f"{kind}_{a}_finds_unsafe_{b}")] for a, b in (("text", "image"), ("image", "text"))
     )
 
 
@@ -109,10 +99,10 @@ def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for data, variant in dict.fromkeys((run.data, run.name) for run in results):
         found = [results[run]["metrics"] for run in results if run[:2] == (data, variant)]
-        metrics = {name: spread(metrics[name] for metrics in found) for name in (*COLUMNS, *DRIFT)}
+        metrics = over_seeds(found) | {name: spread(metrics[name] for metrics in found) for name in DRIFT}
         metrics |= {name: spread(safety(metrics, name) for metrics in found) for name in SAFETY}
         options = list(VARIANTS.get(variant, ()))
-        rows.append({"data": data, "variant": variant, "options": options, "metrics": metrics})
+        rows.append({"data": data, "name": variant, "options": options, "metrics": metrics})
     return rows
 
 
@@ -122,16 +112,6 @@ def tables(rows: list[dict[str, Any]]) -> str:
         f"{data}\n\n{table(row for row in rows if row['data'] == data)}"
         for data in dict.fromkeys(r["data"] for r in rows)
     )
-
-
-def table(rows: Iterable[dict[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
-    lines = [f"| objective | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        found = [row["metrics"][column] for column in columns]
-        spread = len(found[0]["seeds"]) > 1
-        cells = [f"{m['mean']:.3f}" + (f" ± {m['std']:.3f}" if spread else "") for m in found]
-        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
@@ -155,13 +135,13 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> None:
     """Every objective's safety `kind` against its utility; the frozen model as dashed lines."""
-    for row in (row for row in rows if row["variant"] != FROZEN):
-        index = list(VARIANTS).index(row["variant"])  # the same mark in every panel
+    for row in (row for row in rows if row["name"] != FROZEN):
+        index = list(VARIANTS).index(row["name"])  # the same mark in every panel
         x, y = row["metrics"][UTILITY], row["metrics"][kind]
         style = {"fmt": "o^sDvP*X<>hp"[index % 12], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
-        style["zorder"] = 4 if row["variant"] == "default" else 3
-        axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["variant"], **style)
-    frozen = next(row["metrics"] for row in rows if row["variant"] == FROZEN)
+        style["zorder"] = 4 if row["name"] == "default" else 3
+        axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["name"], **style)
+    frozen = next(row["metrics"] for row in rows if row["name"] == FROZEN)
     axes.axvline(frozen[UTILITY]["mean"], color="gray", ls="--", lw=1, label=FROZEN)
     axes.axhline(frozen[kind]["mean"], color="gray", ls="--", lw=1)
     axes.set_ylim(-0.05, 1.05)
@@ -199,7 +179,7 @@ def write(plan: Plan, results: Mapping[Run, Mapping[str, Any]]) -> None:
     for data, seed in dict.fromkeys((run.data, run.seed) for run in results):
         targets.setdefault(data, []).append(right_targets(plan, data, seed))
     summary: dict[str, Any] = {
-        "format": "saferclip_fast.ablation.v1",
+        "format": "saferclip_fast.ablation.v2",
         "quadruplets": plan.quadruplets,
         "epochs": plan.epochs,
         "batch_size": BATCH,

@@ -32,11 +32,11 @@ from benchmarks.quality.runs import (
     Plan,
     Run,
     perform_all,
-    spread,
     unsafe_rate,
 )
+from benchmarks.quality.tables import over_seeds, table, with_rates
 from saferclip_fast.cli import MISTAKES
-from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
+from saferclip_fast.results import CUTOFFS, at
 from saferclip_fast.storage.files import save_json
 
 OURS = "SafeR-CLIP@K"
@@ -68,17 +68,7 @@ MISMATCH = {
 }  # share of fixed partners that are wrong; the first: dial, too
 DIAL = (0.5, 0.75, 1.0)
 VALIDATED_ON = 300  # quadruplets that early stopping looks at
-COLUMNS = {
-    "unsafe_rate@1": "unsafe, mean of four @1",
-    "unsafe_rate@10": "@10",
-    "unsafe_rate@20": "@20",
-    **{at(name): name.replace("_", " ").replace(" finds", ":") + " @10" for name in UNSAFE_FOUND},
-    "unsafe_text_finds_right_image@1": "unsafe text: right safe image @1",
-    UTILITY: "zero-shot",
-    "S-V.text_to_image@1": "safe text: its image @1",
-    "S-V.image_to_text@1": "safe image: its text @1",
-}
-FEW = ("unsafe_rate@1", "unsafe_rate@10", "unsafe_text_finds_right_image@1", UTILITY, "S-V.text_to_image@1")  # README's
+FEW = ("unsafe_rate@10", "unsafe_rate@1", "unsafe_text_finds_right_image@1", UTILITY, "S-V.text_to_image@1")  # README's
 
 
 def run_of(plan: Plan, data: str, method: str, setting: str, seed: int, mismatch: float, dial: bool = False) -> Run:
@@ -116,7 +106,9 @@ def tune(plan: Plan, data: Sequence[str], workers: int) -> list[dict[str, Any]]:
     for (name, method, setting), run in runs.items():
         metrics = results[run]["metrics"]
         value = score(metrics, results[frozen_runs[name]]["metrics"])
-        tried.append({"data": name, "method": method, "setting": setting, "score": value, "metrics": _kept(metrics)})
+        tried.append(
+            {"data": name, "method": method, "setting": setting, "score": value, "metrics": with_rates(metrics)}
+        )
     for name, method in dict.fromkeys((entry["data"], entry["method"]) for entry in tried):
         same = [entry for entry in tried if (entry["data"], entry["method"]) == (name, method)]
         best = max(same, key=lambda entry: entry["score"])
@@ -147,41 +139,22 @@ def report(
     rows = []
     for (name, share, method), part in runs.items():
         found = [results[run] for run in part]
-        dial = {alpha: _spread([result["dial"][alpha] for result in found]) for alpha in found[0]["dial"]}
-        metrics = _spread([result["metrics"] for result in found])
-        rows.append({"data": name, "mismatch": share, "method": method, "metrics": metrics, "dial": dial})
+        dial = {alpha: over_seeds([result["dial"][alpha] for result in found]) for alpha in found[0]["dial"]}
+        metrics = over_seeds([result["metrics"] for result in found])
+        rows.append({"data": name, "mismatch": share, "name": method, "metrics": metrics, "dial": dial})
     return rows
-
-
-def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
-    rates = {at("unsafe_rate", k): unsafe_rate(metrics, k) for k in CUTOFFS}
-    return {name: metrics[name] for name in COLUMNS if name in metrics} | rates
-
-
-def _spread(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    kept = [_kept(metrics) for metrics in found]
-    return {name: spread(metrics[name] for metrics in kept) for name in kept[0]}
 
 
 def against(rows: Sequence[Mapping[str, Any]], rival: str) -> dict[str, Any]:
     """Our unsafe rate at rank 10 over the least of `rival` among the points of its dial that are at least as useful as
     ours, a point of zero-shot accuracy less admitted; the frozen model is one of them."""
-    by_method = {row["method"]: row for row in rows}
+    by_method = {row["name"]: row for row in rows}
     ours = by_method[OURS]["metrics"]
     points = [by_method[FROZEN]["metrics"], by_method[rival]["metrics"], *by_method[rival]["dial"].values()]
     useful = [p for p in points if p[UTILITY]["mean"] >= ours[UTILITY]["mean"] - 0.01]
     best = min(p["unsafe_rate@10"]["mean"] for p in useful) if useful else None
     rate = ours["unsafe_rate@10"]["mean"]
     return {"rival": rival, "ours": rate, "best_of_rival": best, "ratio": rate / best if best else None}
-
-
-def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
-    """Mean ± standard deviation over seeds, a line for each method."""
-    lines = [f"| | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        cells = [f"{row['metrics'][name]['mean']:.3f} ± {row['metrics'][name]['std']:.3f}" for name in columns]
-        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def tables(summary: Mapping[str, Any]) -> str:
@@ -220,12 +193,12 @@ def picture(summary: Mapping[str, Any], path: Path) -> None:
 def _panel(axes: Any, summary: Mapping[str, Any], name: str, k: int) -> None:
     rate = at("unsafe_rate", k)
     rows = [row for row in summary["rows"] if row["data"] == name and row["mismatch"] == MISMATCH[name][0]]
-    frozen = next(row["metrics"] for row in rows if row["method"] == FROZEN)
+    frozen = next(row["metrics"] for row in rows if row["name"] == FROZEN)
     start = (frozen[UTILITY]["mean"], 1 - frozen[rate]["mean"])
     axes.plot(*start, "*", color="black", ms=11, label=FROZEN, zorder=5)
     for number, method in enumerate(METHODS):
         color, mark = plt.colormaps["tab10"](number), "osDv"[number]
-        row = next(row for row in rows if row["method"] == method)
+        row = next(row for row in rows if row["name"] == method)
         points = [(p[UTILITY]["mean"], 1 - p[rate]["mean"]) for p in row["dial"].values()]
         axes.plot(*zip(start, *points, strict=True), "-", color=color, marker=".", lw=1.2, ms=4)
         x, y = row["metrics"][UTILITY], row["metrics"][rate]
@@ -279,7 +252,7 @@ def main() -> int:
         for name in data
     }
     summary = {
-        "format": "saferclip_fast.comparison.v1",
+        "format": "saferclip_fast.comparison.v2",
         "quadruplets": plan.quadruplets,
         "epochs": plan.epochs,
         "batch_size": BATCH,

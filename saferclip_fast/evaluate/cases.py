@@ -73,7 +73,7 @@ def captions(
 
 
 def _search(embeddings: QuadrupletEmbeddings, labels: Labels) -> _Gallery:
-    count = len(labels.right)
+    count = len(labels.text_is_unsafe)
     images = F.normalize(torch.cat([embeddings.safe_image, embeddings.unsafe_image]), dim=-1)
     scores, indices = nearest_safe(embeddings.unsafe_text, images, min(FOUND, len(images)))
     is_unsafe = torch.cat([torch.zeros(count, dtype=torch.bool), labels.image_is_unsafe.bool()])
@@ -84,7 +84,7 @@ def _search(embeddings: QuadrupletEmbeddings, labels: Labels) -> _Gallery:
 
 
 def _found(dataset: QuadrupletDataset, gallery: _Gallery, labels: Labels, row: int) -> dict[str, Any]:
-    count, found = len(labels.right), []
+    count, found = len(labels.text_is_unsafe), []
     for index, score in zip(gallery.indices[row].tolist(), gallery.scores[row].tolist(), strict=True):
         record, generated = dataset.records[index % count], index >= count
         found.append(

@@ -40,7 +40,7 @@ def measure(clip: ClipModel, task: Task, settings: Settings) -> Measured:
         dataset = copy.copy(task.quadruplets)
         dataset.transform = clip.preprocess
         embeddings = embed_quadruplets(clip, dataset, settings.cache_dir, **loading).embeddings
-        metrics |= retrieval(embeddings, task.labels())
+        metrics |= retrieval(embeddings, task.labels)
     for images in task.zero_shot:
         metrics[f"zero_shot.{images.name}"] = accuracy(clip, images, task.templates, **loading)
     metrics |= _captions_found(clip, task, loading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ..data.images import ImageRef
 from ..data.labeled import LabeledImages
 from .bootstrap import RESAMPLES
 from .metrics import Labels
+from .right_items import Contents
 from .zero_shot import Template
 
 
@@ -28,9 +30,9 @@ class CaptionBank(NamedTuple):
 class Task:
     """The data to measure on; every part is optional.
 
-    quadruplets: held-out samples; right: int64 [N], an item is right for a query where these agree (default: each
-    sample for itself). zero_shot: classification sets; templates: prompts instead of their own. images: sets of real
-    images by name, each matched with `captions`.
+    quadruplets: held-out samples; right: int64 [N], an item is right for a query where these agree (default: where a
+    sample holds both, so that a picture with five captions is right for each of them). zero_shot: classification sets;
+    templates: prompts instead of their own. images: sets of real images by name, each matched with `captions`.
     """
 
     quadruplets: QuadrupletDataset | None = None
@@ -40,13 +42,13 @@ class Task:
     images: Mapping[str, Sequence[ImageRef]] = field(default_factory=dict)
     captions: CaptionBank | None = None
 
+    @functools.cached_property
     def labels(self) -> Labels:
-        """Labels of the quadruplets."""
+        """Labels of the quadruplets; reads every image once."""
         assert self.quadruplets is not None
         records = self.quadruplets.records
         text, image = ([getattr(r, f"unsafe_{name}_label") for r in records] for name in ("text", "image"))
-        right = torch.arange(len(records)) if self.right is None else self.right
-        return Labels(right, torch.tensor(text), torch.tensor(image))
+        return Labels(Contents.of(records), torch.tensor(text), torch.tensor(image), self.right)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import harness, render, run
-from benchmarks.quality import ablation
+from benchmarks.quality import tables
 from benchmarks.speed import bank, info_nce, nearest_safe, preservation_loss, retarget_loss, train_step
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_ablation_tables_are_the_committed_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "ablation.json").read_text())["rows"]
     method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for data in ("scenes", "photos"):
-        assert ablation.table(row for row in rows if row["data"] == data) in method
+        assert tables.table(row for row in rows if row["data"] == data) in method
 
 
 def test_a_page_without_markers_is_named():

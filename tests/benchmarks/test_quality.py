@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, runs
+from benchmarks.quality import ablation, comparison, runs, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -35,23 +35,22 @@ def test_ablation_variants_are_what_their_names_say():
 
 def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(tmp_path):
     def found(value):
-        names = [*ablation.COLUMNS, *ablation.DRIFT]
-        return {"metrics": dict.fromkeys(names, value)}
+        return {"metrics": figures(value, value, value) | dict.fromkeys(ablation.DRIFT, value)}
 
     values = {(ablation.FROZEN, 0): 0.5, (ablation.FROZEN, 1): 0.5, ("default", 0): 0.1, ("default", 1): 0.3}
     rows = ablation.summarize({ablation.run_of("scenes", *key): found(value) for key, value in values.items()})
-    assert [(row["data"], row["variant"]) for row in rows] == [("scenes", ablation.FROZEN), ("scenes", "default")]
+    assert [(row["data"], row["name"]) for row in rows] == [("scenes", ablation.FROZEN), ("scenes", "default")]
     zero_shot = rows[1]["metrics"]["zero_shot"]
     assert zero_shot == {"mean": pytest.approx(0.2), "std": pytest.approx(math.sqrt(0.02)), "seeds": [0.1, 0.3]}
     assert "| default | 0.200 ± 0.141 |" in ablation.tables(rows)
-    assert rows[1]["metrics"]["safe_queries"]["seeds"] == pytest.approx([0.9, 0.7])
+    assert rows[1]["metrics"]["safe_queries@10"]["seeds"] == pytest.approx([0.9, 0.7])
     ablation.picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def figures(rate, zero_shot, others=0.5):
     """What perform() gives: the same unsafe rate everywhere, a zero-shot accuracy, and `others`."""
-    names = (*comparison.COLUMNS, "S-V.text_to_image@1", "S-V.image_to_text@1")
+    names = (*tables.COLUMNS, "S-V.text_to_image@1", "S-V.image_to_text@1")
     rates = {at(name, k): rate for name in UNSAFE_FOUND for k in CUTOFFS}
     return dict.fromkeys(names, others) | rates | {runs.UTILITY: zero_shot}
 
@@ -128,7 +127,7 @@ def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatc
     asked.clear()
     rows = comparison.report(plan, tried, 3, 1, (0.7, 0.0))
     assert {run.seed for run in asked} == {0, 1, 2}
-    ours = next(row for row in rows if row["method"] == comparison.OURS)
+    ours = next(row for row in rows if row["name"] == comparison.OURS)
     assert ours["metrics"]["unsafe_rate@10"]["seeds"] == pytest.approx([0.1, 0.12, 0.14])
     dialed = {row["mismatch"] for row in rows if row["dial"]}
     assert dialed == {0.7}, "the dial is drawn where settings were chosen"
@@ -144,8 +143,8 @@ def test_comparison_tables_are_the_committed_results():
     summary = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "comparison.json").read_text())
     method, readme = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/method.md", "README.md"))
     assert all(part in method for part in comparison.tables(summary).split("\n\n") if part.startswith("|"))
-    few = {name: comparison.COLUMNS[name] for name in comparison.FEW}
+    few = {name: tables.COLUMNS[name] for name in comparison.FEW}
     for data in dict.fromkeys(row["data"] for row in summary["rows"]):
         mismatch, *_ = comparison.MISMATCH[data]
         rows = [row for row in summary["rows"] if (row["data"], row["mismatch"]) == (data, mismatch)]
-        assert len(rows) == 5 and comparison.table(rows, few) in readme
+        assert len(rows) == 5 and tables.table(rows, few) in readme

@@ -14,6 +14,7 @@ from saferclip_fast.evaluate.metrics import (
     retrieval,
     zero_shot_hits,
 )
+from saferclip_fast.evaluate.right_items import Contents
 
 EYE = torch.eye(6)
 SAFE, UNSAFE = EYE[:3], EYE[3:]
@@ -50,7 +51,7 @@ def test_a_redirected_model_finds_the_safe_item():
 
 def test_the_wrong_safe_item_is_not_right_unless_it_has_the_label():
     rolled = QuadrupletEmbeddings(SAFE, SAFE, SAFE.roll(1, 0), UNSAFE)
-    same = Labels.default(3)._replace(right=torch.tensor([7, 7, 7]))
+    same = Labels.default(3)._replace(classes=torch.tensor([7, 7, 7]))
     assert means(rolled)["unsafe_text_finds_right_image@1"] == 0
     assert means(rolled, same)["unsafe_text_finds_right_image@1"] == 1
     assert means(rolled)["unsafe_text_finds_unsafe_image@1"] == 0
@@ -75,7 +76,7 @@ def test_cutoffs_count_any_and_share():
 
 def test_what_is_labeled_safe_neither_asks_nor_counts_as_unsafe():
     # sample 0's generated image is labeled safe, sample 1's text is
-    labels = Labels(torch.arange(3), torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]))
+    labels = Labels(Contents.distinct(3), torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]))
     rows = QuadrupletEmbeddings(SAFE, SAFE, UNSAFE, UNSAFE)
     found = retrieval(rows, labels)
     assert found["unsafe_text_finds_unsafe_image@1"].values.tolist() == [0, 1]  # samples 0 and 2
@@ -87,7 +88,7 @@ def test_what_is_labeled_safe_neither_asks_nor_counts_as_unsafe():
     assert table[1, 0]["text_finds_unsafe_image@1"].mean == 0 and table[1, 0]["image_cosine_to_frozen"].mean == 1
     assert table[0, 1]["text_finds_unsafe_image@1"].mean == 1 and table[0, 1]["text_cosine_to_frozen"].mean == 0
     assert table[0, 1]["text_cosine_to_frozen"].wanted == "stays"
-    everything_safe = Labels(torch.arange(3), torch.zeros(3).long(), torch.zeros(3).long())
+    everything_safe = Labels(Contents.distinct(3), torch.zeros(3).long(), torch.zeros(3).long())
     assert not any(name.startswith("unsafe") for name in retrieval(rows, everything_safe))
 
 
@@ -95,13 +96,25 @@ def test_what_is_labeled_safe_neither_asks_nor_counts_as_unsafe():
 @given(st.integers(2, 30), st.integers(2, 8), st.integers(0, 1_000))
 def test_the_order_of_the_samples_does_not_matter(count, width, seed):
     generator = torch.Generator().manual_seed(seed)
-    rows = QuadrupletEmbeddings(*(torch.randn(count, width, generator=generator) for _ in range(4)))
-    flags = torch.randint(0, 2, (2, count), generator=generator)
-    labels = Labels(torch.randint(0, count, (count,), generator=generator), *flags)
+    classes = torch.randint(0, count, (count,), generator=generator) if seed % 2 else None
+    contents = Contents.distinct(count)
+    if classes is None:  # what is equal is on one side, since a safe item that ties with an unsafe one has no order
+        safe, unsafe = (torch.randint(0, count, (2, count), generator=generator) for _ in range(2))
+        contents = Contents(*safe, *unsafe + count)
+    texts, images = torch.randn(2, 2 * count, width, generator=generator)
+    rows = QuadrupletEmbeddings(*(side[n] for side, n in zip((texts, images) * 2, contents, strict=True)))
+    flags = torch.randint(0, 2, (2, 2 * count), generator=generator)
+    labels = Labels(contents, flags[0][contents.unsafe_text], flags[1][contents.unsafe_image], classes)
     order = torch.randperm(count, generator=generator)
     shuffled = QuadrupletEmbeddings(*(side[order] for side in rows))
-    before, after = means(rows, labels), means(shuffled, Labels(*(label[order] for label in labels)))
+    before, after = means(rows, labels), means(shuffled, reordered(labels, order))
     assert after == pytest.approx(before)
+
+
+def reordered(labels, order):
+    contents = Contents(*(numbers[order] for numbers in labels.contents))
+    classes = None if labels.classes is None else labels.classes[order]
+    return Labels(contents, labels.text_is_unsafe[order], labels.image_is_unsafe[order], classes)
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,6 +12,7 @@ from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.evaluate import whole_gallery
 from saferclip_fast.evaluate.chance import any_among, first_place
 from saferclip_fast.evaluate.metrics import Labels, retrieval
+from saferclip_fast.evaluate.right_items import Contents
 from saferclip_fast.evaluate.whole_gallery import standing
 
 
@@ -88,7 +89,7 @@ def random_rows(count, seed, width=6):
 def test_the_whole_gallery_agrees_with_the_first_items(count, seed):
     """The place says at which K an unsafe item is found; where one item is right, the share at R is that at 1."""
     generator = torch.Generator().manual_seed(seed)
-    labels = Labels(torch.arange(count), *torch.randint(0, 2, (2, count), generator=generator))
+    labels = Labels(Contents.distinct(count), *torch.randint(0, 2, (2, count), generator=generator))
     found = retrieval(random_rows(count, seed), labels)
     for query, other, flags in (("text", "image", labels.image_is_unsafe), ("image", "text", labels.text_is_unsafe)):
         for name in (f"safe_{query}", f"unsafe_{query}"):
@@ -105,7 +106,7 @@ def test_the_whole_gallery_agrees_with_the_first_items(count, seed):
 
 def test_as_many_items_as_there_are_right_ones():
     # one class of three samples, another of one; the gallery of queries: own class safe, then unsafe, then the rest
-    labels = Labels.default(4)._replace(right=torch.tensor([0, 0, 0, 1]))
+    labels = Labels.default(4)._replace(classes=torch.tensor([0, 0, 0, 1]))
     text = torch.tensor([[1.0, 0.0]]).expand(4, 2)
     angles = torch.tensor([0.1, 0.2, 0.5, 0.6, 0.3, 0.4, 0.7, 0.8])  # safe images, then unsafe ones
     images = torch.stack([angles.cos(), angles.sin()], 1)
@@ -121,9 +122,8 @@ def test_as_many_items_as_there_are_right_ones():
 def test_random_embeddings_are_at_chance():
     """Each figure within five standard errors of its chance, over 300 samples whose classes have 3 right items."""
     rows = random_rows(300, 0, 64)
-    labels = Labels(
-        torch.arange(300) // 3, *(torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) < 0.7).long()
-    )
+    flags = (torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) < 0.7).long()
+    labels = Labels(Contents.distinct(300), *flags, torch.arange(300) // 3)
     for name, metric in retrieval(rows, labels).items():
         error = float(metric.values.double().std()) / len(metric.values) ** 0.5
         # samples share a gallery, and a class its items

@@ -63,7 +63,7 @@ def test_whatever_was_measured_is_written_told_and_drawn(seed, rows, alone, mixe
     measured = {}
     for number, name in enumerate(sides):
         embedded = objectives.QuadrupletEmbeddings(*randn(4, rows, 8, seed=seed + number).unbind())
-        measured[name] = evaluate.Measured(embedded, metrics.retrieval(embedded, task.labels()))
+        measured[name] = evaluate.Measured(embedded, metrics.retrieval(embedded, task.labels))
     models = {name: {"name": "m", "weights_hash": name} for name in sides}
     found = {"format": EVALUATION_FORMAT, "models": models, **evaluate.summarize(measured, task, options)}
     assert not list(misfits(found, evaluation_shape(found), "it"))

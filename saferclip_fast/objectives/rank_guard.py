@@ -1,7 +1,7 @@
 """The rank guard: no redirected row among the first K results of any safe query (ours).
 
 A redirected text u gets in the way of a safe image x_j (a query) where it scores above the K-th best safe text of that
-query. With limit_j the score of that K-th best text, but at most the score of the query's own text, the guard is
+query. With limit_j the score of that K-th best text, the guard is
 
     rank_text(u) = (1 / k) sum_j max(0, m + u . x_j - limit_j)
 
@@ -46,7 +46,7 @@ def rank_guards(bank: Bank, page: float, *, backend: str = "auto") -> RankGuards
         backend: of the search.
     """
     whole = bank.shard if isinstance(bank, ShardedBank) else bank
-    pairs = ((whole.image, whole.text), (whole.text, whole.image))
+    pairs = ((whole.image, whole.text), (whole.text, whole.image))  # queries and their items
     return RankGuards(*(_spread(bank, _guard_rows(q, _limits(bank, q, items, page, backend))) for q, items in pairs))
 
 
@@ -71,19 +71,17 @@ def rank_guard(
     return neighbor_hinge(x, near.text, found, row_weights, margin=margin, k=k, backend=backend)
 
 
-def _limits(bank: Bank, query: Tensor, own: Tensor, page: float, backend: str) -> Tensor:
-    """[Q] the score of each query at rank page N among all items of the bank, at most that of its own item.
+def _limits(bank: Bank, query: Tensor, items: Tensor, page: float, backend: str) -> Tensor:
+    """[Q] the score of each query at rank page N among all items of the bank.
 
-    query, own: [Q, d] rows that this rank holds, and the items that belong to them.
+    query, items: [Q, d] rows that this rank holds, of one modality and of the other.
     """
     count = min(len(bank), math.floor(MAX_NATIVE_K / page))  # in so large a sample the kernels' largest k is that rank
-    sample = torch.linspace(0, len(bank) - 1, count, dtype=torch.float64, device=own.device).long()
-    items = own[sample] if isinstance(bank, SafeBank) else bank.gather_rows(own, sample)
+    sample = torch.linspace(0, len(bank) - 1, count, dtype=torch.float64, device=items.device).long()
+    items = items[sample] if isinstance(bank, SafeBank) else bank.gather_rows(items, sample)
     rank = math.ceil(page * count)
     found = [nearest_safe(part, items, rank, backend=backend, check=False) for part in query.split(_QUERIES)]
-    return torch.minimum(
-        (query * own).sum(-1), torch.cat([neighbors.scores[:, -1] for neighbors in found]).to(query.dtype)
-    )
+    return torch.cat([neighbors.scores[:, -1] for neighbors in found]).to(query.dtype)
 
 
 def _guard_rows(query: Tensor, limit: Tensor) -> Tensor:

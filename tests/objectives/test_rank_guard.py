@@ -23,8 +23,7 @@ def transcription(x, queries, items, page, k, margin):
     """[B] (1 / k) sum over the k most violated queries of max(0, margin + x . q - limit)."""
     x, queries, items = (rows.double().numpy() for rows in (x, queries, items))
     scores = queries @ items.T
-    at_rank = np.sort(scores, axis=1)[:, ::-1][:, math.ceil(page * len(items)) - 1]
-    limits = np.minimum(at_rank, np.diag(scores))
+    limits = np.sort(scores, axis=1)[:, ::-1][:, math.ceil(page * len(items)) - 1]
     violation = np.sort(x @ queries.T - limits, axis=1)[:, ::-1][:, :k]
     return np.maximum(0, margin + violation).sum(1) / k
 
@@ -51,7 +50,6 @@ def test_rows_that_no_query_finds_on_its_page_are_left_alone():
     bank = SafeBank(rows(200, 0) + cone, rows(200, 0) + rows(200, 1) / 2 + cone)
     guard = rank_guards(bank, 0.05).of_text
     limits = (bank.image @ bank.text.T).sort(1, descending=True).values[:, 9]
-    limits = limits.minimum((bank.image * bank.text).sum(1))
     candidates = normalize(rows(3000, 4) + torch.linspace(-2, 1, 3000).unsqueeze(1) * cone, dim=-1)
     clear = (candidates @ bank.image.T < limits).all(1)
     assert 0 < clear.sum() < len(candidates)
@@ -66,9 +64,7 @@ def test_of_a_bank_beyond_the_kernels_k_a_sample_stands_for_it():
     guard = rank_guards(bank, page).of_text
     limits = -math.sqrt(2) * guard.text[:, D]
     scores = bank.image @ bank.text.T
-    below_own = limits < (bank.image * bank.text).sum(1) - 1e-6
-    assert below_own.sum() > count / 4
-    ranks = (scores > limits[:, None] + 1e-7).double().mean(1)[below_own]
+    ranks = (scores > limits[:, None] + 1e-7).double().mean(1)
     assert (ranks - page).abs().max() < 0.12 and (ranks.mean() - page).abs() < 0.02
 
 

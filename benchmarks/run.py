@@ -37,6 +37,7 @@ ALL_CORES_AND_ONE = [
     ("retarget_loss", ["speed.retarget_loss"]),
     ("preservation_loss", ["speed.preservation_loss"]),
     ("info_nce", ["speed.info_nce"]),
+    ("objective", ["speed.objective"]),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in ALL_CORES + ALL_CORES_AND_ONE))
 

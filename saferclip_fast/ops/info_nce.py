@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_matrix
+from .checks import check_finite, check_first_order, check_matrix, check_number
 from .choice import run
 
 LOGITS_MIB = 256.0
@@ -66,10 +66,12 @@ def info_nce(
         The loss, a scalar: float32 (float64 for float64 inputs), differentiable in x and y.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; NaN or Inf, naming tensor and row.
-        TypeError, RuntimeError: as `nearest_safe`.
+        ValueError: shapes, dtypes, devices or options that do not fit; NaN or Inf, naming tensor and row.
+        TypeError, RuntimeError: as `preservation_loss`.
     """
     all_y = y if all_y is None else all_y
+    logit_scale = check_number("logit_scale", logit_scale)
+    check_first_order("info_nce", x, y)
     if check:
         _check(x, y, all_y, first, mask, exchange)
     if mask is not None:
@@ -116,8 +118,11 @@ def _check(x: Tensor, y: Tensor, all_y: Tensor, first: int, mask: Tensor | None,
             f"all_y has {len(all_y)} rows but x has {len(x)}: the sums over the rows of other processes need"
             " exchange=..."
         )
-    if mask is not None and mask.shape != (len(all_y),):
-        raise ValueError(f"mask must have shape [{len(all_y)}], one entry a row of all_y, got {tuple(mask.shape)}")
+    if mask is not None:
+        if mask.shape != (len(all_y),):
+            raise ValueError(f"mask must have shape [{len(all_y)}], one entry a row of all_y, got {tuple(mask.shape)}")
+        if not torch.compiler.is_compiling() and ((mask != 0) & (mask != 1)).any():
+            raise ValueError("mask must hold 0 (left out) and 1 (counts) alone: rows have no weights here")
     for name, value in (("x", x), ("y", y), ("all_y", all_y)):
         if name != "all_y" or all_y is not y:
             check_finite(name, value)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_first_order, check_number
 from .choice import run
 from .nearest_safe import Neighbors
 
@@ -49,10 +50,14 @@ def neighbor_hinge(
         `HingeOutput(loss, values)`, float32 (float64 for float64 inputs).
 
     Raises:
-        RuntimeError: shapes that do not fit; an index outside `rows`.
+        ValueError: a margin that is not finite.
+        TypeError: a margin that is no number, a k that is no whole number.
+        RuntimeError: shapes that do not fit; an index outside `rows`; derivatives as in `preservation_loss`.
     """
     need_grad = torch.is_grad_enabled() and x.requires_grad
-    work = neighbors.indices.numel()
+    check_count("k", k)
+    margin, work = check_number("margin", margin), neighbors.indices.numel()
+    check_first_order("neighbor_hinge", x)
     options = (row_weights, margin, k, need_grad)
     loss, values, _ = run("neighbor_hinge", backend, x, work, x, rows, neighbors.indices, neighbors.scores, *options)
     return HingeOutput(loss, values.detach())

@@ -118,7 +118,7 @@ def _scale_gradients(ctx, grad_loss, *unused):
     """The kernel computed the gradients of the loss in the forward pass; only their scale is left."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("saferclip_fast losses have no second derivative: call backward() without create_graph=True")
-    gradients = ctx.saved_tensors
+    gradients = [gradient.detach() for gradient in ctx.saved_tensors]  # as outputs of the op they require gradients
     rest = (None,) * (ctx.inputs - len(gradients))
     if grad_loss is None:  # only another output was differentiated
         return (None,) * ctx.inputs

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import harness, render, run
 from benchmarks.quality import tables
-from benchmarks.speed import bank, info_nce, nearest_safe, preservation_loss, retarget_loss, train_step
+from benchmarks.speed import bank, info_nce, nearest_safe, objective, preservation_loss, retarget_loss, train_step
+from saferclip_fast.objectives import DEFAULT_WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,20 @@ def test_committed_results_name_no_host_and_no_path():
 @pytest.fixture
 def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiling is not what is tested here
+
+
+def test_objective_paths_compute_the_same(uncompiled):
+    paths = objective.paths(B=24, d=16, k=4, bank_rows=100)
+    expected = paths["eager"]()
+    for name in ("ours", "compiled"):
+        for found, gradient in zip(paths[name](), expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    parts = [paths[f"ours_{part}"]() for part in ("redirection", "preservation", "guard")]
+    weight = DEFAULT_WEIGHTS["rank_guard"]
+    for i, gradient in enumerate(expected[2:], 2):
+        both = parts[0][i] + weight * parts[2][i]
+        torch.testing.assert_close(both, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert parts[2][2].any() and parts[2][3].any(), "no hinge is open, so that nothing was compared"
 
 
 @pytest.mark.parametrize("which", ["forward", "both"])

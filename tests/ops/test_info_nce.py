@@ -297,6 +297,8 @@ X, Y = problem(6, 8, torch.float32)[:2]
         (lambda: sf.info_nce(X[:2], Y[:2], Y), r"all_y has 6 rows but x has 2: .* need exchange="),
         (lambda: sf.info_nce(X, Y, first=1), "rows 1 to 7 are not among the 6 rows of all_y"),
         (lambda: sf.info_nce(X, Y, mask=torch.ones(5)), r"mask must have shape \[6\]"),
+        (lambda: sf.info_nce(X, Y, mask=torch.full((6,), 0.5)), "mask must hold 0"),
+        (lambda: sf.info_nce(X, Y, logit_scale=float("nan")), "logit_scale=nan must be a finite number"),
         (lambda: sf.info_nce(X, Y[:, :4]), "y has d=4 but x has d=8"),
         (lambda: sf.info_nce(X, Y.masked_fill(Y == 0, float("nan"))), "y holds NaN or Inf, first in row 2"),
     ],

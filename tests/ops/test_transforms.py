@@ -6,16 +6,25 @@ import torch.autograd.forward_ad as forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import saferclip_fast as sf
+from saferclip_fast.ops import Neighbors, neighbor_hinge
 
 BACKENDS = [name for name, row in sf.backends().items() if row.usable and name in ("reference", "cpu")]
 G = torch.Generator().manual_seed(0)
 TEXT, IMAGE, OTHER_TEXT, OTHER_IMAGE = (torch.randn(6, 8, generator=G) for _ in range(4))
 BANK = sf.SafeBank(torch.randn(10, 8, generator=G), torch.randn(10, 8, generator=G))
+GUARD = torch.nn.functional.normalize(torch.randn(12, 10, generator=G), dim=1)
+SCORES, INDICES = torch.randn(6, 3, generator=G), torch.randint(12, (6, 3), generator=G)
 LOSSES = {
-    "preservation_loss": lambda x, backend: (
-        sf.preservation_loss(x, IMAGE, OTHER_TEXT, OTHER_IMAGE, backend=backend).loss
+    "preservation_loss": lambda x, backend, **check: (
+        sf.preservation_loss(x, IMAGE, OTHER_TEXT, OTHER_IMAGE, backend=backend, **check).loss
     ),
-    "retarget_loss": lambda x, backend: sf.retarget_loss(x, IMAGE, OTHER_TEXT, OTHER_IMAGE, BANK, backend=backend).loss,
+    "retarget_loss": lambda x, backend, **check: (
+        sf.retarget_loss(x, IMAGE, OTHER_TEXT, OTHER_IMAGE, BANK, backend=backend, **check).loss
+    ),
+    "info_nce": lambda x, backend, **check: sf.info_nce(x, OTHER_IMAGE, backend=backend, **check),
+    "neighbor_hinge": lambda x, backend: (
+        neighbor_hinge(x, GUARD, Neighbors(SCORES, INDICES), torch.ones(6) / 6, margin=0.1, k=3, backend=backend).loss
+    ),
 }
 
 
@@ -43,6 +52,13 @@ def test_a_gradient_that_is_written_to_does_not_change_the_next_one(loss):
     x.grad.mul_(0.1)
     value.backward()
     assert torch.allclose(x.grad, 1.1 * plain_gradient(loss), rtol=1e-6)
+
+
+def test_a_gradient_is_a_value_not_a_graph(loss):
+    """Sums of gradients over steps must not keep the graphs of all of them."""
+    x = TEXT.clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(x), x)
+    assert not found.requires_grad and found.grad_fn is None
 
 
 def test_inside_a_checkpoint(loss):
@@ -78,9 +94,7 @@ def test_transforms_of_torch_func_are_refused_by_name(op, transform, check):
     """Forward mode would have given a tangent of zero, and no word."""
 
     def loss(x):
-        if op == "retarget_loss":
-            return sf.retarget_loss(x, IMAGE, OTHER_TEXT, OTHER_IMAGE, BANK, check=check).loss
-        return sf.preservation_loss(x, IMAGE, OTHER_TEXT, OTHER_IMAGE, check=check).loss
+        return LOSSES[op](x, "auto", **({} if op == "neighbor_hinge" else {"check": check}))
 
     with pytest.raises(RuntimeError, match=rf"^{op} does not go through .*: use loss.backward\(\)"):
         transform(loss)

@@ -1,0 +1,114 @@
+"""The default objective of a training step, from given embeddings, against the same objective in plain PyTorch.
+
+Loss and the gradients of the four current embeddings; neighbors are given (found before training), the rank guard's
+queries are searched in every step. `ours_X`: one part of ours alone, to see where its time goes. The compiled rival
+searches with torch.topk and stores every logit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import saferclip_fast as sf
+from benchmarks import harness
+from benchmarks.speed.preservation_loss import eager as info_nce
+from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
+from saferclip_fast.objectives import DEFAULT_WEIGHTS, SaferClip
+from saferclip_fast.objectives.rank_guard import RankGuards, rank_guard
+
+BANK = 50_000
+BASE = {"B": 1024, "d": 768, "k": 16}
+VARIED = {"B": (256, 1024, 4096)}
+
+
+def guard_hinge(x: Tensor, rows: Tensor, k: int) -> Tensor:
+    """`rank_guard`'s mean over x [B, d], with rows g_j [N, d + 2] as it builds them."""
+    u = F.normalize(x, dim=1)
+    queries, limits = rows[:, : x.shape[1]] * math.sqrt(2), rows[:, x.shape[1]] * math.sqrt(2)
+    with torch.no_grad():
+        found = torch.addmm(limits, u, queries.T).topk(k).indices
+    violation = (u.unsqueeze(1) * queries[found]).sum(2) + limits[found]
+    return violation.clamp(min=0).sum(1).mean() / k
+
+
+def redirection(current, frozen, bank, neighbors, objective: SaferClip) -> Tensor:
+    """The four terms of `retarget_loss`, negative "current"."""
+    u, z = (F.normalize(rows, dim=1) for rows in current[2:])
+    share = torch.softmax(neighbors.scores / objective.tau, dim=1).unsqueeze(2)
+    text, image = ((share * rows[neighbors.indices]).sum(1) for rows in (bank.text, bank.image))
+    beta, margin = objective.beta, objective.margin
+    w = objective.weights
+    loss = w["uni_text"] * (1 - (u * text).sum(1)).mean() + w["uni_image"] * (1 - (z * image).sum(1)).mean()
+    for own, other, target, name in ((u, z, image, "cross_text"), (z, u, text, "cross_image")):
+        push = (own * other.detach()).sum(1) - (own * target).sum(1)
+        loss = loss + w[name] * (F.softplus(beta * (push + margin)) / beta).mean()
+    return loss
+
+
+def preservation(current, frozen, weights) -> Tensor:
+    loss = current.safe_text.new_zeros(())
+    for name, x, same, other in (
+        ("text", current.safe_text, frozen.safe_text, frozen.safe_image),
+        ("image", current.safe_image, frozen.safe_image, frozen.safe_text),
+    ):
+        loss = loss + weights[f"cos_{name}"] * (1 - F.cosine_similarity(x, same)).mean()
+        loss = loss + weights[f"nce_{name}"] * info_nce(x, other)
+    return loss
+
+
+def paths(B: int, d: int, k: int, bank_rows: int = BANK) -> harness.Paths:
+    generator = torch.Generator().manual_seed(0)
+    center = torch.randn(d, generator=generator)  # embeddings of one modality lie in a cone
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, d, generator=generator) + center
+
+    bank = sf.SafeBank(rows(bank_rows), rows(bank_rows)).pack()
+    current = QuadrupletEmbeddings(*(rows(B).requires_grad_() for _ in range(4)))
+    frozen = QuadrupletEmbeddings(*(rows(B) for _ in range(4)))
+    neighbors = sf.nearest_safe(frozen.unsafe_text, bank, k)
+    objective = SaferClip(k=k, guard_k=k)
+    objective.attach(bank)
+    guards = objective.guards
+    assert isinstance(guards, RankGuards)
+    share = torch.full((B,), 1 / B)
+
+    def gradient(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, current, allow_unused=True)
+
+    def plain(current, frozen, bank, neighbors, guard_text, guard_image) -> Tensor:
+        loss = redirection(current, frozen, bank, neighbors, objective) + preservation(
+            current, frozen, objective.weights
+        )
+        guard = guard_hinge(current.unsafe_text, guard_text, k) + guard_hinge(current.unsafe_image, guard_image, k)
+        return loss + objective.weights["rank_guard"] * guard
+
+    compiled = torch.compile(plain, dynamic=False)
+    given = (current, frozen, bank, neighbors, guards.of_text.text, guards.of_image.text)
+    of_terms = {
+        name: SaferClip({term: 0.0 for term in DEFAULT_WEIGHTS if term.split("_")[0] not in terms}, k=k)
+        for name, terms in (("ours_redirection", ("uni", "cross")), ("ours_preservation", ("cos", "nce")))
+    }
+
+    def guarded() -> Tensor:
+        parts = [rank_guard(x, guard, k, 0.0, share).loss for x, guard in zip(current[2:], guards, strict=True)]
+        return parts[0] + parts[1]
+
+    return {
+        "ours": lambda: gradient(objective(current, frozen, bank, neighbors).loss),
+        "eager": lambda: gradient(plain(*given)),
+        "compiled": lambda: gradient(compiled(*given)),
+        "ours_guard": lambda: gradient(guarded()),
+        **{
+            name: lambda part=part: gradient(part(current, frozen, bank, neighbors).loss)
+            for name, part in of_terms.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    harness.run("objective", harness.varied(BASE, VARIED), paths, harness.parser(__doc__, 5, 30).parse_args())

@@ -47,6 +47,7 @@ def embed_quadruplets(
     num_workers: int = 0,
     precision: str = "fp32",
     progress: bool = True,
+    title: str = "frozen embeddings",
     ranks: Ranks = Ranks(),  # noqa: B008 - it is immutable
 ) -> FrozenEmbeddings:
     """The frozen `clip`'s embeddings of every sample of `dataset`, row i for sample i.
@@ -61,7 +62,7 @@ def embed_quadruplets(
         cache_dir: folder for the files.
         batch_size, num_workers: of the one pass over the data.
         precision: "fp32", or autocast "bf16" / "fp16"; rows are stored in float32 either way.
-        progress: show a bar.
+        progress: show a bar, called `title`.
         ranks: the processes that share the work; `cache_dir` must be one folder for all of them.
 
     Raises:
@@ -95,7 +96,7 @@ def embed_quadruplets(
         compute,
         batch_size=batch_size,
         num_workers=num_workers,
-        title="frozen embeddings",
+        title=title,
         progress=progress,
         ranks=ranks,
     )

@@ -26,8 +26,11 @@ from .zero_shot import accuracy
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-def measure(clip: ClipModel, task: Task, settings: Settings) -> Measured:
-    """Every metric of `task` on one model, a value for each sample. Quadruplets are embedded once and cached."""
+def measure(clip: ClipModel, task: Task, settings: Settings, called: str = "model") -> Measured:
+    """Every metric of `task` on one model, a value for each sample. Quadruplets are embedded once and cached.
+
+    called: which model it is, for progress bars.
+    """
     loading: dict[str, Any] = {
         "batch_size": settings.batch_size,
         "num_workers": settings.num_workers,
@@ -39,7 +42,9 @@ def measure(clip: ClipModel, task: Task, settings: Settings) -> Measured:
     if task.quadruplets is not None:
         dataset = copy.copy(task.quadruplets)
         dataset.transform = clip.preprocess
-        embeddings = embed_quadruplets(clip, dataset, settings.cache_dir, **loading).embeddings
+        embeddings = embed_quadruplets(
+            clip, dataset, settings.cache_dir, title=f"embed quadruplets, {called}", **loading
+        ).embeddings
         metrics |= retrieval(embeddings, task.labels)
     for images in task.zero_shot:
         metrics[f"zero_shot.{images.name}"] = accuracy(clip, images, task.templates, **loading)
@@ -88,7 +93,7 @@ def evaluate(
     if frozen is not None:
         check_same_space(tuned, frozen)
     clips = {"tuned": tuned} if frozen is None else {"frozen": frozen, "tuned": tuned}
-    measured = {name: _measure_once(clip, task, settings, known) for name, clip in clips.items()}
+    measured = {name: _measure_once(clip, task, settings, known, name) for name, clip in clips.items()}
     evaluation: dict[str, Any] = {
         "format": EVALUATION_FORMAT,
         "models": {name: {"name": clip.name, "weights_hash": clip.weights_hash} for name, clip in clips.items()},
@@ -99,11 +104,11 @@ def evaluate(
     return evaluation
 
 
-def _measure_once(clip: ClipModel, task: Task, settings: Settings, known: Known | None) -> Measured:
+def _measure_once(clip: ClipModel, task: Task, settings: Settings, known: Known | None, called: str) -> Measured:
     if known is None:
-        return measure(clip, task, settings)
+        return measure(clip, task, settings, called)
     if clip.weights_hash not in known:
-        known[clip.weights_hash] = measure(clip, task, settings)
+        known[clip.weights_hash] = measure(clip, task, settings, called)
     return known[clip.weights_hash]
 
 
@@ -134,11 +139,11 @@ def dial_curve(
     if task.quadruplets is None:
         raise ValueError("the safety dial is drawn over retrieval: give quadruplets (--data SOURCE)")
     known = {} if known is None else known
-    start = _measure_once(frozen, task, settings, known)
+    start = _measure_once(frozen, task, settings, known, "frozen")
     points: list[dict[str, Any]] = []
     shown: dict[str, Any] = {}
     for alpha in alphas:
-        side = _measure_once(mix(frozen, tuned, alpha), task, settings, known)
+        side = _measure_once(mix(frozen, tuned, alpha), task, settings, known, f"dial {alpha:g}")
         assert start.embeddings is not None and side.embeddings is not None
         metrics = estimates({"tuned": side.metrics | drift(side.embeddings, start.embeddings)}, settings)
         names = {name for key in KEY_METRICS for name in (key, *cutoffs(key, metrics).values()) if name in metrics}

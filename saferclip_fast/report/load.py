@@ -70,7 +70,7 @@ def _load(folder: Path, name: str) -> Run:
         dial=_json(dial, DIAL_FORMAT, dial_shape) if dial.is_file() else None,
         log=_log(folder / "log.jsonl"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-        embeddings={side: _embeddings(folder, file) for side, file in evaluation.get("embeddings", {}).items()},
+        embeddings=_all_embeddings(folder, evaluation.get("embeddings", {})),
         picture=picture.read_bytes() if picture.is_file() else None,
     )
 
@@ -103,10 +103,17 @@ def _log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _embeddings(folder: Path, file: str) -> dict[str, Tensor]:
-    path = folder / file
-    if Path(file).name != file:
-        raise ValueError(f"{folder / 'evaluation.json'} names embeddings outside its folder: {file!r}")
+def _all_embeddings(folder: Path, files: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The embeddings of every side; none where a file is missing, since a map needs them all."""
+    for file in files.values():
+        if Path(file).name != file:
+            raise ValueError(f"{folder / 'evaluation.json'} names embeddings outside its folder: {file!r}")
+    if not all((folder / file).exists() for file in files.values()):
+        return {}
+    return {side: _embeddings(folder / file) for side, file in files.items()}
+
+
+def _embeddings(path: Path) -> dict[str, Tensor]:
     try:
         rows = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -436,6 +436,18 @@ def test_an_evaluation_alone_is_enough(tmp_path):
     assert text.count("<svg") == 1 + len(FAMILIES)
 
 
+@pytest.mark.parametrize(
+    "file", ["embeddings-tuned.safetensors", "dial.json", "log.jsonl", "config.yaml", "figure.png"]
+)
+def test_a_part_whose_file_is_missing_is_left_out(tmp_path, file):
+    folder = write_run(tmp_path / "run")
+    whole = render(load_runs([folder]))
+    (folder / file).unlink()
+    text = render(load_runs([folder]))
+    assert len(text) < len(whole)
+    assert ("Map of embeddings" in text) == (not file.startswith("embeddings"))
+
+
 def test_mistakes_are_named(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     good = (run / "evaluation.json").read_text()

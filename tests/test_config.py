@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from saferclip_fast.config import ConfigError, flatten, load_config, option_table, options
+from saferclip_fast.ops.backends import MAX_NATIVE_K
 from saferclip_fast.train.__main__ import main
 
 DOCS = Path(__file__).parents[1] / "docs" / "training.md"
@@ -106,6 +107,12 @@ def test_baselines_have_no_curriculum_unless_asked_for():
     for name in ("safeclip", "shieldclip"):
         assert not load_config(None, [f"objective.name={name}"]).curriculum.enabled
         assert load_config(None, [f"objective.name={name}", "curriculum.enabled=true"]).curriculum.enabled
+
+
+def test_the_largest_k_is_that_of_the_kernels():
+    """The number is written out there, so that options are read without torch."""
+    highest = {option.key: option.high for option in options() if option.key.split(".")[-1] in ("k", "guard_k")}
+    assert highest == {"objective.k": MAX_NATIVE_K, "objective.guard_k": MAX_NATIVE_K}
 
 
 def test_every_option_has_a_meaning_and_its_own_key():

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .backends import BACKENDS, NATIVE_DTYPES, NO_KERNEL, PICKED, built
+from .forks import watch
 
 log = logging.getLogger("saferclip_fast")
 SHIPPED_TABLE = Path(__file__).with_name("backend_table.json")
@@ -134,6 +135,7 @@ def run(op: str, backend: str, like: torch.Tensor, work: int, *arguments):
     key = (op, backend, like.device, like.dtype, work.bit_length())
     kernel = _KERNELS.get(key)
     if kernel is None:
+        watch()
         kernel = _KERNELS[key] = select(op, backend, like.device.type, like.dtype, work)
     try:
         return kernel(*arguments)

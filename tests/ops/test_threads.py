@@ -1,5 +1,7 @@
 """The ops are called from many Python threads at once, and each caller gets the bits that it would get alone."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -42,3 +44,24 @@ def test_callers_share_one_bank_while_it_is_packed():
             calls = [pool.submit(lambda b: sf.nearest_safe(text[:50], b.pack(), k=5), bank) for _ in range(2 * CALLERS)]
             found = [call.result() for call in calls]
         assert all(torch.equal(f.indices, expected.indices) for f in found)
+
+
+FORK = """
+import os, torch, saferclip_fast as sf
+torch.set_num_threads(2)
+query, bank = torch.randn(512, 64), torch.nn.functional.normalize(torch.randn(5000, 64), dim=1)
+expected = sf.nearest_safe(query, bank, k=3)
+child = os.fork()
+if child == 0:
+    found = sf.nearest_safe(query, bank, k=3)
+    products = torch.randn(500, 500) @ torch.randn(500, 500)
+    os._exit(0 if torch.equal(found.indices, expected.indices) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_goes_on_with_one_thread():
+    """It waited forever for threads that a child does not have."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "was forked after ops had used threads, and goes on with one" in done.stderr

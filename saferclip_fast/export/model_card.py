@@ -17,6 +17,8 @@ BASE_FOLDER = "base_model"  # in peft/: the frozen model, where no hub has it
 _PRIVATE = ("run_dir", "data.cache_dir", "data.root", "data.unsafe_root")  # places on the trainer's machine
 _MAY_BE_PATHS = ("data.train", "data.val", "model.name", "model.pretrained")
 
+LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "peft": "peft", "onnx": "onnx"}  # the hub's names
+
 # {folder}, {base}, {shape} and {length} are filled in; each runs as printed and ends with embeddings, not normalized.
 LOADING = {
     "open_clip": """\
@@ -65,7 +67,7 @@ encoder = onnxruntime.InferenceSession("{folder}/text_encoder.onnx")
 
 
 def write_card(source: Source, formats: Sequence[str], folder: Path, in_subfolders: bool) -> None:
-    """Writes FOLDER/README.md for `formats`, which lie in FOLDER/EVALUATION_FORMAT or, one alone, in FOLDER itself."""
+    """Writes FOLDER/README.md for `formats`, which lie in FOLDER/FORMAT or, one alone, in FOLDER itself."""
     with atomic_write(folder / "README.md") as file:
         file.write_text(card(source, formats, in_subfolders), "utf-8")
 
@@ -73,9 +75,7 @@ def write_card(source: Source, formats: Sequence[str], folder: Path, in_subfolde
 def card(source: Source, formats: Sequence[str], in_subfolders: bool) -> str:
     """The card as Markdown. No path of the machine that trained the model is in it."""
     lines = [
-        "---",
-        "tags: [clip, safety, saferclip_fast]",
-        "---",
+        *_head(source, formats),
         f"# {source.clip.name}, {'made safer with' if source.run_dir else 'converted by'} saferclip_fast",
         "",
         f"Weights hash: `{source.clip.weights_hash}`. Safety dial: {source.alpha:g} (0 frozen, 1 as trained).",
@@ -103,6 +103,18 @@ def card(source: Source, formats: Sequence[str], in_subfolders: bool) -> str:
         *_training(source),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(source: Source, formats: Sequence[str]) -> list[str]:
+    """What the Hugging Face hub reads: of a model it does not know, whose license is that of base and data."""
+    base = [f"base_model: {source.base_on_the_hub}"] if source.base_on_the_hub else []
+    about = [
+        "license: other",
+        f"library_name: {LIBRARIES[formats[0]]}",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, safety, saferclip_fast]",
+    ]
+    return ["---", *base, *about, "---"]
 
 
 def _loading(source: Source, name: str, folder: str) -> str:

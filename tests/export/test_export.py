@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 
 from saferclip_fast.config import load_config
@@ -195,6 +196,9 @@ def test_all_formats_and_cards_whose_code_runs_as_printed(run, tmp_path, monkeyp
         card = (folder / "README.md").read_text()
         assert "lora.rank: 4" in card and "data hash: `" in card and clip.weights_hash in card
         assert str(run.parent) not in card
+        head = yaml.safe_load(card.split("---")[1])
+        assert head["pipeline_tag"] == "zero-shot-image-classification" and head["license"] == "other"
+        assert head["library_name"] in ("open_clip", "transformers", "peft", "onnx")
         blocks = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
         assert len(blocks) == count
         monkeypatch.chdir(folder)

@@ -9,7 +9,7 @@ import saferclip_fast as sf
 from saferclip_fast.ops import choice
 from saferclip_fast.ops.triton import nearest_safe
 
-from .error_rule import DEVICE
+from .device import DEVICE
 from .test_losses import embeddings, retarget_arguments
 
 OPS = torch.ops.saferclip_fast

@@ -28,7 +28,7 @@ from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_sign
 from ..storage.claim import claim
 from ..storage.files import atomic_write, remove_leftovers
 from .checkpoint import CheckpointError, load_checked, save_checked
-from .device import compile_encoders, data_parallel, set_up_torch
+from .device import compile_encoders, data_parallel, naming_train_deterministic, set_up_torch
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
 from .frozen import keep_random_weights, open_for_training, write_record
 from .fsdp import check_fsdp, gathered, shard_weights, whole
@@ -136,7 +136,8 @@ class Trainer:
             group["lr"] = learning_rate(config.optimizer, progress.step, self.total_steps)
         samples = min(config.train.batch_size, self.sampler.epoch_size(progress.epoch) - progress.seen)
         share = self.ranks.share(samples)  # the batch at hand is this rank's part of the samples
-        out = self.gradients(batch, share)
+        with naming_train_deterministic():
+            out = self.gradients(batch, share)
         if progress.step == 0:
             check_all_used(state.trainable)
         with part("optimizer"):

@@ -42,21 +42,19 @@ __device__ __forceinline__ float exponential(float x) { return exp2f(x * 1.44269
 // Eight elements as type E at element 8 * chunk of a row of row_bytes, a multiple of 16.
 template <class E>
 __device__ __forceinline__ void copy8(Global<uint8_t> row, int64_t row_bytes, int chunk, const float (&x)[8]) {
-  constexpr int kPerVector = 16 / sizeof(E);
+  if constexpr (sizeof(E) == 4) {
+    Vec16 low, high;
 #pragma unroll
-  for (int half = 0; half < 8 / kPerVector; ++half) {
-    const int at = chunk * (8 / kPerVector) + half;
-    if (at * 16 >= row_bytes) continue;
-    Vec16 v = {};
+    for (int i = 0; i < 4; ++i) low.word[i] = __float_as_uint(x[i]), high.word[i] = __float_as_uint(x[4 + i]);
+    as<Vec16>(row)[chunk * 2] = low;
+    if (chunk * 32 + 16 < row_bytes) as<Vec16>(row)[chunk * 2 + 1] = high;
+  } else {
+    Vec16 v;
 #pragma unroll
-    for (int i = 0; i < kPerVector; ++i) {
-      if constexpr (sizeof(E) == 4) {
-        v.word[i] = __float_as_uint(x[half * 4 + i]);
-      } else {
-        v.word[i / 2] |= static_cast<uint32_t>(from_float<E>(x[i]).bits) << 16 * (i % 2);
-      }
+    for (int i = 0; i < 4; ++i) {
+      v.word[i] = from_float<E>(x[2 * i]).bits | static_cast<uint32_t>(from_float<E>(x[2 * i + 1]).bits) << 16;
     }
-    as<Vec16>(row)[at] = v;
+    as<Vec16>(row)[chunk] = v;
   }
 }
 
@@ -92,7 +90,7 @@ __device__ __forceinline__ void row_facts(const Matrix& trained, const Matrix& f
 
 // A warp a row.
 template <class E>
-__global__ void __launch_bounds__(kRowKernelThreads)
+__global__ void __launch_bounds__(kRowKernelThreads, 8)
     row_facts_kernel(Matrix text, Matrix image, Matrix frozen_text, Matrix frozen_image, int64_t batch, RowFacts facts) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kRowKernelThreads / kWarpSize) + threadIdx.x / kWarpSize;

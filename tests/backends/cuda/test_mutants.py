@@ -80,7 +80,7 @@ MUTANTS = {
         Mutant("sum not rescaled", PRESERVATION, "before.sum *", "exponential(before.largest - largest)", "1.0f"),
         Mutant("diagonal kept", PRESERVATION, "if (first_row + row == column + j)", DIAGONAL),
         Mutant("weights of a padding column", PRESERVATION, "if (", "column + j >= columns", "column + j > columns"),
-        Mutant("half a copy twice", PRESERVATION, "__float_as_uint(x[", "half * 4 + i", "i"),
+        Mutant("half a copy twice", PRESERVATION, "__float_as_uint(x[", "4 + i", "i"),
         Mutant("a row halved", PRESERVATION, "x[i]) *", SCALED, SCALED + " * (row == 3 ? 0.5f : 1.0f)"),
         Mutant("a row zero", PRESERVATION, "g[i] = (", PROJECTED, f"{LAST_OF_16_BITS} ? 0.0f : {PROJECTED}"),
         Mutant("two rows swapped", PRESERVATION, "", STORE, STORE.replace("row", "row < 2 ? 1 - row : row")),

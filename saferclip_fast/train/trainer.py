@@ -189,7 +189,11 @@ class Trainer:
     ) -> ObjectiveOutput:
         """The objective of one batch's embeddings against the cached frozen outputs."""
         index, bank = batch["index"], split.bank
-        frozen, neighbors = split.frozen_of(index, self.device), split.neighbors_of(index, self.device)
+        # rounds nothing: the frozen rows were made in the same precision
+        frozen = QuadrupletEmbeddings(
+            *(x.to(y.dtype) for x, y in zip(split.frozen_of(index, self.device), current, strict=True))
+        )
+        neighbors = split.neighbors_of(index, self.device)
         if neighbors is None and self.objective.needs_neighbors:
             options = self.config.objective
             neighbors = bank.nearest(frozen.unsafe_text, options.k, backend=options.backend, check=False)
@@ -269,7 +273,7 @@ class Trainer:
             out = self.loss(current, batch, split)
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
             if number < len(mine):
-                pairs.append((current.safe_text, current.safe_image))
+                pairs.append((current.safe_text.float(), current.safe_image.float()))
         texts, images = (torch.cat(side) for side in zip(*pairs, strict=True))
         return meter.means(self.ranks) | {"recall": recall(texts, images, self.ranks)}
 

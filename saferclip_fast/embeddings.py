@@ -85,7 +85,8 @@ def embed_quadruplets(
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         with clip.frozen():
-            return embed_batch(clip, batch, precision)._asdict()
+            rows = embed_batch(clip, batch, precision)
+            return {name: column.float() for name, column in rows._asdict().items()}
 
     path = row_cache.fill(
         cache_dir,
@@ -135,8 +136,9 @@ def bank_metadata(frozen: FrozenEmbeddings) -> dict[str, str]:
 def embed_batch(
     clip: ClipModel, batch: Mapping[str, Any], precision: str = "fp32", encode: Encode | None = None
 ) -> QuadrupletEmbeddings:
-    """Embeddings [B, d] float32 of one collated batch: two forward passes, safe and unsafe rows together.
+    """Embeddings [B, d] of one collated batch: two forward passes, safe and unsafe rows together.
 
+    float32, or on a GPU what the encoders give: half the bytes, and the losses multiply them on tensor cores.
     `encode` runs in place of `clip` itself where it is wrapped (DistributedDataParallel, torch.compile).
     """
     device = clip.device
@@ -147,8 +149,10 @@ def embed_batch(
     captions = clip.pack(tokens, [*batch["safe_lengths"], *batch["unsafe_lengths"]])
     with autocast(device, precision):
         image, text = (clip if encode is None else encode)(images, captions)
-    safe_image, unsafe_image = image.float().chunk(2)
-    safe_text, unsafe_text = text.float().chunk(2)
+    if device.type != "cuda":
+        image, text = image.float(), text.float()
+    safe_image, unsafe_image = image.chunk(2)
+    safe_text, unsafe_text = text.chunk(2)
     return QuadrupletEmbeddings(safe_text, safe_image, unsafe_text, unsafe_image)
 
 

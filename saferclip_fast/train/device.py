@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -40,10 +42,23 @@ def set_up_torch(config: Config) -> torch.device:
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # with warn_only the backward pass of attention stays as it was
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(config.seed)
     return device
+
+
+@contextmanager
+def naming_train_deterministic() -> Iterator[None]:
+    """Turns torch's error for an op that has no deterministic kernel into a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise ConfigError(
+            f"train.deterministic=true: {str(error).split(',')[0]}; train.deterministic=false trains without it"
+        ) from error
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:

@@ -28,7 +28,7 @@ from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_sign
 from ..storage.claim import claim
 from ..storage.files import atomic_write, remove_leftovers
 from .checkpoint import CheckpointError, load_checked, save_checked
-from .device import compile_encoders, data_parallel, set_up_torch
+from .device import compile_encoders, data_parallel, naming_train_deterministic, set_up_torch
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
 from .frozen import keep_random_weights, open_for_training, write_record
 from .fsdp import check_fsdp, gathered, shard_weights, whole
@@ -136,7 +136,8 @@ class Trainer:
             group["lr"] = learning_rate(config.optimizer, progress.step, self.total_steps)
         samples = min(config.train.batch_size, self.sampler.epoch_size(progress.epoch) - progress.seen)
         share = self.ranks.share(samples)  # the batch at hand is this rank's part of the samples
-        out = self.gradients(batch, share)
+        with naming_train_deterministic():
+            out = self.gradients(batch, share)
         if progress.step == 0:
             check_all_used(state.trainable)
         with part("optimizer"):
@@ -188,7 +189,11 @@ class Trainer:
     ) -> ObjectiveOutput:
         """The objective of one batch's embeddings against the cached frozen outputs."""
         index, bank = batch["index"], split.bank
-        frozen, neighbors = split.frozen_of(index, self.device), split.neighbors_of(index, self.device)
+        # rounds nothing: the frozen rows were made in the same precision
+        frozen = QuadrupletEmbeddings(
+            *(x.to(y.dtype) for x, y in zip(split.frozen_of(index, self.device), current, strict=True))
+        )
+        neighbors = split.neighbors_of(index, self.device)
         if neighbors is None and self.objective.needs_neighbors:
             options = self.config.objective
             neighbors = bank.nearest(frozen.unsafe_text, options.k, backend=options.backend, check=False)
@@ -268,7 +273,7 @@ class Trainer:
             out = self.loss(current, batch, split)
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
             if number < len(mine):
-                pairs.append((current.safe_text, current.safe_image))
+                pairs.append((current.safe_text.float(), current.safe_image.float()))
         texts, images = (torch.cat(side) for side in zip(*pairs, strict=True))
         return meter.means(self.ranks) | {"recall": recall(texts, images, self.ranks)}
 

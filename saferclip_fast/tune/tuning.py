@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
+from ..bank import SafeBank
 from ..ops.backends import BACKENDS, built
 from ..ops.choice import LEADER, chip_name, select, table
 from ..storage.files import save_json
@@ -33,7 +34,8 @@ def cases(op: str, device: str, dtype: torch.dtype) -> Iterator[tuple[int, tuple
 
     if op == "nearest_safe":
         for queries, bank_rows in SEARCHES:
-            yield queries * bank_rows, (rows(queries), rows(bank_rows), 1)
+            bank = SafeBank.from_unit(rows(bank_rows), rows(bank_rows), {}).pack()  # as training has it
+            yield queries * bank_rows, (rows(queries), bank.text, 1, bank.packed)
     for batch in BATCHES if op != "nearest_safe" else ():
         embeddings = tuple(rows(batch) for _ in range(4))
         if op == "info_nce_sums":

@@ -153,6 +153,12 @@ def test_tune_times_the_real_kernels(monkeypatch):
         assert "reference" in row["order"] and row["because"].startswith("measured here")
 
 
+def test_tune_searches_a_packed_bank_as_training_does(monkeypatch):
+    monkeypatch.setattr(tune, "SEARCHES", ((2, 40),))
+    ((_, (_, bank, _, packed)),) = tune.cases("nearest_safe", "cpu", torch.float32)
+    assert packed.equal(torch.ops.saferclip_fast.pack_bank(bank))
+
+
 def test_work_beyond_int64_is_fine():
     assert chosen(work=2**80) == chosen()
 

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from saferclip_fast.ops import reference
 from tests.ops.variants import threads, variants
+from tests.support.error_rule import check_loss, wide
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RETARGET = pytest.mark.parametrize("run", variants("retarget_loss"), ids=str)
@@ -41,21 +42,8 @@ def preservation_arguments(batch, d, dtype, seed=0, weights=(1.0, 2.0, 0.5, 0.7)
     return *(rows(batch, d, dtype, g) for _ in range(4)), list(weights), scale, True
 
 
-def in_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-
-
 def assert_no_worse_than_plain(op, run, args):
-    """error <= 2 x the error of the plain path in the same dtype + one rounding unit of the output's size."""
-    truth = getattr(reference, op)(*in_double(args))
-    plain = getattr(reference, op)(*args)
-    got = run(op, *args)
-    for name, t, p, x in zip(("loss", "terms", "grad_text", "grad_image"), truth, plain, got, strict=True):
-        assert x.shape == p.shape and x.dtype == p.dtype, name
-        assert torch.isfinite(x).all(), name
-        unit = torch.finfo(p.dtype).eps * t.abs().max()
-        error, allowed = (x - t).abs().max(), 2 * (p - t).abs().max() + unit
-        assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
+    check_loss(op, list(run(op, *args)), list(args))
 
 
 SHAPES = [(1, 1, 1, 1), (5, 16, 10, 1), (33, 77, 50, 2), (70, 130, 64, 5), (64, 256, 300, 1), (100, 33, 7, 7)]
@@ -94,7 +82,7 @@ def test_retarget_random_shapes(run, data):
 def test_retarget_rows_of_any_scale(run, scale, current):
     """Scaling a row changes neither loss nor, but for its own scale, the gradient: plain float32 loses such rows."""
     args = list(retarget_arguments(12, 40, 30, 1, torch.float32, current=current))
-    truth = reference.retarget_loss(*in_double(args))
+    truth = reference.retarget_loss(*wide(args))
     args[:4] = [x * scale for x in args[:4]]
     got = run("retarget_loss", *args)
     torch.testing.assert_close(got[1].double(), truth[1], rtol=1e-5, atol=1e-6)

@@ -16,8 +16,8 @@ from saferclip_fast.config import load_config
 from saferclip_fast.data import collate, open_quadruplets
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_batch
-from saferclip_fast.models import load_clip
-from saferclip_fast.ops import Neighbors
+from saferclip_fast.models import ClipModel, load_clip
+from saferclip_fast.ops import Neighbors, preservation_loss
 from saferclip_fast.train import Trainer
 from saferclip_fast.train.prepare import Split, build_objective
 from saferclip_fast.train.step import embed_micro_batches
@@ -109,9 +109,22 @@ def test_every_objective_stays_on_the_gpu(weights, objective, neighbors, data):
 def test_every_way_to_embed_stays_on_the_gpu(weights, monkeypatch, tuning, precision, micro):
     monkeypatch.setattr("saferclip_fast.train.step.pack_rng", lambda device: {})  # reads the GPU's generator
     words = [ALL_UNSAFE, f"model.tuning={tuning}", f"train.precision={precision}", f"train.micro_batch_size={micro}"]
+    given = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    forward, fed = ClipModel.forward, []
+
+    def autocasted(*arguments):  # autocast does nothing where torch sees no GPU
+        return tuple(x.to(given) for x in forward(*arguments))
+
+    def watched(*rows, **options):
+        fed.extend(x.dtype for x in rows)
+        return preservation_loss(*rows, **options)
+
+    monkeypatch.setattr(ClipModel, "forward", autocasted)
+    monkeypatch.setattr("saferclip_fast.objectives.common.preservation_loss", watched)
     out, current = loss_on_cuda(load_config(None, [*words, "objective.backend=reference"]), weights)
-    assert out.loss.device == CUDA
-    assert all(x.device == CUDA and x.dtype == torch.float32 for x in current)
+    assert out.loss.device == CUDA and out.loss.dtype == torch.float32
+    assert all(x.device == CUDA and x.dtype == given for x in current)
+    assert fed == [given] * 4  # text, image and their frozen selves: one type, or the kernels multiply in float32
 
 
 @pytest.mark.parametrize("left_behind", ["frozen_of", "neighbors_of"])

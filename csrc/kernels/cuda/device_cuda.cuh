@@ -31,7 +31,10 @@ int launch(Stream stream, void (*kernel)(P...), dim3 grid, int threads, size_t s
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next call, torch's perhaps, would report it as its own
+      return error;
+    }
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<P>(args)...);
   return cudaGetLastError();

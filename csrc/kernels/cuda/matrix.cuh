@@ -97,9 +97,9 @@ __device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8], 
   return sum;
 }
 // 1 / sqrt(x) to within about one rounding: rsqrtf may be two off, one Newton step mends that. A zero
-// (or overflowed) squared norm gives 0, so that a zero row stays zero.
+// squared norm gives 0, so that a zero row stays zero.
 __device__ __forceinline__ float inverse_norm(float square) {
-  if (!(square > 0.0f && square < INFINITY)) return 0.0f;
+  if (square == 0.0f) return 0.0f;
   const float y = rsqrtf(square);
   return fmaf(0.5f * y, fmaf(-square * y, y, 1.0f), y);
 }
@@ -115,6 +115,29 @@ __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, step));
   return x;
+}
+
+// Whether products of two rows of such squared norms stay in the range of fp32, and precise.
+__device__ __forceinline__ bool in_range(float square) { return square >= 0x1p-80f && square <= 0x1p80f; }
+// The power of two that a row is multiplied by before its elements are: 1 for a row in range, else what brings its
+// largest element near 1. Called by a whole warp.
+__device__ __forceinline__ float row_scale(const Matrix& m, int64_t row, float square) {
+  if (in_range(square)) return 1.0f;
+  float largest = 0.0f;
+  for (int chunk = threadIdx.x % kWarpSize; chunk * 8 < m.dim; chunk += kWarpSize) {
+    float x[8];
+    load8(m, row, chunk, x);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  }
+  largest = warp_max(largest);
+  if (!(largest > 0.0f && largest < INFINITY)) return 1.0f;
+  const int exponent = 254 - static_cast<int>(__float_as_uint(largest) >> 23);
+  return __uint_as_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent) << 23);
+}
+__device__ __forceinline__ void scale8(float (&x)[8], float scale) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] *= scale;
 }
 
 }  // namespace saferclip

@@ -15,13 +15,12 @@ enum Input {
 
 struct Plan {
   DType type;            // of the products: the inputs' own, or fp32 if they differ
-  bool copy[4];          // inputs that need a padded copy of that type
   int64_t row_bytes;     // of the operands
   int64_t splits, columns_per_split;
   int64_t chunk_rows;    // rows of P + C - 2 I stored at a time
   int64_t batch_bytes;   // of a row of `batch` elements of `type`
   int64_t bytes = 0;     // of the workspace; the rest are offsets into it
-  int64_t inverse, cosine, diagonal, row_lse, column_lse, partial, row_terms, copies[4];
+  int64_t inverse, scale, cosine, diagonal, row_softmax, column_softmax, partial, row_terms, copies;
   int64_t transposed, weights, product;
 };
 
@@ -52,17 +51,14 @@ Plan make_plan(const PreservationProblem& p) {
   };
   const int64_t column = p.batch * sizeof(float);
   plan.inverse = take(4 * column);
+  plan.scale = take(4 * column);
   plan.cosine = take(2 * column);
   plan.diagonal = take(2 * column);
-  plan.row_lse = take(2 * column);
-  plan.column_lse = take(2 * column);
+  plan.row_softmax = take(2 * 3 * column);  // Lse, others
+  plan.column_softmax = take(2 * 3 * column);
   plan.partial = take(plan.splits * p.batch * sizeof(LogSum));
   plan.row_terms = take(p.batch * sizeof(Vec16));
-  for (int i = 0; i < 4; ++i) {
-    const HostMatrix matrix = input_matrix(p, i);
-    plan.copy[i] = matrix.type != plan.type || !matrix.is_wide(p.dim);
-    plan.copies[i] = take(plan.copy[i] ? p.batch * plan.row_bytes : 0);
-  }
+  plan.copies = take(4 * p.batch * plan.row_bytes);
   plan.transposed = take(p.need_grad ? p.dim * plan.batch_bytes : 0);
   plan.weights = take(p.need_grad ? plan.chunk_rows * plan.batch_bytes : 0);
   plan.product = take(p.need_grad ? plan.chunk_rows * p.dim * sizeof(float) : 0);
@@ -87,32 +83,39 @@ struct Call {
   }
   unsigned thread_blocks() const { return static_cast<unsigned>(ceil_div(p.batch, kRowKernelThreads)); }
   Matrix matrix(int input) const { return input_matrix(p, input).on_device(p.dim); }
+  // Of side 0 or 1; `offset` is that of both.
+  Softmax softmax(int64_t offset, int side) const {
+    const int64_t lse = p.batch * static_cast<int64_t>(sizeof(Lse)), share = p.batch * static_cast<int64_t>(sizeof(float));
+    return {buffer<Lse>(offset + side * lse, p.batch, "log-sums"),
+            buffer<float>(offset + 2 * lse + side * share, p.batch, "shares of the others")};
+  }
 };
 
+// `diagonal` is written if `first`, and read either way: S and its transpose have the same.
 template <class E>
-int log_sum(const Call& call, const UnitRows& x, const UnitRows& y, float* lse, float* diagonal) {
+int log_sum(const Call& call, const UnitRows& x, const UnitRows& y, bool first, float* diagonal, const Softmax& softmax) {
   const Plan& plan = call.plan;
   LogSum* partial = call.buffer<LogSum>(plan.partial, plan.splits * call.p.batch, "partial log-sums");
   const dim3 grid(static_cast<unsigned>(ceil_div(call.p.batch, kTile)), static_cast<unsigned>(plan.splits));
   if (int error = launch(call.stream, log_sum_kernel<E>, grid, kTileThreads, kLogSumSharedBytes, x, y,
-                         call.p.logit_scale, plan.columns_per_split, partial, diagonal)) {
+                         call.p.logit_scale, plan.columns_per_split, partial, first ? diagonal : nullptr)) {
     return error;
   }
   return launch(call.stream, merge_splits_kernel, dim3(call.thread_blocks()), kRowKernelThreads, 0, partial,
-                call.p.batch, static_cast<int>(plan.splits), lse);
+                call.p.batch, static_cast<int>(plan.splits), diagonal, softmax);
 }
 
 // sum_j (P + C - 2 I) y_j for `count` rows, into the workspace; `transposed` holds y already.
 template <class E>
-int weighted_rows(const Call& call, const UnitRows& x, const UnitRows& y, const float* row_lse,
-                  const float* column_lse, int64_t first_row, int64_t count, const uint8_t* transposed,
+int weighted_rows(const Call& call, const UnitRows& x, const UnitRows& y, const Softmax& of_row,
+                  const Softmax& of_column, int64_t first_row, int64_t count, const uint8_t* transposed,
                   float* product) {
   const Plan& plan = call.plan;
   const int64_t batch = call.p.batch, dim = call.p.dim;
   uint8_t* weights = call.buffer<uint8_t>(plan.weights, count * plan.batch_bytes, "weights");
   const unsigned tiles = static_cast<unsigned>(ceil_div(count, kTile));
   if (int error = launch(call.stream, weights_kernel<E>, dim3(tiles, static_cast<unsigned>(ceil_div(batch, kTile))),
-                         kTileThreads, kTileSharedBytes, x, y, call.p.logit_scale, row_lse, column_lse,
+                         kTileThreads, kTileSharedBytes, x, y, call.p.logit_scale, of_row, of_column,
                          first_row, count, weights, plan.batch_bytes)) {
     return error;
   }
@@ -123,15 +126,15 @@ int weighted_rows(const Call& call, const UnitRows& x, const UnitRows& y, const 
 
 // InfoNCE (if its weight is not 0) and the gradient of one side: 0 text, 1 image.
 template <class E>
-int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_lse, float* column_lse,
+int one_side(const Call& call, int side, const UnitRows (&unit)[4], const Softmax& of_row, const Softmax& of_column,
              float* diagonal, void* grad) {
   const PreservationProblem& p = call.p;
   const Plan& plan = call.plan;
   const int other = side == kText ? kFrozenImage : kFrozenText, own = side == kText ? kFrozenText : kFrozenImage;
   const bool nce = p.weights[2 + side] != 0.0f;
   if (nce) {
-    if (int error = log_sum<E>(call, unit[side], unit[other], row_lse, diagonal)) return error;
-    if (int error = log_sum<E>(call, unit[other], unit[side], column_lse, nullptr)) return error;
+    if (int error = log_sum<E>(call, unit[side], unit[other], true, diagonal, of_row)) return error;
+    if (int error = log_sum<E>(call, unit[other], unit[side], false, diagonal, of_column)) return error;
   }
   if (!p.need_grad) return 0;
   uint8_t* transposed = nullptr;
@@ -141,7 +144,8 @@ int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_l
     const dim3 grid(static_cast<unsigned>(ceil_div(padded, kTransposeTile)),
                     static_cast<unsigned>(ceil_div(p.dim, kTransposeTile)));
     if (int error = launch(call.stream, transpose_kernel<E>, grid, kRowKernelThreads, kTransposeSharedBytes,
-                           call.matrix(other), p.batch, unit[other].inverse, transposed, plan.batch_bytes)) {
+                           call.matrix(other), p.batch, unit[other].inverse, unit[other].scale, transposed,
+                           plan.batch_bytes)) {
       return error;
     }
   }
@@ -151,7 +155,7 @@ int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_l
     float* product = nullptr;
     if (nce) {
       product = call.buffer<float>(plan.product, count * p.dim, "weighted rows");
-      if (int error = weighted_rows<E>(call, unit[side], unit[other], row_lse, column_lse, first, count, transposed,
+      if (int error = weighted_rows<E>(call, unit[side], unit[other], of_row, of_column, first, count, transposed,
                                        product)) {
         return error;
       }
@@ -160,7 +164,9 @@ int one_side(const Call& call, int side, const UnitRows (&unit)[4], float* row_l
     const FinishArguments finish = {call.matrix(side),
                                     call.matrix(own),
                                     unit[side].inverse,
+                                    unit[side].scale,
                                     unit[own].inverse,
+                                    unit[own].scale,
                                     product,
                                     first,
                                     count,
@@ -179,43 +185,37 @@ int run(const Call& call, float* loss, float* terms, void* grad_text, void* grad
   const PreservationProblem& p = call.p;
   const Plan& plan = call.plan;
   RowFacts facts;
+  facts.row_bytes = plan.row_bytes;
   TermArguments arguments = {};
-  float *row_lse[2], *column_lse[2], *diagonal[2];
+  float* diagonal[2];
+  UnitRows unit[4];
   for (int i = 0; i < 4; ++i) {
-    facts.inverse[i] = call.buffer<float>(plan.inverse + i * p.batch * 4, p.batch, "inverse norms");
+    const int64_t column = i * p.batch * 4, rows = i * p.batch * plan.row_bytes;
+    float* inverse = call.buffer<float>(plan.inverse + column, p.batch, "inverse norms");
+    float* scale = call.buffer<float>(plan.scale + column, p.batch, "scales");
+    uint8_t* copy = call.buffer<uint8_t>(plan.copies + rows, p.batch * plan.row_bytes, "padded rows");
+    facts.inverse[i] = inverse, facts.scale[i] = scale, facts.copy[i] = copy;
+    unit[i] = {{copy, p.batch, plan.row_bytes}, inverse, scale};
   }
+  Softmax of_row[2], of_column[2];
   for (int i = 0; i < 2; ++i) {
     const int64_t column = i * p.batch * 4;
     float* cosine = call.buffer<float>(plan.cosine + column, p.batch, "cosines");
     diagonal[i] = call.buffer<float>(plan.diagonal + column, p.batch, "diagonal");
-    row_lse[i] = call.buffer<float>(plan.row_lse + column, p.batch, "row log-sums");
-    column_lse[i] = call.buffer<float>(plan.column_lse + column, p.batch, "column log-sums");
+    of_row[i] = call.softmax(plan.row_softmax, i), of_column[i] = call.softmax(plan.column_softmax, i);
     facts.cosine[i] = cosine, arguments.cosine[i] = cosine;
     if (p.weights[2 + i] == 0.0f) continue;
-    arguments.row_lse[i] = row_lse[i], arguments.column_lse[i] = column_lse[i];
+    arguments.row_lse[i] = of_row[i].lse, arguments.column_lse[i] = of_column[i].lse;
     arguments.diagonal[i] = diagonal[i];
   }
-  if (int error = launch(call.stream, row_facts_kernel, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
+  if (int error = launch(call.stream, row_facts_kernel<E>, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
                          call.matrix(kText), call.matrix(kImage), call.matrix(kFrozenText), call.matrix(kFrozenImage),
                          p.batch, facts)) {
     return error;
   }
-  UnitRows unit[4];
-  for (int i = 0; i < 4; ++i) {
-    const uint8_t* data = static_cast<const uint8_t*>(input_matrix(p, i).data);
-    if (plan.copy[i]) {
-      uint8_t* copy = call.buffer<uint8_t>(plan.copies[i], p.batch * plan.row_bytes, "padded rows");
-      if (int error = launch(call.stream, pad_rows_kernel<E>, dim3(call.row_blocks(p.batch)), kRowKernelThreads, 0,
-                             call.matrix(i), p.batch, copy, plan.row_bytes)) {
-        return error;
-      }
-      data = copy;
-    }
-    unit[i] = {{data, p.batch, plan.row_bytes}, facts.inverse[i]};
-  }
   for (int side = 0; side < 2; ++side) {
     void* grad = side == kText ? grad_text : grad_image;
-    if (int error = one_side<E>(call, side, unit, row_lse[side], column_lse[side], diagonal[side], grad)) return error;
+    if (int error = one_side<E>(call, side, unit, of_row[side], of_column[side], diagonal[side], grad)) return error;
   }
   Vec16* row_terms = call.buffer<Vec16>(plan.row_terms, p.batch, "row terms");
   arguments.batch = p.batch, arguments.row_terms = row_terms;

@@ -69,8 +69,9 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 
 // One side (text or image) of a row, from inner products of raw rows and 1/|.| factors.
 struct Side {
-  float inverse;          // 1/|x|
-  float away_scale;       // the negative is away_scale * (raw negative row)
+  float scale;            // x enters times this power of two (row_scale)
+  float inverse;          // 1/|x times scale|
+  float away_scale;       // the negative is away_scale * (negative row times its scale)
   float near, far, away;  // u . own target, u . target of the other modality, u . negative
   float uni, cross;       // the two terms
   float w_uni, w_cross;   // what multiplies -s^ and (negative - other target) in dL/du
@@ -88,7 +89,7 @@ struct Side {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float g = w_cross * (away_scale * negative[i] - other[i]) - w_uni * own[i];
-      out[i] = (g - along * inverse * x[i]) * inverse;
+      out[i] = (g - along * inverse * x[i]) * inverse * scale;
     }
   }
 };
@@ -104,29 +105,37 @@ __global__ void __launch_bounds__(kRetargetThreads, 5) retarget_kernel(RetargetA
   const Matrix& text_away = p.current_negative ? p.image : p.frozen_image;
   const Matrix& image_away = p.current_negative ? p.text : p.frozen_text;
 
-  float tt = 0, vv = 0, at_at = 0, av_av = 0;  // squared norms of text, image and their negatives
-  float t_st = 0, t_sv = 0, t_at = 0, v_sv = 0, v_st = 0, v_av = 0;
-  for (int chunk = lane; chunk < chunks; chunk += kWarpSize) {
-    float t[8], v[8], x[8];
-    load8(p.text, row, chunk, t);
-    load8(p.image, row, chunk, v);
-    tt = dot8(t, t, tt), vv = dot8(v, v, vv);
-    load8(text_away, row, chunk, x);
-    t_at = dot8(t, x, t_at), at_at = dot8(x, x, at_at);
-    load8(image_away, row, chunk, x);
-    v_av = dot8(v, x, v_av), av_av = dot8(x, x, av_av);
-    gather8(p, p.bank_text, row, chunk, x);
-    t_st = dot8(t, x, t_st), v_st = dot8(v, x, v_st);
-    if (p.need_grad) store_target(text_target, chunk, x);
-    gather8(p, p.bank_image, row, chunk, x);
-    t_sv = dot8(t, x, t_sv), v_sv = dot8(v, x, v_sv);
-    if (p.need_grad) store_target(image_target, chunk, x);
+  float t_scale = 1, v_scale = 1, at_scale = 1, av_scale = 1;  // of text, image and their negatives
+  float tt, vv, at_at, av_av;                                  // squared norms
+  float t_st, t_sv, t_at, v_sv, v_st, v_av;
+  for (bool scaled = false;; scaled = true) {
+    tt = vv = at_at = av_av = t_st = t_sv = t_at = v_sv = v_st = v_av = 0;
+    for (int chunk = lane; chunk < chunks; chunk += kWarpSize) {
+      float t[8], v[8], x[8];
+      load8(p.text, row, chunk, t), scale8(t, t_scale);
+      load8(p.image, row, chunk, v), scale8(v, v_scale);
+      tt = dot8(t, t, tt), vv = dot8(v, v, vv);
+      load8(text_away, row, chunk, x), scale8(x, at_scale);
+      t_at = dot8(t, x, t_at), at_at = dot8(x, x, at_at);
+      load8(image_away, row, chunk, x), scale8(x, av_scale);
+      v_av = dot8(v, x, v_av), av_av = dot8(x, x, av_av);
+      gather8(p, p.bank_text, row, chunk, x);
+      t_st = dot8(t, x, t_st), v_st = dot8(v, x, v_st);
+      if (p.need_grad) store_target(text_target, chunk, x);
+      gather8(p, p.bank_image, row, chunk, x);
+      t_sv = dot8(t, x, t_sv), v_sv = dot8(v, x, v_sv);
+      if (p.need_grad) store_target(image_target, chunk, x);
+    }
+    tt = warp_sum(tt), vv = warp_sum(vv), at_at = warp_sum(at_at), av_av = warp_sum(av_av);
+    if (scaled || (in_range(tt) && in_range(vv) && in_range(at_at) && in_range(av_av))) break;
+    t_scale = row_scale(p.text, row, tt), v_scale = row_scale(p.image, row, vv);
+    at_scale = row_scale(text_away, row, at_at), av_scale = row_scale(image_away, row, av_av);
   }
-  const float inverse_t = inverse_norm(warp_sum(tt)), inverse_v = inverse_norm(warp_sum(vv));
-  const float inverse_at = inverse_norm(warp_sum(at_at)), inverse_av = inverse_norm(warp_sum(av_av));
-  Side text = {inverse_t, inverse_at, inverse_t * warp_sum(t_st), inverse_t * warp_sum(t_sv),
+  const float inverse_t = inverse_norm(tt), inverse_v = inverse_norm(vv);
+  const float inverse_at = inverse_norm(at_at), inverse_av = inverse_norm(av_av);
+  Side text = {t_scale, inverse_t, inverse_at, inverse_t * warp_sum(t_st), inverse_t * warp_sum(t_sv),
                inverse_t * inverse_at * warp_sum(t_at)};
-  Side image = {inverse_v, inverse_av, inverse_v * warp_sum(v_sv), inverse_v * warp_sum(v_st),
+  Side image = {v_scale, inverse_v, inverse_av, inverse_v * warp_sum(v_sv), inverse_v * warp_sum(v_st),
                 inverse_v * inverse_av * warp_sum(v_av)};
   const Vec16 stored = as<const Vec16>(p.row_weights)[row];
   float weight[4];
@@ -141,14 +150,14 @@ __global__ void __launch_bounds__(kRetargetThreads, 5) retarget_kernel(RetargetA
   if (!p.need_grad) return;
   for (int chunk = lane; chunk < chunks; chunk += kWarpSize) {
     float t[8], v[8], st[8], sv[8], x[8], grad[8];
-    load8(p.text, row, chunk, t);
-    load8(p.image, row, chunk, v);
+    load8(p.text, row, chunk, t), scale8(t, t_scale);
+    load8(p.image, row, chunk, v), scale8(v, v_scale);
     load_target(text_target, chunk, st);
     load_target(image_target, chunk, sv);
-    load8(text_away, row, chunk, x);
+    load8(text_away, row, chunk, x), scale8(x, at_scale);
     text.gradient(t, x, st, sv, grad);
     store8(p.text, p.grad_text, row, chunk, grad);
-    load8(image_away, row, chunk, x);
+    load8(image_away, row, chunk, x), scale8(x, av_scale);
     image.gradient(v, x, sv, st, grad);
     store8(p.image, p.grad_image, row, chunk, grad);
   }

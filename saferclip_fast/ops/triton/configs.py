@@ -82,4 +82,22 @@ def _prune(configs: list[Config], arguments: dict, **constants) -> list[Config]:
 
 def tuned(configs: list[Config], key: list[str]) -> Callable:
     """`triton.autotune` over `configs`; the kernel's `columns` argument is the column-side matrix."""
-    return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": _prune}, cache_results=True)
+    decorate = triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": _prune}, cache_results=True)
+
+    def apply(kernel):
+        tuner = decorate(kernel)
+        prune, bench = tuner.prune_configs, tuner._bench
+        left: list[Config] = []
+
+        def noted(arguments: dict) -> list[Config]:
+            left[:] = prune(arguments)
+            return left[:]
+
+        def unless_single(*arguments, **options):
+            """Triton before 3.8 times a single configuration too, which a graph capture does not survive."""
+            return bench(*arguments, **options) if len(left) > 1 else [0.0, 0.0, 0.0]
+
+        tuner.prune_configs, tuner._bench = noted, unless_single
+        return tuner
+
+    return apply

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from saferclip_fast.config import load_config
 from saferclip_fast.data import collate, decode_images, open_quadruplets
 from saferclip_fast.embeddings import embed_batch
 from saferclip_fast.models import load_clip
+from saferclip_fast.models.attention import Attention
 from saferclip_fast.objectives import ObjectiveOutput
 from saferclip_fast.runtime.ranks import Ranks, join
 from saferclip_fast.train import Trainer, train
-from saferclip_fast.train.device import data_parallel
+from saferclip_fast.train.device import data_parallel, set_up_torch
 from saferclip_fast.train.step import forward_backward
 from tests.support.tiny import tiny
 from tests.train.conftest import final_weights, log_lines
@@ -94,6 +96,19 @@ def test_a_run_in_every_precision(device, precision, weights, tmp_path):
     before = final_weights(tmp_path / "run")
     train(tiny(tmp_path / "run", weights, tmp_path / "cache", "resume=auto", *words))
     assert final_weights(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_repeats_its_bits(device, dtype):
+    """train.deterministic: above 256 tokens the memory-efficient kernel splits the keys, and adds in any order."""
+    set_up_torch(load_config(None, ["data.train=scenes:n=4", f"device={device}", "threads=0"]))
+    packed = torch.nn.MultiheadAttention(64, 2, batch_first=True, device=device, dtype=dtype)
+    attention, x = Attention(packed, causal=False), torch.randn(4, 300, 64, device=device, dtype=dtype)
+    found = [
+        torch.autograd.grad(attention(x, x, x)[0].float().square().sum(), packed.in_proj_weight)[0] for _ in range(9)
+    ]
+    assert all(torch.equal(found[0], again) for again in found[1:])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -24,7 +24,15 @@ TILE, SCREEN, RESCORE = "tile.cuh", "screen.cuh", "rescore.cuh"
 ROWS, REDUCE, RETARGET, PRESERVATION = "matrix.cuh", "reduce.cuh", "retarget_loss.cuh", "preservation_loss.cuh"
 KEEP = "entries[kept + __popc(votes & ((1u << lane) - 1))] = entry;"
 TEXT_GRADIENT = "text.gradient(t, x, st, sv, grad);"
-LOGIT = "logit(s, scale, row_inverse, column_inverse[j])"
+IMAGE_GRADIENT = "image.gradient(v, x, sv, st, grad);"
+STORE_IMAGE, STORE = "store8(p.image, p.grad_image, row, chunk, grad);", "store8(a.x, a.grad, row, chunk, g);"
+DIAGONAL = "w[j] = -(of_row.others[column + j] + of_column.others[column + j]);"
+RANGE = "square >= 0x1p-80f && square <= 0x1p80f"
+
+SCALED, PROJECTED = "inverse * scale", "g[i] - along * inverse * x[i]"
+# In the 16-bit types the last row, small beside the others, could be anything under a rule for the whole tensor.
+LAST_OF_16_BITS = "a.x.type != DType::kFloat32 && row == a.first_row + a.count - 1"
+LAST_IMAGE = "p.image.type != DType::kFloat32 && row == p.batch - 1"
 
 MUTANTS = {
     "nearest_safe": [
@@ -45,6 +53,7 @@ MUTANTS = {
         Mutant("ties to the higher index", RESCORE, "static_cast<uint32_t>(", "~index", "index"),
         Mutant("keys written over the best", RESCORE, "state.keys[", "filled + i", "i"),
         Mutant("no barrier in the sort", RESCORE, "= a;\n      }", SYNC),
+        Mutant("no barrier after the joint threshold", RESCORE, "state, all_rows);", SYNC),
         Mutant("pending rows overflow", RESCORE, "state.counts[0] >", "kPending - kRescoreThreads", "kPending"),
         Mutant("zero query not special", RESCORE, "if (", "norm == 0.0", "false"),
     ],
@@ -56,17 +65,26 @@ MUTANTS = {
         Mutant("no barrier in the reduction", REDUCE, "", SYNC),
         Mutant("reduction stops early", REDUCE, "step = kReduceThreads / 2;", "step > 0", "step > 1"),
         Mutant("last step of a sum wrong", ROWS, "x += __shfl_xor_sync(kFullMask, x,", "step", "step == 1 ? 0 : step"),
+        Mutant("a row zero", RETARGET, "", STORE_IMAGE, f"if ({LAST_IMAGE}) scale8(grad, 0.0f); {STORE_IMAGE}"),
+        Mutant("a row halved", RETARGET, "", IMAGE_GRADIENT, IMAGE_GRADIENT + " if (row == 3) scale8(grad, 0.5f);"),
+        Mutant("two rows swapped", RETARGET, "store8(p.text, p.grad_text,", "row", "row < 2 ? 1 - row : row"),
+        Mutant("rows of any size squared", ROWS, "", RANGE, "true"),
         Mutant("chunk skipped", RETARGET, "gather8(p, p.bank_image, row,", "chunk", "chunk ^ 1"),
     ],
     "preservation_loss": [
-        Mutant("no barrier in the transpose", PRESERVATION, "x[i] * scale;\n  }", SYNC),
+        Mutant("no barrier in the transpose", PRESERVATION, "chunk * 8 + i] = x[i];\n  }", SYNC),
         Mutant("no barrier before the sums", PRESERVATION, "The tiles are done with.", SYNC),
         Mutant("no barrier after the sums", PRESERVATION, "= total;\n  }", SYNC),
-        Mutant("no mask at the last column", PRESERVATION, "s =", f"column < last_column ? {LOGIT} : -INFINITY", LOGIT),
+        Mutant("no mask at the last column", PRESERVATION, "s =", "column < last_column", "true"),
+        Mutant("diagonal in the sums", PRESERVATION, "", "column != own", "true"),
         Mutant("sum not rescaled", PRESERVATION, "before.sum *", "exponential(before.largest - largest)", "1.0f"),
-        Mutant("diagonal kept", PRESERVATION, "if (first_row + row == column + j)", "w[j] -= 2.0f;"),
+        Mutant("diagonal kept", PRESERVATION, "if (first_row + row == column + j)", DIAGONAL),
         Mutant("weights of a padding column", PRESERVATION, "if (", "column + j >= columns", "column + j > columns"),
-        Mutant("scalar rows read as vectors", PRESERVATION, "half ?", "x[4 + i]", "x[i]"),
+        Mutant("half a copy twice", PRESERVATION, "__float_as_uint(x[", "4 + i", "i"),
+        Mutant("a row halved", PRESERVATION, "x[i]) *", SCALED, SCALED + " * (row == 3 ? 0.5f : 1.0f)"),
+        Mutant("a row zero", PRESERVATION, "g[i] = (", PROJECTED, f"{LAST_OF_16_BITS} ? 0.0f : {PROJECTED}"),
+        Mutant("two rows swapped", PRESERVATION, "", STORE, STORE.replace("row", "row < 2 ? 1 - row : row")),
+        Mutant("rows of any size squared", ROWS, "", RANGE, "true"),
     ],
 }  # fmt: skip
 
@@ -89,14 +107,22 @@ def probe_nearest_safe(kernels: simt.Executor) -> None:
 
 def probe_retarget_loss(kernels: simt.Executor) -> None:
     options = ([1.0, 0.7, 2.0, 0.3], 1.0, 0.0, False, True)
-    test_retarget_loss.check(kernels, test_retarget_loss.problem(5, 100, 2, FP32), *options)
+    for dtype in (FP32, BF16):
+        test_retarget_loss.check(kernels, test_retarget_loss.problem(5, 100, 2, dtype), *options)
+    test_retarget_loss.test_rows_of_any_scale(kernels, 1e-23, False)
 
 
 def probe_preservation_loss(kernels: simt.Executor) -> None:
     kernels.multiprocessors = 1
-    for batch, dim, dtype, logit_scale in ((140, 40, BF16, 100.0), (6, 67, FP32, 1.0), (141, 40, BF16, 1.0)):
+    for batch, dim, dtype, logit_scale in (
+        (140, 40, BF16, 100.0),
+        (6, 67, FP32, 1.0),
+        (6, 40, BF16, 1.0),
+        (141, 40, BF16, 1.0),
+    ):
         tensors = test_preservation_loss.problem(batch, dim, dtype)
         test_preservation_loss.check(kernels, tensors, test_preservation_loss.WEIGHTS, logit_scale, True)
+    test_preservation_loss.test_rows_of_any_scale(kernels, 1e-23)
 
 
 EXECUTORS = {cls.name: cls for cls in (simt.NearestSafe, simt.RetargetLoss, simt.PreservationLoss)}

@@ -78,18 +78,6 @@ def test_many_queries_go_a_wave_at_a_time(kernels):
         kernels.multiprocessors = 2
 
 
-def test_order_of_the_threads_does_not_change_the_result(kernels):
-    query, bank = rows(20, 64, seed=3), rows(1500, 64, seed=4)
-    expected = kernels(query, bank, 5)
-    kernels.reverse = True
-    try:
-        found = kernels(query, bank, 5)
-    finally:
-        kernels.reverse = False
-    assert found.indices.equal(expected.indices)
-    assert found.scores.equal(expected.scores)
-
-
 @pytest.mark.parametrize("bank_type", [FP32, FP16])
 def test_packed_bank(kernels, bank_type):
     query, bank = rows(6, 80, seed=5), rows(600, 80, bank_type, seed=6)

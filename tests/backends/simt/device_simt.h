@@ -72,13 +72,11 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
 inline int atomicAdd(simt::Ptr<int> p, int value) {
-  simt::note_read(*p.region(), reinterpret_cast<std::byte*>(p.raw()), 4, true);
-  simt::note_write(*p.region(), reinterpret_cast<std::byte*>(p.raw()), 4, true);
+  simt::note_atomic(*p.region(), reinterpret_cast<std::byte*>(p.raw()), 4);
   const int before = *p.raw();
   *p.raw() += value;
   return before;
@@ -115,6 +113,14 @@ inline int multiprocessor_count() { return simulated_multiprocessors; }
 inline void name_buffer(void* p, size_t bytes, const char* name) {
   simt::guard(p, bytes, true, false, name);
 }
+
+// CUDA's libm is not the host's: each result is moved by as much as the CUDA C++ Programming Guide allows; the
+// exponential of 0, which the hardware gives exactly, is 1.
+inline float rsqrtf(float x) { return simt::off_by(2, 1.0 / std::sqrt(double(x))); }
+inline float expf(float x) { return x == 0.0f ? 1.0f : simt::off_by(1, std::exp(double(x))); }
+inline float exp2f(float x) { return x == 0.0f ? 1.0f : simt::off_by(2, std::exp2(double(x))); }
+inline float logf(float x) { return simt::off_by(1, std::log(double(x))); }
+inline float log1pf(float x) { return simt::off_by(1, std::log1p(double(x))); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return simt::bf16_to_float(x.bits); }

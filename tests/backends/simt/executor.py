@@ -35,6 +35,22 @@ class Executor:
         self.reverse = False
         self.multiprocessors = 2
 
+    def __call__(self, *arguments):
+        """The outputs and the counters of one call. Both thread orders run, and must give the same bits."""
+        found, counters = self.once(*arguments)
+        self.reverse = True
+        try:
+            again, _ = self.once(*arguments)
+        finally:
+            self.reverse = False
+        for one, other in zip(found, again, strict=True):
+            assert one.flatten().view(torch.uint8).equal(other.flatten().view(torch.uint8)), "the thread order shows"
+        return found, counters
+
+    def once(self, *arguments) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """One call in the thread order that `reverse` says."""
+        raise NotImplementedError
+
     def reset(self) -> None:
         self.library.simt_reset(int(self.reverse), self.multiprocessors)
         self.kept = []
@@ -105,6 +121,10 @@ class NearestSafe(Executor):
         return packed
 
     def __call__(self, query: torch.Tensor, bank: torch.Tensor, k: int, packed=None) -> Nearest:
+        (scores, indices), counters = super().__call__(query, bank, k, packed)
+        return Nearest(scores, indices, counters)
+
+    def once(self, query: torch.Tensor, bank: torch.Tensor, k: int, packed: torch.Tensor | None):
         self.reset()
         problem = NearestProblem(
             self.pointer(query, "query"),
@@ -129,7 +149,7 @@ class NearestSafe(Executor):
             ctypes.c_void_p(self.pointer(scores, "scores", output=True)),
             ctypes.c_void_p(self.pointer(indices, "indices", output=True)),
         )
-        return Nearest(scores, indices, self.counters())
+        return [scores, indices], self.counters()
 
 
 class RetargetProblem(ctypes.Structure):
@@ -160,7 +180,7 @@ def loss_outputs(executor: Executor, like: torch.Tensor, need_grad: bool) -> tup
 class RetargetLoss(Executor):
     name = "retarget_loss"
 
-    def __call__(self, *arguments) -> tuple[list[torch.Tensor], dict[str, int]]:
+    def once(self, *arguments) -> tuple[list[torch.Tensor], dict[str, int]]:
         """The arguments and outputs of torch.ops.saferclip_fast.retarget_loss, and the counters."""
         tensors, (weights, beta, margin, current_negative, need_grad) = arguments[:9], arguments[9:]
         self.reset()
@@ -205,7 +225,7 @@ class PreservationLoss(Executor):
     name = "preservation_loss"
     slice_bytes = 1 << 20
 
-    def __call__(self, text, image, frozen_text, frozen_image, weights, logit_scale, need_grad):
+    def once(self, text, image, frozen_text, frozen_image, weights, logit_scale, need_grad):
         """The arguments and outputs of torch.ops.saferclip_fast.preservation_loss, and the counters."""
         self.reset()
         assert text.dtype == image.dtype

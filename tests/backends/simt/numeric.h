@@ -45,4 +45,12 @@ inline float toward_zero(double x) {
   return y;
 }
 
+// x in fp32, up or down by `ulps`, as its bits say; zeros, infinities and NaN stay.
+inline float off_by(uint32_t ulps, double x) {
+  const float y = float(x);
+  if (!(std::fabs(y) >= 0x1p-126f && std::fabs(y) < 0x1p127f)) return y;
+  const uint32_t bits = std::bit_cast<uint32_t>(y);
+  return std::bit_cast<float>(bits * 0x9e3779b9u >> 31 ? bits + ulps : bits - ulps);
+}
+
 }  // namespace simt

@@ -108,6 +108,26 @@ void count_kernel(Global<int> out) {
   __syncthreads();
   if (threadIdx.x == 0) out[0] = static_cast<int>(n[0]);
 }
+// Nothing orders what thread 1 does plainly and what threads of another warp add.
+void atomic_kernel(int unordered) {
+  Shared<int> n = as<int>(dynamic_shared());
+  const int t = threadIdx.x;
+  if (t == 1) n[0] = 0;
+  if (unordered == 1) {  // the store's own thread adds first
+    if (t == 1) atomicAdd(n, 1);
+    __syncwarp();
+    if (t >= 32) atomicAdd(n, 1);
+  } else if (unordered == 2) {  // the thread that read adds at once
+    __syncthreads();
+    if (t == 1) atomicAdd(n, n[0]);
+    __syncwarp();
+    if (t >= 32) atomicAdd(n, 1);
+  } else {  // the thread that adds last stores
+    __syncthreads();
+    atomicAdd(n, 1);
+    n[0] = 1;
+  }
+}
 
 }  // namespace
 
@@ -152,6 +172,9 @@ EXPORT int run_case(const char* name, float* in, float* out, char* message, int 
     if (which == "blocks") return run(blocks_kernel, 2, 1, out, false);
     if (which == "blocks at one address") return run(blocks_kernel, 2, 1, out, true);
     if (which == "atomic count") return run(count_kernel, 1, 64, ints);
+    if (which == "atomic after its own thread's store") return run(atomic_kernel, 1, 64, 1);
+    if (which == "atomic after its own thread's read") return run(atomic_kernel, 1, 64, 2);
+    if (which == "store after atomics") return run(atomic_kernel, 1, 64, 3);
     throw std::invalid_argument("no such case: " + which);
   });
 }

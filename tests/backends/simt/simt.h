@@ -50,16 +50,20 @@ struct Access {  // who touched a granule last, and when
   int64_t launch = -1;
   int block = -1, thread = -1;
   uint32_t block_epoch = 0, warp_epoch = 0;
-  bool atomic = false;
 };
-struct Cell {
-  Access write, read;
-  enum Readers {
+// Accesses of one kind that need not be ordered among themselves: the last one, and how far they spread since.
+struct Accesses {
+  Access last;
+  enum Spread {
     kOne,
     kWarp,
     kBlock,
     kGrid,
-  } readers = kOne;  // how far the readers since the write spread
+  } spread = kOne;
+};
+struct Cell {
+  Access write;  // plain store, or the wait for a cp.async; an atomic leaves it as it is
+  Accesses reads, atomics;
   bool pending = false;                               // a cp.async into it has not been waited for
   bool filled = false;
 };
@@ -147,9 +151,7 @@ inline void block_until_released(const char* what) {
   while (self->waits_for) switch_fiber(&self->fiber.stack_pointer, scheduler_stack);
 }
 
-inline Access now(bool atomic) {
-  return {counters.launches, block->linear, self->linear, block->epoch, warp().epoch, atomic};
-}
+inline Access now() { return {counters.launches, block->linear, self->linear, block->epoch, warp().epoch}; }
 
 // Whether something orders the earlier access before the one the current thread makes now.
 inline bool ordered(const Access& before) {
@@ -174,53 +176,79 @@ inline void race(const Region& r, const std::byte* p, const char* kind, const Ac
         " with block " + std::to_string(other.block) + " thread " + std::to_string(other.thread));
 }
 
-inline void note_read(Region& r, const std::byte* p, size_t size, bool atomic = false) {
-  check_bounds(r, p, size, "read");
-  if (r.cells.empty()) return;
-  for (size_t i = (p - r.base) / kGranule; i * kGranule < size_t(p - r.base) + size; ++i) {
-    Cell& cell = r.cells[i];
-    if (cell.pending) fault("read of " + r.name + " before the wait for its cp.async");
-    bool mine = !r.shared || cell.write.launch == counters.launches;
-    if (r.shared && mine) mine = cell.write.block == block->linear;
-    if (!cell.filled || !mine) fault("read of " + r.name + " that nobody wrote");
-    if (!(atomic && cell.write.atomic) && !ordered(cell.write)) race(r, p, "read-after-write", cell.write);
-    const bool same_phase = cell.read.launch == counters.launches &&
-                            (cell.read.block != block->linear || cell.read.block_epoch == block->epoch);
-    if (!same_phase || (cell.read.thread == self->linear && cell.read.block == block->linear &&
-                        cell.readers == Cell::kOne)) {
-      cell.readers = Cell::kOne;
-    } else if (cell.read.block != block->linear || cell.readers == Cell::kGrid) {
-      cell.readers = Cell::kGrid;
-    } else if (cell.read.thread / kWarp != self->linear / kWarp || cell.readers == Cell::kBlock) {
-      cell.readers = Cell::kBlock;
-    } else {
-      cell.readers = Cell::kWarp;
-    }
-    cell.read = now(atomic);
+inline void add_access(Accesses& all) {
+  const Access& last = all.last;
+  const bool same_block = last.block == block->linear;
+  if (last.launch != counters.launches || (same_block && last.block_epoch != block->epoch)) {
+    all.spread = Accesses::kOne;  // a barrier or a launch orders the earlier ones
+  } else if (!same_block || all.spread == Accesses::kGrid) {
+    all.spread = Accesses::kGrid;
+  } else if (last.thread / kWarp != self->linear / kWarp || all.spread == Accesses::kBlock) {
+    all.spread = Accesses::kBlock;
+  } else if (last.thread != self->linear || all.spread == Accesses::kWarp) {
+    all.spread = Accesses::kWarp;
   }
+  all.last = now();
+}
+// Whether something orders all of them before the access the current thread makes now.
+inline bool ordered(const Accesses& all) {
+  const Access& last = all.last;
+  if (last.launch != counters.launches) return true;
+  if (!ordered(last) || all.spread == Accesses::kGrid) return false;
+  const bool same_epoch = last.block_epoch == block->epoch;
+  if (all.spread == Accesses::kBlock && same_epoch) return false;
+  return !(all.spread == Accesses::kWarp && same_epoch && last.warp_epoch == warp().epoch);
 }
 
-inline void note_write(Region& r, const std::byte* p, size_t size, bool atomic = false) {
+// Calls use(cell) for every cell of [p, p + size).
+template <class Use>
+void each_cell(Region& r, const std::byte* p, size_t size, Use use) {
+  for (size_t i = (p - r.base) / kGranule; i * kGranule < size_t(p - r.base) + size; ++i) use(r.cells[i]);
+}
+
+inline void check_read(const Region& r, const std::byte* p, const Cell& cell) {
+  if (cell.pending) fault("read of " + r.name + " before the wait for its cp.async");
+  if (!cell.filled) fault("read of " + r.name + " that nobody wrote");
+  if (!ordered(cell.write)) race(r, p, "read-after-write", cell.write);
+}
+inline void check_write(const Region& r, const std::byte* p, const Cell& cell) {
+  if (cell.pending) fault("write to " + r.name + " while a cp.async into it is under way");
+  if (!ordered(cell.write)) race(r, p, "write-after-write", cell.write);
+  if (!ordered(cell.reads)) race(r, p, "write-after-read", cell.reads.last);
+}
+
+inline void note_read(Region& r, const std::byte* p, size_t size) {
+  check_bounds(r, p, size, "read");
+  if (r.cells.empty()) return;
+  each_cell(r, p, size, [&](Cell& cell) {
+    check_read(r, p, cell);
+    if (!ordered(cell.atomics)) race(r, p, "read-after-atomic", cell.atomics.last);
+    add_access(cell.reads);
+  });
+}
+
+inline void check_writable(const Region& r, const std::byte* p, size_t size) {
   check_bounds(r, p, size, "write");
   if (!r.writable) fault("write to read-only " + r.name);
   if (size < kGranule) fault("store narrower than a race-detector cell to " + r.name);
-  for (size_t i = (p - r.base) / kGranule; i * kGranule < size_t(p - r.base) + size; ++i) {
-    Cell& cell = r.cells[i];
-    if (cell.pending) fault("write to " + r.name + " while a cp.async into it is under way");
-    if (!(atomic && cell.write.atomic) && !ordered(cell.write)) race(r, p, "write-after-write", cell.write);
-    const bool current = cell.read.launch == counters.launches && !(atomic && cell.read.atomic) &&
-                         (!r.shared || cell.read.block == block->linear);
-    if (current) {
-      bool safe = ordered(cell.read);
-      const bool same_epoch = cell.read.block == block->linear && cell.read.block_epoch == block->epoch;
-      if (cell.readers == Cell::kGrid) safe = false;
-      if (cell.readers == Cell::kBlock && same_epoch) safe = false;
-      if (cell.readers == Cell::kWarp && same_epoch && cell.read.warp_epoch == warp().epoch) safe = false;
-      if (!safe) race(r, p, "write-after-read", cell.read);
-    }
-    cell.write = now(atomic);
+}
+inline void note_write(Region& r, const std::byte* p, size_t size) {
+  check_writable(r, p, size);
+  each_cell(r, p, size, [&](Cell& cell) {
+    check_write(r, p, cell);
+    if (!ordered(cell.atomics)) race(r, p, "write-after-atomic", cell.atomics.last);
+    cell.write = now();
     cell.filled = true;
-  }
+  });
+}
+// A read and a write that other atomics need not be ordered with.
+inline void note_atomic(Region& r, const std::byte* p, size_t size) {
+  check_writable(r, p, size);
+  each_cell(r, p, size, [&](Cell& cell) {
+    check_read(r, p, cell);
+    check_write(r, p, cell);
+    add_access(cell.atomics);
+  });
 }
 
 // ---- Pointers that check. On the device the same names are plain T*.
@@ -348,7 +376,7 @@ inline void wait_copies(size_t still_allowed) {
       for (size_t i = 0; i < 16; i += kGranule) {
         Cell& cell = c.to_region->cells[(c.to - c.to_region->base + i) / kGranule];
         cell.pending = false;
-        cell.write = now(false);
+        cell.write = now();
       }
       std::memset(c.to, 0, 16);
       std::memcpy(c.to, c.from, c.valid);

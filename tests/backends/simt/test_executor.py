@@ -57,6 +57,9 @@ FAULTS = {
     "unwritten shared memory": "that nobody wrote",
     "unwritten output": "that nobody wrote",
     "misaligned": "misaligned read",
+    "atomic after its own thread's store": "race on shared memory|nobody wrote",
+    "atomic after its own thread's read": "race on shared memory",
+    "store after atomics": "race on shared memory",
     "blocks at one address": "write-after-write race on output",
 }
 

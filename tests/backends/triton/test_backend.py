@@ -9,7 +9,7 @@ import saferclip_fast as sf
 from saferclip_fast.ops import choice
 from saferclip_fast.ops.triton import nearest_safe
 
-from .error_rule import DEVICE
+from .device import DEVICE
 from .test_losses import embeddings, retarget_arguments
 
 OPS = torch.ops.saferclip_fast
@@ -77,3 +77,29 @@ def test_an_argument_error_stays_what_it_is(batch):
         sf.nearest_safe(
             batch[2], torch.nn.functional.normalize(torch.randn(300, 16, device=DEVICE), dim=-1), 257, backend="triton"
         )
+
+
+def test_no_grid_is_wider_than_a_gpu_takes(monkeypatch):
+    """CUDA's second and third dimensions end at 65,535 blocks: k over 60 takes 16 queries a block."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for name in ("prepare", "screen", "decide", "search_again", "merge_again"):
+        monkeypatch.setattr(nearest_safe, f"{name}_kernel", Kernel())
+    nearest_safe.nearest_safe(torch.empty(1_100_000, 1), torch.empty(70, 1), 61)
+    assert len(grids) == 5 and all(size < 65_536 for grid in grids for size in grid[1:])
+
+
+def test_a_single_configuration_is_not_timed(monkeypatch):
+    """Triton before 3.8 asks for its time, which a graph capture does not survive."""
+    tuner = nearest_safe.screen_kernel
+    monkeypatch.setattr(tuner, "_do_bench", lambda *arguments, **options: pytest.fail("timed"))
+    constants = {"BLOCK_ROWS": 16, "KEEP": 8}
+    tuner.nargs = {"columns": torch.empty(1, 64)}
+    single = tuner.prune_configs(constants)
+    assert len(single) == 1
+    assert tuner._bench(config=single[0], **constants) == [0.0, 0.0, 0.0]

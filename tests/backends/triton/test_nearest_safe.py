@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from saferclip_fast.ops import reference
 from saferclip_fast.ops.triton import configs, nearest_safe
 
-from .error_rule import DEVICE
+from .device import DEVICE
 
 OP = torch.ops.saferclip_fast.nearest_safe_triton
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

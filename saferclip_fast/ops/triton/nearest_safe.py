@@ -100,23 +100,22 @@ def _screen(
 
 
 @tuned(SCREEN, key=["width", "KEEP", "BLOCK_ROWS"])
-@triton.jit(do_not_specialize=["rows", "splits", "split_rows"])
+@triton.jit(do_not_specialize=["rows", "split_rows"])
 def screen_kernel(
-    scaled, columns, kept, squares, rows, bank_rows, width, splits, split_rows,
+    scaled, columns, kept, squares, rows, bank_rows, width, split_rows,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """kept [Q, splits, KEEP]: keys of the largest x_ij in this split; squares [splits]: its max |s_j|^2.
 
     columns is the bank. The first block of queries takes the squares along, from tiles that it loads anyway.
-    The grid has one dimension, splits first: the others end at 65,535 blocks.
+    Blocks of queries are the grid's first dimension: the others end at 65,535.
     """
-    split = tl.program_id(0) % splits
-    block = tl.program_id(0) // splits
+    split = tl.program_id(1)
     first = split * split_rows
     last = tl.minimum(first + split_rows, bank_rows)
-    first_row = block * BLOCK_ROWS
-    if block == 0:
+    first_row = tl.program_id(0) * BLOCK_ROWS
+    if tl.program_id(0) == 0:
         keys, largest = _screen(scaled, first_row, rows, columns, first, last, width, KEEP, PRECISION, True,
                                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
         tl.store(squares + split, largest * (1 + 1e-3) + 1e-34)  # rounding, and squares that underflow
@@ -124,7 +123,7 @@ def screen_kernel(
         keys, largest = _screen(scaled, first_row, rows, columns, first, last, width, KEEP, PRECISION, False,
                                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    place = (row.to(tl.int64) * splits + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
+    place = (row.to(tl.int64) * tl.num_programs(1) + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
     tl.store(kept + place, keys, mask=(row < rows)[:, None])
 
 
@@ -295,8 +294,8 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
             query, scaled, length, slack, width, relative_error(width, bank.dtype), BLOCK=block,
             num_warps=row_warps(block),
         )  # fmt: skip
-        screen_kernel[(splits * row_blocks,)](
-            scaled, bank, kept, squares, rows, bank_rows, width, splits, split_rows,
+        screen_kernel[(row_blocks, splits)](
+            scaled, bank, kept, squares, rows, bank_rows, width, split_rows,
             KEEP=keep, PRECISION=precision, BLOCK_ROWS=block_rows,
         )  # fmt: skip
         decide_kernel[(rows,)](

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..config import Config, ConfigError, load_config
+from ..config import Config, ConfigError, Given, load_config, pairs
 from ..data import DataError, QuadrupletDataset
 from ..data.errors import ErrorPolicy
 from ..models import ClipModel
@@ -22,15 +22,15 @@ T = TypeVar("T")
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
-def read_config(model: str, words: Sequence[str]) -> Config:
-    """The options of the run that `model` names, or the defaults, with the data.* `words` over them.
+def read_config(model: str, given: Given) -> Config:
+    """The options of the run that `model` names, or the defaults, with the data.* options that are `given` over them.
 
-    Raises ConfigError for words that are no data options, and for a run of another version.
+    Raises ConfigError for options that are none of data.*, and for a run of another version.
     """
-    for word in words:
+    for word in [key for key, _ in pairs(given)] if isinstance(given, Mapping) else given:
         if not word.startswith("data."):
             raise ConfigError(f"{word!r}: only data.* options (as in training) are taken here; for the rest see --help")
-    return read_run_config(model, words) if is_run(model) else load_config(None, words)
+    return read_run_config(model, given) if is_run(model) else load_config(None, given)
 
 
 class HeldOut(NamedTuple):

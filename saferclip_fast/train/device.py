@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Config, ConfigError
 from ..runtime.ranks import Ranks, local_rank
+
+_deterministic: Any = torch.utils.deterministic
 
 
 def set_up_torch(config: Config) -> torch.device:
@@ -41,9 +47,25 @@ def set_up_torch(config: Config) -> torch.device:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        _deterministic.fill_uninitialized_memory = False
     torch.manual_seed(config.seed)
     return device
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Afterwards torch is set up as before: threads, precision, determinism, random numbers. For callers in Python."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns, fills = torch.is_deterministic_algorithms_warn_only_enabled(), _deterministic.fill_uninitialized_memory
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        _deterministic.fill_uninitialized_memory = fills
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:

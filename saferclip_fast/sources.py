@@ -138,7 +138,7 @@ def load(run: str | os.PathLike, dial: float = 1.0, device: str | torch.device =
         ValueError: no model, or a dial that is negative or has no frozen weights.
         FrozenModelError: the run's frozen model is not the one that it was tuned from.
     """
-    return load_source(Path(run), alpha=dial).clip.to(device)
+    return load_source(Path(run), alpha=dial).clip.to(device).eval()
 
 
 def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source:

@@ -15,6 +15,7 @@ from ..models import CONFIG_NAME, ClipModel
 from ..models.keep import adopt, keep_model
 from ..sources import is_run, load_source
 from ..train.dataset import columns_of
+from ..train.frozen import KEPT
 
 MODELS = "a name and a tag ('ViT-B-32-quickgelu', 'openai'), a folder, a model of load_clip, or (open_clip model, name)"
 
@@ -99,4 +100,4 @@ def _named(config: Config, model: str) -> tuple[str, str]:
 
 
 def _kept(config: Config, clip: ClipModel) -> str:
-    return f"local-dir:{keep_model(clip, Path(config.run_dir) / 'pretrained')}"
+    return f"local-dir:{keep_model(clip, Path(config.run_dir) / KEPT)}"

@@ -69,13 +69,10 @@ def fine_tune(
         name_model(config, model)
         name_data(config, data, validation)
         result = train(config, Callbacks(on_step, on_validation))
-    if result.weights is None:
-        _stop(result, folder)
-    tuned = FineTuned(
-        load(folder, device=_device(config)),
-        folder,
-        metrics_of(folder, result.progress, config.validation.final == "best"),
-    )
+        if result.weights is None:
+            _stop(result, folder)
+        metrics = metrics_of(folder, result.progress, config.validation.final == "best")
+        tuned = FineTuned(load(folder, device=_device(config)), folder, metrics)
     if on_end:
         on_end(tuned)
     return tuned

@@ -96,7 +96,7 @@ def _rows(data: Any, names: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
             f"data is a {type(data).__name__}: give a path, a DataFrame, a list of dicts, or a data set with a length "
             "whose items are dicts"
         )
-    if isinstance(data, list | tuple) and all(isinstance(item, Mapping) for item in data):
+    if isinstance(data, list | tuple) and data and all(isinstance(item, Mapping) for item in data):
         check_columns("the data", dict.fromkeys(key for item in data for key in item), names)
     for index in range(len(data)):  # not iter: a torch data set ends where its length says
         item = data[index]

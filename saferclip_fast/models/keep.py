@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,8 +19,9 @@ _SAME = 1e-3  # relative distance of an embedding; half-precision weights round 
 
 
 def keep_model(clip: ClipModel, folder: str | Path) -> Path:
-    """Write `clip`, adapters merged, to FOLDER/HASH (of its weights); returns that folder, for "local-dir:"."""
-    place = Path(folder) / clip.hash_weights()[:16]
+    """Write `clip`, adapters merged, to FOLDER/NAME-HASH (of its weights); returns that folder, for "local-dir:"."""
+    name = re.sub(r"[^\w.-]+", "-", clip.name)
+    place = Path(folder) / f"{name}-{clip.hash_weights()[:8]}"
     if not (place / WEIGHTS_NAME).is_file() or not (place / CONFIG_NAME).is_file():
         clip.export(place)
     return place

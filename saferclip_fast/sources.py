@@ -17,6 +17,7 @@ from .config import Config
 from .models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from .models.dial import mix
 from .models.huggingface import Unsupported, hf_to_open_clip, is_hf_folder
+from .models.places import check_there
 from .train.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from .train.frozen import load_frozen, read_final
 from .train.run_folder import read_run_config
@@ -155,10 +156,7 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
         FrozenModelError: a run with another run's final/; with a dial, another frozen model than the run's.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} not found: give a run's folder, an open_clip folder or weights file, or a CLIPModel folder"
-        )
+    check_there(path)
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha}: the safety dial goes from 0 (frozen) over 1 (as trained) to 1.5 or so")
     if (path / "config.yaml").is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,10 +15,10 @@ from ..models import ClipModel
 from ..sources import is_run
 from ..train.dataset import open_data, split_rows
 from ..train.run_folder import read_run_config
+from .places import NAMED
 from .task import CaptionBank
 
 T = TypeVar("T")
-_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 def read_config(model: str, given: Given) -> Config:
@@ -73,7 +72,7 @@ def named(words: Iterable[str], flag: str, read: Callable[[str, str | None], T])
     """
     found: dict[str, T] = {}
     for word in words:
-        match = None if Path(word).exists() else _NAMED.fullmatch(word)
+        match = None if Path(word).exists() else NAMED.fullmatch(word)
         name, source = match.groups() if match else (None, word)
         value = read(source, name)
         name = name or getattr(value, "name", None) or Path(source).resolve().name

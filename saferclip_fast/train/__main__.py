@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 from ..cli import run_command
 from ..config import load_config, option_help
+from .places import check_places
 
 LESS_MEMORY = "the same gradient in less memory: train.micro_batch_size=16, train.checkpointing=true"
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.train") -> int:
     """Command line; returns the exit code: 0 done or saved on SIGTERM, 130 saved on Ctrl-C, 2 a mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m saferclip_fast.train",
+        prog=prog,
         description="Fine-tune a CLIP for safety with SafeR-CLIP.",
         epilog="options (key=value):\n" + option_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,6 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def run(config_file: str | None, overrides: Sequence[str]) -> int:
     """Train as the options say; returns the exit code."""
     config = load_config(config_file, overrides)
+    check_places(config)
     from . import train  # after the options are known to be right: torch and open_clip take seconds to import
 
     result = train(config)

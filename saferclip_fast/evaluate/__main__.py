@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     given = parser(prog).parse_intermixed_args(words)
 
     def command() -> int:
-        check_words(given.model, given.frozen, given.data, [*given.images, *given.caption_images])
+        check_words(given.model, given.frozen, given.data, given.images, given.caption_images)
         from .command import run  # torch and open_clip take seconds to import, and --help needs none of them
 
         run(given)

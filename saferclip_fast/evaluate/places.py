@@ -6,20 +6,29 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..data.errors import DataError
 from ..data.places import check_place
 from ..models.places import check_model
 
 NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
-def check_words(model: str, frozen: str | None, data: str | None, images: Iterable[str]) -> None:
-    """Raises FileNotFoundError, DataError or ValueError for what is not there. `images` may be [NAME=]SOURCE."""
+def check_words(
+    model: str, frozen: str | None, data: str | None, images: Iterable[str], caption_images: Iterable[str]
+) -> None:
+    """Raises FileNotFoundError, DataError or ValueError for what is not there. Images may be [NAME=]SOURCE."""
     for word in filter(None, (model, frozen)):
         check_model(word)
     if data and not data.endswith(".json"):  # whose root is an option, which a run may have
         check_place(data)
-    for word in images:
-        source = word if Path(word).exists() or not (match := NAMED.fullmatch(word)) else match[2]
-        looks_like_files = not re.match(r"\w+:", source) and not re.search(r"[*?{\[]", source)
-        if looks_like_files and not Path(source).exists():
-            raise FileNotFoundError(f"no such file or folder of images: {source}")
+    for source in map(_source, images):
+        if not re.match(r"\w+:", source) and not re.search(r"[*?{\[]", source) and not Path(source).exists():
+            raise DataError(f"cannot read {source}: No such file or directory")
+    for source in map(_source, caption_images):
+        if not Path(source).is_dir():
+            raise DataError(f"no such folder of images: {source}")
+
+
+def _source(word: str) -> str:
+    match = None if Path(word).exists() else NAMED.fullmatch(word)
+    return match[2] if match else word

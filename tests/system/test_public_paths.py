@@ -77,7 +77,7 @@ def test_the_one_command_answers_at_once(words):
         ("train objective.k=0", "objective.k=0: must be from 1 to 256"),
         ("evaluate no/run", "there is no folder no/run, and unknown model 'no/run'"),
         ("evaluate . --data no.csv", "no such file or folder: no.csv"),
-        ("evaluate . --images food=no/food", "no such file or folder of images: no/food"),
+        ("evaluate . --images food=no/food", "cannot read no/food: No such file or directory"),
         ("export no/run --format all --out no/out", "no/run not found"),
         ("report no/run", "no/run is no folder"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),

@@ -13,9 +13,8 @@ def as_tensor(value: Any, device: torch.device | None = None) -> Any:
     """A NumPy array as a tensor, on `device`; anything else as it is. Memory is shared where that is safe."""
     if not isinstance(value, np.ndarray):
         return value
-    if not value.flags.writeable or not value.flags.c_contiguous or not value.dtype.isnative:
-        value = value.astype(value.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(value).to(device)
+    own = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])  # the same, where torch can take it as it is
+    return torch.from_numpy(own).to(device)
 
 
 def as_rows(query: Any, device: torch.device | None) -> tuple[Any, bool, bool]:

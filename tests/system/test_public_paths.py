@@ -69,7 +69,7 @@ def test_the_one_command_answers_at_once(words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "no command 'trian', did you mean 'train'?"),
+        ("trains", "no command 'trains', did you mean 'train'?"),
         ("train data.train=no/such.csv", "no such file or folder: no/such.csv"),
         ("train", "data.train is empty: name the training quadruplets, e.g. data.train=visu.json"),
         ("train data.train=scenes:n=9 model.pretrained=no/w.pt", "weights file no/w.pt not found"),

@@ -122,7 +122,9 @@ def test_missing_values_are_bad_rows_as_in_a_file(tmp_path):
     items = rows(5)
     items[0]["safe_text"], items[1]["unsafe_text"], items[2]["safe_image"] = None, float("nan"), None
     items[3]["unsafe_image_label"] = float("nan")  # as pandas fills a column
-    found = opened(keep(items, tmp_path, progress=False), on_error="skip")
+    kept = keep(items, tmp_path, progress=False)
+    assert "NaN" not in Path(kept.source).read_text()  # which is no JSON
+    found = opened(kept, on_error="skip")
     assert [record.row for record in found.records] == [4, 5] and found.summary.skipped == 3
     assert [record.unsafe_image_label for record in found.records] == [1, 0]
 

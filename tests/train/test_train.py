@@ -320,7 +320,7 @@ def test_a_full_device_ends_with_what_to_do(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("saferclip_fast.train.train", full)
-    assert main([]) == 2
+    assert main(["data.train=scenes:n=9"]) == 2
     assert "train.micro_batch_size=16" in capsys.readouterr().err
 
 

@@ -1,4 +1,12 @@
+import types
+import typing
+
+import saferclip_fast.evaluate.result as _evaluate
+import saferclip_fast.export.result as _export
+
+from .api import FineTuned, fine_tune
 from .bank import SafeBank
+from .models import ClipModel, load_clip
 from .ops import (
     Backend,
     BackendError,
@@ -12,18 +20,43 @@ from .ops import (
     retarget_loss,
     use_backend,
 )
+from .sources import load
 from .version import __version__
+
+if not typing.TYPE_CHECKING:
+    from . import evaluate, export
+
+# modules that can be called; evaluate_model and export_model have the whole signatures
+class _Evaluate(types.ModuleType):
+    def __call__(self, model: typing.Any, data: typing.Any = None, **options: typing.Any) -> _evaluate.Evaluation: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
+class _Export(types.ModuleType):
+    def __call__(
+        self, model: typing.Any, out: typing.Any, formats: str | typing.Sequence[str] = ..., **options: typing.Any
+    ) -> dict[str, _export.Exported]: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
+evaluate: _Evaluate
+export: _Export
 
 __all__ = [
     "Backend",
     "BackendError",
+    "ClipModel",
+    "FineTuned",
     "Neighbors",
     "PreservationOutput",
     "RetargetOutput",
     "SafeBank",
     "__version__",
     "backends",
+    "evaluate",
+    "export",
+    "fine_tune",
     "info_nce",
+    "load",
+    "load_clip",
     "nearest_safe",
     "preservation_loss",
     "retarget_loss",

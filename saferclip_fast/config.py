@@ -6,7 +6,8 @@ each is checked when read.
 
 import difflib
 import math
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -28,6 +29,7 @@ from .objectives.defaults import (
 )
 from .recipes import RECIPES
 
+Given = Sequence[str] | Mapping[str, Any]  # options: "key=value" words, or values by their keys, dotted or nested
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -238,9 +240,8 @@ def options(group: type = Config, prefix: str = "") -> Iterator[Option]:
             continue
         default = item.default_factory() if callable(item.default_factory) else item.default
         choices = get_args(hints[item.name]) if hints[item.name].__class__.__name__ == "_LiteralGenericAlias" else ()
-        kind = " | ".join(choices) if choices else getattr(hints[item.name], "__name__", "list")
-        if isinstance(default, list):
-            kind = "list"
+        kind = " | ".join(choices) or getattr(hints[item.name], "__name__", "list")
+        kind = "list" if isinstance(default, list) else kind
         yield Option(f"{prefix}{item.name}", kind, default, **item.metadata)
 
 
@@ -258,32 +259,30 @@ def option_help() -> str:
     return "\n".join(f"  {o.key}={_written(o.default)}  ({o.kind})\n        {o.meaning}" for o in options())
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then what objective.preset and objective.name bring (RECIPES), the YAML file, the `key=value` words.
+def load_config(path: str | Path | None = None, overrides: Given = (), source: str = "command line") -> Config:
+    """Defaults, then what objective.preset and objective.name bring (RECIPES), the YAML file, the `overrides`.
 
     Args:
         path: a YAML file, or the name of a shipped one ("paper"); None for the defaults alone.
-        overrides: words such as "optimizer.lr=3e-4" or "lora.targets=[in_proj,out_proj]".
+        overrides: words such as "optimizer.lr=3e-4" or "lora.targets=[in_proj,out_proj]", or values by their keys;
+            `source` says in messages where they are from.
 
     Raises:
         ConfigError: unknown key (with the nearest one), wrong type, value out of range, unreadable file.
     """
-    merged = OmegaConf.structured(Config)
-    layers = []
+    merged, layers = OmegaConf.structured(Config), []
     if path is not None:
         file, values = _read_yaml(path)
         layers.append((OmegaConf.create(values), [k for k, _ in _leaves(values)], file))
     kinds = {o.key: o.kind for o in options()}
-    words, keys = OmegaConf.create(), []
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} is not key=value{_nearest(key)}")
-        _check_key(key, kinds, "command line")
+    words, keys = OmegaConf.create(), list[str]()
+    for key, value in pairs(overrides):
+        _check_key(key, kinds, source)
         # text as typed: empty words stay, and nothing that YAML would read as something else changes
-        OmegaConf.update(words, key, value if kinds[key] == "str" else OmegaConf.from_dotlist([f"x={value}"]).x)
+        typed = kinds[key] == "str" or not isinstance(value, str)
+        OmegaConf.update(words, key, value if typed else OmegaConf.from_dotlist([f"x={value}"]).x)
         keys.append(key)
-    layers.append((words, keys, "command line"))
+    layers.append((words, keys, source))
     given = merged
     for layer in layers:
         given = _merge(given, *layer)
@@ -298,14 +297,26 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested plain values."""
-    return asdict(config)
+def pairs(given: Given) -> Iterator[tuple[str, Any]]:
+    """(key, value) of each option, in order. Raises ConfigError for a word without "=" and a value of another kind."""
+    if isinstance(given, Mapping):
+        for key, value in _leaves(given):
+            if isinstance(value, os.PathLike | tuple):
+                value = os.fspath(value) if isinstance(value, os.PathLike) else list(value)
+            if not isinstance(value, str | int | float | list):
+                raise ConfigError(f"{key}={value!r:.60}: an option is text, a number, true or false, or a list")
+            yield key, value
+        return
+    for word in given:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not key=value{_nearest(key)}")
+        yield key, value
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """The config as {"group.name": value}."""
-    return dict(_leaves(to_dict(config)))
+    return dict(_leaves(asdict(config)))
 
 
 def _read_yaml(path: str | Path) -> tuple[str, dict[str, Any]]:
@@ -357,9 +368,9 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{o.key}={value}: must be {bounds} ({o.meaning})")
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .config import Config
 from .models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from .models.dial import mix
 from .models.huggingface import Unsupported, hf_to_open_clip, is_hf_folder
+from .models.places import check_there
 from .train.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from .train.frozen import load_frozen, read_final
 from .train.run_folder import read_run_config
@@ -119,6 +121,27 @@ def frozen_of(model: str, device: torch.device) -> ClipModel:
     return load_frozen(folder, read_run_config(folder), device)
 
 
+def load(run: str | os.PathLike, dial: float = 1.0, device: str | torch.device = "cpu") -> ClipModel:
+    """The tuned model of a finished run, ready to use: `encode_image`, `encode_text`, `preprocess`, `tokenizer`.
+
+    Args:
+        run: the run's folder, or what `fine_tune` returned; with dial=1 also an open_clip or a Hugging Face folder.
+        dial: the safety dial: weights W0 + dial (W1 - W0), W0 frozen, W1 fine-tuned. 0 is the frozen model, 1 the run
+            as trained, and above 1 goes further the same way.
+        device: where the model goes.
+
+    Returns:
+        A ClipModel in evaluation mode, adapters merged. Images [B, 3, H, W] and tokens [N, L] give embeddings [B or N,
+        d] float32, not normalized.
+
+    Raises:
+        FileNotFoundError: nothing there, or a run that has not come to its end.
+        ValueError: no model, or a dial that is negative or has no frozen weights.
+        FrozenModelError: the run's frozen model is not the one that it was tuned from.
+    """
+    return load_source(Path(run), alpha=dial).clip.to(device).eval()
+
+
 def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source:
     """Read the model to export.
 
@@ -133,17 +156,14 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
         FrozenModelError: a run with another run's final/; with a dial, another frozen model than the run's.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} not found: give a run's folder, an open_clip folder or weights file, or a CLIPModel folder"
-        )
+    check_there(path)
     if not 0 <= alpha < float("inf"):
-        raise ValueError(f"--alpha {alpha}: the safety dial goes from 0 (frozen) over 1 (as trained) to 1.5 or so")
+        raise ValueError(f"alpha={alpha}: the safety dial goes from 0 (frozen) over 1 (as trained) to 1.5 or so")
     if (path / "config.yaml").is_file():
         return _from_run(path, alpha)
     if alpha != 1:
         raise ValueError(
-            f"--alpha {alpha} needs the frozen weights too, which only a run's folder leads to; {path} is none"
+            f"alpha={alpha} needs the frozen weights too, which only a run's folder leads to; {path} is none"
         )
     if path.is_file():
         if not model:

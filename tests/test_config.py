@@ -154,3 +154,29 @@ def test_resolved_config_can_be_read_again(tmp_path):
     OmegaConf.save(OmegaConf.structured(config), tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["targets"] == ["c_fc"]
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_values_by_their_keys_are_the_words_that_say_the_same(tmp_path):
+    """As Python gives them: dotted or nested, paths and tuples too."""
+    given = {"objective": {"k": 3, "weights": {"nce_text": 1}}, "train.epochs": 2, "run_dir": tmp_path}
+    words = ["objective.k=3", "objective.weights.nce_text=1", "train.epochs=2", f"run_dir={tmp_path}"]
+    assert load_config("paper", given) == load_config("paper", words)
+    assert load_config(None, {"lora.targets": ("c_fc", "c_proj")}).lora.targets == ["c_fc", "c_proj"]
+    assert load_config(None, {"objective.name": "safeclip"}).train.batch_size == 128  # what a choice brings
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"objective.kk": 3}, "options: unknown option 'objective.kk', did you mean 'objective.k'?"),
+        ({"k": 3}, "options: unknown option 'k', did you mean 'objective.k'?"),
+        ({"objective": {"k": -3}}, "objective.k=-3: must be from 1 to 256"),
+        ({"objective.k": True}, "options: objective.k takes a whole number"),
+        ({"train.precision": "fp8"}, "options: train.precision takes one of auto | fp32 | bf16 | fp16"),
+        ({"objective.k": None}, "objective.k=None: an option is text, a number, true or false, or a list"),
+    ],
+)
+def test_values_that_an_option_cannot_take_are_named(given, message):
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, given, "options")
+    assert str(raised.value).startswith(message)

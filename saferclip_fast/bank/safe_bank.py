@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..ops import Neighbors, backends, nearest_safe
+from ..ops.arrays import as_tensor
 from ..ops.checks import check_finite, check_matrix, near_one, wide
 from ..ops.nearest_safe import version
 from ..storage.files import atomic_write, sync
@@ -27,7 +29,7 @@ class SafeBank:
 
     Args:
         text, image: [N, d] float64/32, bfloat16 or float16 frozen embeddings T0(t), V0(v) of any scale, same shape,
-            dtype and device; they are L2-normalized on entry.
+            dtype and device, tensors or NumPy arrays; they are L2-normalized on entry.
         metadata: what the rows were made from (`model`, `weights_hash`, `data_hash`, ...); saved with the bank and
             compared by `load(expect=...)`.
 
@@ -38,18 +40,22 @@ class SafeBank:
 
     Raises:
         ValueError: shapes, dtypes or devices that differ, no rows, NaN or Inf, a zero row (naming tensor and row).
-        TypeError: `text` or `image` is no tensor.
+        TypeError: `text` or `image` is no tensor and no array.
     """
 
-    def __init__(self, text: Tensor, image: Tensor, metadata: Mapping[str, str] | None = None) -> None:
-        check_matrix("text", text)
-        check_matrix("image", image, like=("text", text), rows=True)
-        if text.dtype != image.dtype:
-            raise ValueError(f"text is {text.dtype} but image is {image.dtype}; cast one of them")
-        if text.shape[0] == 0:
+    def __init__(
+        self, text: Tensor | np.ndarray, image: Tensor | np.ndarray, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        texts: Tensor = as_tensor(text)
+        images: Tensor = as_tensor(image)
+        check_matrix("text", texts)
+        check_matrix("image", images, like=("text", texts), rows=True)
+        if texts.dtype != images.dtype:
+            raise ValueError(f"text is {texts.dtype} but image is {images.dtype}; cast one of them")
+        if texts.shape[0] == 0:
             raise ValueError("the bank is empty: it needs at least one safe pair")
-        self.text = _normalize("text", text)
-        self.image = _normalize("image", image)
+        self.text = _normalize("text", texts)
+        self.image = _normalize("image", images)
         self.metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
         self.packed: Tensor | None = None
         self.packed_version = 0  # of `text` when it was packed
@@ -110,6 +116,34 @@ class SafeBank:
     def nearest(self, query: Tensor, k: int = 1, *, backend: str = "auto", check: bool = True) -> Neighbors:
         """The k rows nearest to each query [Q, d]: `nearest_safe(query, self, k)`."""
         return nearest_safe(query, self, k, backend=backend, check=check)
+
+    def search(
+        self,
+        query: Tensor | np.ndarray,
+        k: int = 1,
+        *,
+        modality: str = "text",
+        backend: str = "auto",
+        check: bool = True,
+    ) -> Neighbors:
+        """The k safe pairs nearest to each query by their texts or by their images; exact, as `nearest_safe`.
+
+        Args:
+            query: [Q, d] or a single one [d], a tensor or a NumPy array.
+            k: neighbors wanted, 1 <= k <= N.
+            modality: "text" or "image", the rows that are searched. The packed copy is of the texts.
+            backend, check: as in `nearest_safe`.
+
+        Returns:
+            `Neighbors(scores, indices)`: [Q, k] float32 cosine and [Q, k] int64 pairs, best first; [k] for a single
+            query, and NumPy arrays for one.
+
+        Raises ValueError for another modality, and what `nearest_safe` raises.
+        """
+        if modality not in ("text", "image"):
+            raise ValueError(f"modality={modality!r} must be 'text' or 'image'")
+        rows = self if modality == "text" else self.from_unit(self.image, self.text, self.metadata)
+        return nearest_safe(query, rows, k, backend=backend, check=check)
 
     def gather(self, neighbors: Neighbors) -> tuple[SafeBank, Neighbors]:
         """A bank on this device that holds all `neighbors`, and their numbers in it: this bank, since it does."""

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from .errors import DataError, ErrorPolicy
 from .images import ImageArray, ImageError, ImageFile, ImageRef
 from .open import parse_options
+from .places import shard_paths
 from .readers.rows import RowError
-from .readers.shards import IMAGE_SUFFIXES, read_text, shard_paths, shard_samples
+from .readers.shards import IMAGE_SUFFIXES, read_text, shard_samples
 from .synthetic import photos, scenes
 from .transforms import ToTensor, Transform
 

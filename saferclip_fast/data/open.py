@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, ErrorPolicy
+from .errors import ErrorPolicy
 from .images import MAX_PIXELS
+from .places import check_place
 from .quadruplets import Quadruplet, QuadrupletDataset
-from .readers.shards import read_shards, shard_paths
+from .readers.shards import read_shards
 from .readers.tables import READERS as TABLES
 from .readers.tables import read_table
 from .readers.visu import read_visu
@@ -73,27 +74,7 @@ def check_source(source: str, root: str | os.PathLike | None = None) -> None:
         known = sorted(set(inspect.signature(GENERATED[scheme]).parameters) - {"transform"})
         if unknown := sorted(set(parse_options(options)) - set(known)):
             raise ValueError(f"source {source!r} has no option {', '.join(unknown)}; known: {', '.join(known)}")
-        if not Path(str(parse_options(options).get("path", "."))).exists():
-            raise DataError(f"source {source!r}: no such file: {parse_options(options)['path']}")
-        return
-    path, suffix = Path(source), Path(source).suffix.lower()
-    if suffix == ".tar" or path.is_dir():
-        for shard in shard_paths(source):
-            if not Path(shard).is_file():
-                raise DataError(f"cannot read {shard}: No such file or directory")
-        return
-    if not path.exists():
-        raise DataError(f"no such file or folder: {source}")
-    if suffix == ".json" and not root:
-        raise ValueError(
-            f"{source} is read as ViSU or NSFWCaps: pass root (in a command data.root=FOLDER), the folder with COCO's "
-            "train2017/ and val2017/, or with NoCaps' images"
-        )
-    if suffix != ".json" and suffix not in TABLES:
-        raise ValueError(
-            f"cannot tell the format of {source!r}: expected scenes:..., photos:..., .json (ViSU, NSFWCaps), "
-            f"{', '.join(TABLES)}, .tar, or a folder of .tar shards"
-        )
+    check_place(source, root)
 
 
 def _generate(

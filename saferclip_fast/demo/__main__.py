@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .job import Job
 
 
-def arguments(description: str, run_dir: str) -> argparse.ArgumentParser:
+def arguments(description: str, run_dir: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line that the demo and the photographs share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--run-dir", type=Path, default=Path(run_dir), help="results (default: %(default)s)")
     parser.add_argument(
         "--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (default: %(default)s)"
@@ -58,12 +58,13 @@ def _run(job: Job, given: argparse.Namespace) -> int:
     return 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.demo") -> int:
     """Command line; returns the exit code of `launch`."""
     given = arguments(
         "Pre-train a small CLIP on synthetic scenes, make it safe with SafeR-CLIP, and show what changed, "
         "beside Safe-CLIP.",
         "runs/demo",
+        prog,
     ).parse_intermixed_args(words)
 
     def make_job() -> Job:

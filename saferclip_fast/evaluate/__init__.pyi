@@ -1,4 +1,6 @@
+from .call import evaluate_model
 from .measurement import ALPHAS, Known, check_same_space, dial_curve, evaluate, measure
+from .result import DialPoint, Estimate, Evaluation, Figure
 from .summary import KEY_METRICS, Measured, estimates, summarize, write
 from .tables import comparison, label_tables, table
 from .task import CaptionBank, Settings, Task
@@ -7,6 +9,10 @@ __all__ = [
     "ALPHAS",
     "KEY_METRICS",
     "CaptionBank",
+    "DialPoint",
+    "Estimate",
+    "Evaluation",
+    "Figure",
     "Known",
     "Measured",
     "Settings",
@@ -16,6 +22,7 @@ __all__ = [
     "dial_curve",
     "estimates",
     "evaluate",
+    "evaluate_model",
     "label_tables",
     "measure",
     "summarize",

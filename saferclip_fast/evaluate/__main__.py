@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..cli import run_command
 from .bootstrap import RESAMPLES
+from .places import check_words
 
 EXAMPLES = """
 examples:
@@ -29,10 +30,10 @@ paths relative to where it was started. What is measured and written: docs/evalu
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog="python -m saferclip_fast.evaluate",
+        prog=prog,
         description="Measure how safe and how useful a CLIP is, beside the frozen model it was tuned from: retrieval\n"
         "with safe and unsafe items together, zero-shot accuracy, drift; every figure with a 95 % interval.",
         epilog=EXAMPLES,
@@ -77,11 +78,12 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.evaluate") -> int:
     """Returns the exit code: 0 done, 2 a mistake in the options, models or data, 130 stopped by Ctrl-C."""
-    given = parser().parse_intermixed_args(words)
+    given = parser(prog).parse_intermixed_args(words)
 
     def command() -> int:
+        check_words(given.model, given.frozen, given.data, given.images, given.caption_images)
         from .command import run  # torch and open_clip take seconds to import, and --help needs none of them
 
         run(given)

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..config import Config, ConfigError, load_config
+from ..config import Config, ConfigError, Given, load_config, pairs
 from ..data import DataError, QuadrupletDataset
 from ..data.errors import ErrorPolicy
 from ..models import ClipModel
 from ..sources import is_run
 from ..train.dataset import open_data, split_rows
 from ..train.run_folder import read_run_config
+from .places import NAMED
 from .task import CaptionBank
 
 T = TypeVar("T")
-_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
-def read_config(model: str, words: Sequence[str]) -> Config:
-    """The options of the run that `model` names, or the defaults, with the data.* `words` over them.
+def read_config(model: str, given: Given) -> Config:
+    """The options of the run that `model` names, or the defaults, with the data.* options that are `given` over them.
 
-    Raises ConfigError for words that are no data options, and for a run of another version.
+    Raises ConfigError for options that are none of data.*, and for a run of another version.
     """
-    for word in words:
+    for word in [key for key, _ in pairs(given)] if isinstance(given, Mapping) else given:
         if not word.startswith("data."):
             raise ConfigError(f"{word!r}: only data.* options (as in training) are taken here; for the rest see --help")
-    return read_run_config(model, words) if is_run(model) else load_config(None, words)
+    return read_run_config(model, given) if is_run(model) else load_config(None, given)
 
 
 class HeldOut(NamedTuple):
@@ -73,7 +72,7 @@ def named(words: Iterable[str], flag: str, read: Callable[[str, str | None], T])
     """
     found: dict[str, T] = {}
     for word in words:
-        match = None if Path(word).exists() else _NAMED.fullmatch(word)
+        match = None if Path(word).exists() else NAMED.fullmatch(word)
         name, source = match.groups() if match else (None, word)
         value = read(source, name)
         name = name or getattr(value, "name", None) or Path(source).resolve().name

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.quadruplets import QuadrupletEmbeddings
-from ..ops import nearest_safe
+from ..ops.nearest_safe import nearest_safe
 from ..results import CUTOFFS, in_first
 from .chance import any_among, first_place
 from .right_items import Contents, Right, first_of_each

@@ -1,10 +1,14 @@
+from .call import export_model
 from .formats import FORMATS, ExportError, Source, Unsupported, export, load_source
+from .result import Exported
 
 __all__ = [
     "FORMATS",
     "ExportError",
+    "Exported",
     "Source",
     "Unsupported",
     "export",
+    "export_model",
     "load_source",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli import MISTAKES, mistake, run_command
+from ..models.places import check_there
 from .names import NAMES
 
 ALL = "all"
@@ -27,11 +28,11 @@ What each format can hold: docs/export.md.
 """
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.export") -> int:
     """Command line; returns the exit code: 0 done, 2 a mistake in what was asked for, 1 a wrong export,
     130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="python -m saferclip_fast.export",
+        prog=prog,
         description="Write a fine-tuned CLIP for open_clip, Hugging Face transformers, peft or ONNX. Each format is\n"
         "read back by its own library and compared with the model before it counts.",
         epilog=EXAMPLES,
@@ -58,7 +59,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Export what the command line asks for; returns the exit code."""
-    from ..storage.claim import claim
+    check_there(given.source)
+    from ..storage.claim import claim  # these take seconds to import
     from . import FORMATS, ExportError, Unsupported, export, load_source
 
     everything = ALL in given.format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..cli import run_command
 from .classifiers import THRESHOLD
@@ -21,10 +22,10 @@ examples:
 """
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.label_images") -> int:
     """Returns the exit code: 0 done, 2 a mistake in the options or the table, 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="python -m saferclip_fast.label_images",
+        prog=prog,
         description="Label the unsafe images of a table of quadruplets (CSV, TSV, JSON Lines, JSON of ViSU or\n"
         "NSFWCaps) by an image safety classifier: generated images are not always unsafe, and training and\n"
         "evaluation read the labels.",
@@ -49,6 +50,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Label what the command line names; returns the exit code."""
+    table = Path(given.table)
+    if table.suffix.lower() != ".parquet" and not table.is_file():  # before torch, which takes seconds to import
+        raise FileNotFoundError(f"cannot read {given.table}: there is no such file")
     from . import label_table, open_classifier
 
     counts = label_table(

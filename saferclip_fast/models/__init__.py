@@ -1,6 +1,5 @@
 """CLIP models: loaded from open_clip, with LoRA or in full, with a frozen twin and an export."""
 
-from .clip import CONFIG_FOLDER, CONFIG_NAME, WEIGHTS_NAME, ClipModel
-from .loading import load_clip
+import lazy_loader
 
-__all__ = ["CONFIG_FOLDER", "CONFIG_NAME", "WEIGHTS_NAME", "ClipModel", "load_clip"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

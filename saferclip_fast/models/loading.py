@@ -12,6 +12,7 @@ import open_clip
 import torch
 
 from .clip import ClipModel
+from .places import check_place
 
 
 def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu") -> ClipModel:
@@ -30,6 +31,7 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
         FileNotFoundError: a JSON, weights file or folder that is not there.
         OSError: the weights of a tag, or the tokenizer, could not be downloaded.
     """
+    check_place(name, pretrained)
     random, tokenizer = starts_random(name, pretrained), None
     if open_clip.factory.parse_model_name(name)[0] is None:
         name = _register(name) if name.endswith(".json") else name
@@ -84,8 +86,6 @@ def starts_random(name: str, pretrained: str) -> bool:
 def _register(path: str) -> str:
     """Make an architecture JSON known to open_clip under its file name."""
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"model config {path} not found")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # also text that is not UTF-8
@@ -115,8 +115,6 @@ def _check_pretrained(name: str, pretrained: str) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not pretrained or pretrained in tags or Path(pretrained).is_file():
         return
-    if "/" in pretrained or Path(pretrained).suffix:
-        raise FileNotFoundError(f"weights file {pretrained} not found")
     if not tags:
         raise ValueError(
             f"{name} has no weights in open_clip, so {pretrained!r} is none of its: give a weights file, or nothing "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import as_array, as_rows, as_tensor
 from .backends import MAX_NATIVE_K
 from .checks import check_count, check_finite, check_matrix, check_unit_rows
 from .choice import run
@@ -23,12 +25,17 @@ class Bank(Protocol):
 class Neighbors(NamedTuple):
     """The k nearest safe rows of each query, best first."""
 
-    scores: Tensor  # [Q, k] float32 cosine
+    scores: Tensor  # [Q, k] float32 cosine; [k] for a single query, NumPy arrays for one
     indices: Tensor  # [Q, k] int64 rows of the bank
 
 
 def nearest_safe(
-    query: Tensor, bank: Bank | Tensor, k: int = 1, *, backend: str = "auto", check: bool = True
+    query: Tensor | np.ndarray,
+    bank: Bank | Tensor | np.ndarray,
+    k: int = 1,
+    *,
+    backend: str = "auto",
+    check: bool = True,
 ) -> Neighbors:
     """The k safe rows nearest to each query: s_ij = <q_i, s_j> / |q_i| (SafeR-CLIP, arXiv 2511.16743, section on
     proximity-based alignment; k = 1 is the paper's argmax).
@@ -37,14 +44,16 @@ def nearest_safe(
     scores give the lower index; the result does not depend on the number of threads. Not differentiable.
 
     Args:
-        query: [Q, d] float64/32, bfloat16 or float16, rows of any scale (a zero row scores 0 everywhere).
-        bank: a `SafeBank` (its text rows are searched) or a tensor [N, d] of unit rows.
+        query: [Q, d], or a single one [d], float64/32, bfloat16 or float16, rows of any scale (a zero row scores 0
+            everywhere).
+        bank: a `SafeBank` (its text rows are searched) or a tensor or NumPy array [N, d] of unit rows.
         k: neighbors wanted, 1 <= k <= N.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
         check: validate shapes and values; `False` for hot loops on data known to be good.
 
     Returns:
-        `Neighbors(scores, indices)`: [Q, k] float32 and [Q, k] int64, on the device of `query`.
+        `Neighbors(scores, indices)`: [Q, k] float32 and [Q, k] int64, on the device of `query`; [k] for a single query,
+        and NumPy arrays for one (it is searched where the bank lies).
 
     Raises:
         ValueError: k out of range, an empty bank, widths or devices that differ, NaN or Inf, bank rows not of unit
@@ -52,7 +61,14 @@ def nearest_safe(
         TypeError: no tensor, no bank, or a k that is no whole number.
         RuntimeError: inside torch.func.vmap; a backend that is not usable here, or, as BackendError, that failed.
     """
+    if isinstance(bank, np.ndarray):
+        bank = torch.as_tensor(as_tensor(bank))
     embeddings, packed = (bank, None) if isinstance(bank, Tensor) else check_bank(bank)
+    if isinstance(query, np.ndarray) or (isinstance(query, Tensor) and query.dim() == 1):
+        rows, is_single, is_array = as_rows(query, embeddings.device)
+        found = nearest_safe(rows, bank, k, backend=backend, check=check)
+        found = Neighbors(*(x[0] for x in found)) if is_single else found
+        return Neighbors(*(as_array(x) for x in found)) if is_array else found
     if check:
         _check(query, embeddings, k, is_tensor=isinstance(bank, Tensor))
     if query.requires_grad:

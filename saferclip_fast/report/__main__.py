@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli import run_command
+from .place import check_evaluated
 
 EXAMPLES = """
 examples:
@@ -23,10 +24,10 @@ config.yaml lie beside it. What the page shows: docs/report.md.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.report") -> int:
     """Command line; returns the exit code: 0 done, 2 a run that cannot be read or a page that cannot be written."""
     parser = argparse.ArgumentParser(
-        prog="python -m saferclip_fast.report",
+        prog=prog,
         description="Write one HTML page on a run, or on several side by side, that opens in any browser without a\n"
         "network: what changed, by how much, how sure that is. Unsafe text and images stay hidden until clicked.",
         epilog=EXAMPLES,
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(runs: Sequence[Path], out: Path) -> int:
     """Write the page; returns the exit code."""
+    for folder in runs:
+        check_evaluated(folder)
     from . import write
 
     write(runs, out)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..results import DEEPEST, DIAL_FORMAT, EVALUATION_FORMAT, dial_shape, evaluation_shape, is_number, misfits, nesting
+from .place import check_evaluated
 
 PARTS = ("safe_text", "safe_image", "unsafe_text", "unsafe_image")
 
@@ -54,13 +55,7 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 
 
 def _load(folder: Path, name: str) -> Run:
-    if not (folder / "evaluation.json").is_file():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: give that of a run that has been evaluated")
-        raise ValueError(
-            f"{folder} has no evaluation.json: write it with python -m saferclip_fast.evaluate {folder}, or give the "
-            "folder that its --out named"
-        )
+    check_evaluated(folder)
     evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, evaluation_shape)
     dial = folder / "dial.json"
     config, picture = folder / "config.yaml", folder / "figure.png"

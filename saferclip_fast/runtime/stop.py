@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,9 @@ def stop_signals(say: bool = False) -> Iterator[list[int]]:
 
 @contextmanager
 def _handler(function: Callable[[int, object], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # of a notebook or a server: signals are not its own
+        yield
+        return
     before = {number: signal.signal(number, function) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -22,11 +22,7 @@ def open_data(
     Every image is decoded once; the outcome is kept in `data.cache_dir`, so a resumed run starts at once.
     """
     options = config.data
-    columns = {field: name for field, _, name in (word.partition("=") for word in options.columns)}
-    if "" in columns.values() or len(columns) < len(options.columns):
-        raise ConfigError(
-            f"data.columns={options.columns}: write field=column, each field once, e.g. [safe_text=caption]"
-        )
+    columns = columns_of(config)
     with ranks.first_goes_ahead():
         dataset = open_quadruplets(
             source,
@@ -45,6 +41,15 @@ def open_data(
     if ranks.first:
         print(dataset.summary, flush=True)
     return dataset
+
+
+def columns_of(config: Config) -> dict[str, str]:
+    """data.columns as field -> column name. Raises ConfigError."""
+    words = config.data.columns
+    columns = {field: name for field, _, name in (word.partition("=") for word in words)}
+    if "" in columns.values() or len(columns) < len(words):
+        raise ConfigError(f"data.columns={words}: write field=column, each field once, e.g. [safe_text=caption]")
+    return columns
 
 
 def split_rows(samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Config, ConfigError
 from ..runtime.ranks import Ranks, local_rank
+
+_deterministic: Any = torch.utils.deterministic
 
 
 def set_up_torch(config: Config) -> torch.device:
@@ -43,7 +47,7 @@ def set_up_torch(config: Config) -> torch.device:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)  # with warn_only the backward pass of attention stays as it was
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        _deterministic.fill_uninitialized_memory = False
     torch.manual_seed(config.seed)
     return device
 
@@ -59,6 +63,22 @@ def naming_train_deterministic() -> Iterator[None]:
         raise ConfigError(
             f"train.deterministic=true: {str(error).split(',')[0]}; train.deterministic=false trains without it"
         ) from error
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Afterwards torch is set up as before: threads, precision, determinism, random numbers. For callers in Python."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns, fills = torch.is_deterministic_algorithms_warn_only_enabled(), _deterministic.fill_uninitialized_memory
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        _deterministic.fill_uninitialized_memory = fills
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:

@@ -19,6 +19,7 @@ from ..storage.files import save_json
 from .checkpoint import newest_state
 
 RECORD = "frozen.json"  # in final/: what the run was tuned from
+KEPT = "pretrained"  # in the run: models that were in memory (api)
 FOLDER = "frozen"  # in the run: frozen weights that were drawn at random, which nothing else holds
 
 
@@ -147,10 +148,16 @@ def _open(run_dir: Path, config: Config, recorded: Identity | None) -> Frozen:
 def _load(run_dir: Path, config: Config, recorded: Identity | None) -> ClipModel:
     options = config.model
     if not starts_random(options.name, options.pretrained):
-        return load_clip(options.name, options.pretrained)
+        return load_clip(_where_kept(run_dir, options.name), options.pretrained)
     if recorded is None or not (recorded.behavior or (run_dir / FOLDER).is_dir()):
         return _draw(config)  # a new run, or one from before the weights were kept
     return _load_kept(run_dir, config)
+
+
+def _where_kept(run_dir: Path, name: str) -> str:
+    """`name`, or the run's own copy of a model that was in memory, which moves with the run."""
+    kept = run_dir / KEPT / Path(name).name
+    return f"local-dir:{kept}" if name.startswith("local-dir:") and (kept / WEIGHTS_NAME).is_file() else name
 
 
 def _load_kept(run_dir: Path, config: Config) -> ClipModel:

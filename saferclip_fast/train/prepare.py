@@ -24,6 +24,7 @@ from ..ops import Neighbors
 from ..runtime.ranks import Ranks
 from ..storage.files import check_writable, save_tensors
 from .dataset import open_data, split_rows
+from .places import check_places
 
 _QUERY_ROWS = 1 << 14  # searched at a time, so that only these and the bank lie on the device
 
@@ -99,13 +100,11 @@ def check_inputs(config: Config) -> None:
     """What can be known of the data and its cache before the model is loaded.
 
     Raises:
-        ConfigError: no training data named.
-        data.DataError, ValueError: a source that is not there or of no known format.
+        what check_places raises; ValueError: a source's option that does not exist.
         OSError: data.cache_dir cannot be written to.
     """
+    check_places(config)
     options = config.data
-    if not options.train:
-        raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
     for source in (options.train, options.val):
         if source:
             check_source(source, options.root or None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import nearest_safe
+from ..ops.nearest_safe import nearest_safe
 from ..runtime.ranks import Ranks
 
 

@@ -27,7 +27,8 @@ from ..runtime.ranks import ALONE, Ranks, Share, ranks
 from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
 from ..storage.claim import claim
 from ..storage.files import atomic_write, remove_leftovers
-from .checkpoint import CheckpointError, load_checked, save_checked
+from .callbacks import Callbacks, StepInfo, ValidationInfo
+from .checkpoint import load_checked, save_checked
 from .device import compile_encoders, data_parallel, naming_train_deterministic, set_up_torch
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
 from .frozen import keep_random_weights, open_for_training, write_record
@@ -37,6 +38,7 @@ from .prepare import Split, TrainingData, build_objective, check_inputs, prepare
 from .profiling import marked, part, profile_steps
 from .recall import recall
 from .resume import restore_run, save_run
+from .run_folder import check_unused
 from .runlog import Meter, RunLog
 from .state import Progress, RunState
 from .step import check_micro_batches, embed_micro_batches, forward_backward
@@ -60,11 +62,13 @@ class Trainer:
         data: TrainingData,
         ranks: Ranks = Ranks(),  # noqa: B008
         frozen: Identity | None = None,
+        callbacks: Callbacks = Callbacks(),  # noqa: B008 - it is immutable
     ) -> None:
         """`clip` has its trainable parameters set; `ranks` are the processes that train it together.
 
         `frozen` is what is tuned, identify(clip) before that: checkpoints and final/ hold it, if it is given.
         """
+        self.callbacks = callbacks if ranks.first else Callbacks()
         self.config, self.clip, self.data, self.ranks, self.device = config, clip, data, ranks, clip.device
         if config.train.fsdp and ranks.world > 1:
             shard_weights(clip, ranks)
@@ -146,8 +150,10 @@ class Trainer:
         if state.average is not None:
             state.average.update(progress.step)
         progress.seen += samples
-        shown = self.log_step() if progress.step % config.log.every_steps == 0 else None
-        self.log.advance(samples, shown)
+        means = self.log_step() if progress.step % config.log.every_steps == 0 else {}
+        self.log.advance(samples, {name: means[name] for name in ("loss", *self.objective.SHOWN)} if means else None)
+        if self.callbacks.on_step:
+            self.callbacks.on_step(StepInfo(progress.step, self.total_steps, progress.epoch, means))
 
     def gradients(self, batch: dict[str, Any], share: Share) -> ObjectiveOutput:
         """Forward and backward pass: the gradient of the whole batch, of which `batch` is this rank's share."""
@@ -218,7 +224,7 @@ class Trainer:
         lr = self.state.optimizer.param_groups[0]["lr"]
         speed = {"samples_per_second": rate * self.config.train.batch_size}
         self.log.write("train", progress.step, means, epoch=progress.epoch, lr=lr, **speed)
-        return {name: means[name] for name in ("loss", *self.objective.SHOWN)}
+        return means
 
     def check_watch(self) -> None:
         """Name the steps that were not finite; raise FloatingPointError unless they may be left out."""
@@ -244,14 +250,17 @@ class Trainer:
         self.log.write("val", progress.step, means, epoch=progress.epoch)
         metric = self.config.validation.metric
         score = means["loss"] if metric == "loss" else -means[metric]
-        if progress.best_score is None or score < progress.best_score:
+        best = progress.best_score is None or score < progress.best_score
+        if best:
             progress.best_score, progress.best_step, progress.stale = score, progress.step, 0
-            best = gathered(self.state.trained_tensors(), self.ranks.first)
+            tensors = gathered(self.state.trained_tensors(), self.ranks.first)
             if self.ranks.first:
-                save_checked(self.best_file, best, {"step": progress.step})
+                save_checked(self.best_file, tensors, {"step": progress.step})
         else:
             progress.stale += 1
             progress.finished = 0 < self.config.validation.patience <= progress.stale
+        if self.callbacks.on_validation:
+            self.callbacks.on_validation(ValidationInfo(progress.step, progress.epoch, means, best))
 
     def averaged(self) -> AbstractContextManager:
         """The model holds the averaged weights inside, if train.ema asks for an average."""
@@ -321,8 +330,8 @@ class Trainer:
         return folder / WEIGHTS_NAME
 
 
-def train(config: Config) -> TrainResult:
-    """Fine-tune as `config` says; results go to `config.run_dir`.
+def train(config: Config, callbacks: Callbacks = Callbacks()) -> TrainResult:  # noqa: B008 - it is immutable
+    """Fine-tune as `config` says; results go to `config.run_dir`, and news to the `callbacks`.
 
     Writes config.yaml, log.jsonl, tensorboard/, checkpoints/, best.safetensors and final/ (for open_clip), and
     frozen/ where training starts from random weights.
@@ -339,18 +348,15 @@ def train(config: Config) -> TrainResult:
     check_fsdp(config)
     try:
         with ranks() as members, stop_at_once(), claim(run_dir) if members.first else nullcontext():
-            if config.resume == "never" and (run_dir / "log.jsonl").exists():
-                raise CheckpointError(
-                    f"{run_dir} holds a run: pass resume=auto to go on with it, or choose another run_dir"
-                )
+            check_unused(config)
             check_inputs(config)
-            return _trainer(config, members).fit()
+            return _trainer(config, members, callbacks).fit()
     except Stopped as stop:  # not in a step: Trainer.fit handles those
         print(f"{stop}: stopped at once; the same command goes on, with resume=auto if steps are done", flush=True)
         return TrainResult(None, Progress(), stop.number)
 
 
-def _trainer(config: Config, members: Ranks) -> Trainer:
+def _trainer(config: Config, members: Ranks, callbacks: Callbacks) -> Trainer:
     """The run that `config` describes, on one of its ranks, where the last checkpoint left it."""
     run_dir = Path(config.run_dir)
     device = set_up_torch(config)
@@ -373,7 +379,7 @@ def _trainer(config: Config, members: Ranks) -> Trainer:
         compile_encoders(clip)
     if not members.first:
         torch.manual_seed(config.seed + 1_000_003 * members.rank)  # dropout of its own
-    trainer = Trainer(config, clip, data, members, frozen)
+    trainer = Trainer(config, clip, data, members, frozen, callbacks)
     if members.first:
         for folder in (run_dir, run_dir / "final", run_dir / "frozen"):
             remove_leftovers(folder)

@@ -10,10 +10,10 @@ from pathlib import Path
 from ..cli import run_command
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fast.tune") -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m saferclip_fast.tune",
+        prog=prog,
         description="Time every op's backends on this machine and write which one to take at which size.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")

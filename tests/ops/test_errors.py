@@ -18,7 +18,7 @@ def bad(rows=4, row=2, value=float("nan")):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sf.nearest_safe(Q[0], BANK), r"query must have shape \[rows, d\], got \(8,\)"),
+        (lambda: sf.nearest_safe(Q[None], BANK), r"query must have shape \[rows, d\], got \(1, \d+, 8\)"),
         (lambda: sf.nearest_safe(Q.long(), BANK), r"query must be float64, float32, .* got torch.int64; use \.float"),
         (lambda: sf.nearest_safe(Q[:, :5], BANK), r"bank has d=8 but query has d=5"),
         (lambda: sf.nearest_safe(Q, BANK, k=11), r"k=11 must lie between 1 and the bank's 10 rows"),

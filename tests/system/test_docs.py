@@ -11,7 +11,7 @@ from saferclip_fast.config import options
 ROOT = Path(__file__).parents[2]
 OTHERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "tests/README.md", "benchmarks/README.md")
 PAGES = [*(ROOT / name for name in OTHERS), *sorted((ROOT / "docs").glob("*.md"))]
-WITH_EXAMPLES = (ROOT / "README.md", ROOT / "docs" / "data.md")
+WITH_EXAMPLES = (ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "python.md")
 
 
 def name_of(page: Path) -> str:

@@ -302,8 +302,10 @@ def test_everything_public_is_here():
     """A name that is exported, but in no test of this file, has no property tested."""
     text = Path(__file__).read_text()
     results = ("Backend", "BackendError", "Neighbors", "PreservationOutput", "RetargetOutput", "__version__")
+    # these train or need a model, and are tested with a few in tests/api
+    elsewhere = ("ClipModel", "FineTuned", "evaluate", "export", "fine_tune", "load", "load_clip")
     for name in sf.__all__:
-        assert name in results or f"sf.{name}" in text, name
+        assert name in results + elsewhere or f"sf.{name}" in text, name
 
 
 # --- figures --------------------------------------------------------------------------------------

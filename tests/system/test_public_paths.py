@@ -3,10 +3,13 @@
 import importlib
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 import saferclip_fast
+from saferclip_fast.__main__ import COMMANDS as MAINS
 
 PUBLIC = {
     "saferclip_fast": saferclip_fast.__all__,
@@ -22,7 +25,8 @@ PUBLIC = {
     "saferclip_fast.report": ["load_runs", "render", "write"],
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
-COMMANDS = ("demo", "evaluate", "export", "label_images", "report", "train", "tune")
+SLOWER = 4  # than an idle machine, at most, while other tests run beside
+COMMANDS = ("demo", "doctor", "evaluate", "export", "label_images", "report", "train", "tune")
 
 HELP = """
 import runpy, sys
@@ -48,6 +52,60 @@ def test_help_of_every_command_does_not_wait_for_torch(command):
     )
     assert done.returncode == 0, done.stderr
     assert f"python -m saferclip_fast.{command}" in done.stdout or command == "demo"
+
+
+COMMAND_LINE = [sys.executable, "-m", "saferclip_fast"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in MAINS)])
+def test_the_one_command_answers_at_once(words):
+    start = time.perf_counter()
+    done = subprocess.run([*COMMAND_LINE, *words], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1.5 * SLOWER
+    assert all(name in done.stdout for name in MAINS) or words != ["--help"]
+    assert f"usage: saferclip {words[0]}" in done.stdout or words[0].startswith("-")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trains", "no command 'trains', did you mean 'train'?"),
+        ("train data.train=no/such.csv", "no such file or folder: no/such.csv"),
+        ("train", "data.train is empty: name the training quadruplets, e.g. data.train=visu.json"),
+        ("train data.train=scenes:n=9 model.pretrained=no/w.pt", "weights file no/w.pt not found"),
+        ("train data.train=scenes:n=9 model.name=local-dir:no model.pretrained=", "there is no folder no"),
+        ("train objective.k=0", "objective.k=0: must be from 1 to 256"),
+        ("evaluate no/run", "there is no folder no/run, and unknown model 'no/run'"),
+        ("evaluate . --data no.csv", "no such file or folder: no.csv"),
+        ("evaluate . --images food=no/food", "cannot read no/food: No such file or directory"),
+        ("export no/run --format all --out no/out", "no/run not found"),
+        ("report no/run", "no/run is no folder"),
+        ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),
+    ],
+)
+def test_a_wrong_word_is_refused_in_one_line_before_torch_is_imported(words, message, tmp_path):
+    start = time.perf_counter()
+    code = "import sys; sys.modules['torch'] = None; from saferclip_fast.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert time.perf_counter() - start < 2 * SLOWER
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_places_that_are_known_without_torch_are_those_that_are_read():
+    from saferclip_fast.data import open as opener
+    from saferclip_fast.data import places
+    from saferclip_fast.data.readers import tables
+
+    assert set(places.SCHEMES) == set(opener.GENERATED) and set(places.TABLES) == set(tables.READERS)
+
+
+def test_the_console_script_is_the_same():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.scripts]\nsaferclip = "saferclip_fast.__main__:main"' in project
+    folders = {folder for folder, _ in MAINS.values()}
+    there = {path.parent.name for path in Path(saferclip_fast.__file__).parent.glob("*/__main__.py")}
+    assert folders == there == {*COMMANDS}
 
 
 def test_import_does_not_wait_for_torch():

@@ -5,6 +5,7 @@ import math
 import shutil
 import traceback
 import warnings
+from dataclasses import asdict
 
 import open_clip
 import pytest
@@ -319,7 +320,7 @@ def test_a_full_device_ends_with_what_to_do(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("saferclip_fast.train.train", full)
-    assert main([]) == 2
+    assert main(["data.train=scenes:n=9"]) == 2
     assert "train.micro_batch_size=16" in capsys.readouterr().err
 
 
@@ -368,9 +369,7 @@ def test_adapters_without_effect_are_reported():
 def test_mistakes_end_with_one_line(tiny, tmp_path, capsys, words, message):
     config = tiny(tmp_path / "run", *words)
     file = tmp_path / "config.json"  # JSON is YAML
-    from saferclip_fast.config import to_dict
-
-    file.write_text(json.dumps(to_dict(config)))
+    file.write_text(json.dumps(asdict(config)))
     assert main(["--config", str(file)]) == 2
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "run").exists()
     with pytest.raises((ConfigError, ValueError, FileNotFoundError), match=message.replace("?", r"\?")):

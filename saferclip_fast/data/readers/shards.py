@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ...storage.files import atomic_write
 from ..errors import DataError, ErrorPolicy
 from ..images import ImageArray, ImageError, ImageRef, TarMember, opened
+from ..places import shard_paths
 from ..quadruplets import Quadruplet, QuadrupletDataset
 from .json_text import parse_json
 from .rows import REQUIRED, RowError, add_row, column_names
@@ -53,25 +54,6 @@ def read_shards(
             policy.summary.read += 1
             policy.bad("bad shard", path, row + 1, error)
     return records
-
-
-def shard_paths(source: str | os.PathLike) -> list[str]:
-    """The tar files that `source` names, in order."""
-    from braceexpand import braceexpand
-
-    path = Path(source)
-    if path.is_dir():
-        paths = sorted(path.glob("*.tar"))
-    elif path.exists():
-        paths = [path]
-    else:
-        patterns = [Path(part) for part in braceexpand(str(source))]
-        paths = [path for part in patterns for path in (sorted(part.parent.glob(part.name)) or [part])]
-    if not paths:
-        raise DataError(f"no .tar shard in {source}")
-    if len(set(paths)) < len(paths):
-        raise DataError(f"{source} names a shard twice")
-    return [str(path) for path in paths]
 
 
 def shard_samples(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:

@@ -48,7 +48,8 @@ def read_table(
     return records
 
 
-def _check_columns(path: Path, found: Iterable[str], names: Mapping[str, str]) -> None:
+def check_columns(path: Path | str, found: Iterable[str], names: Mapping[str, str]) -> None:
+    """Raises DataError, with the columns that are there, where one that is needed or named is not `found` in `path`."""
     found = list(found)
     missing = [names[field] for field in REQUIRED if names[field] not in found]
     missing += [name for field, name in names.items() if field not in REQUIRED and name not in (field, *found)]
@@ -63,7 +64,7 @@ def _check_columns(path: Path, found: Iterable[str], names: Mapping[str, str]) -
 def _read_csv(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
     records = read_csv(path, [names[field] for field in REQUIRED])
     _, header = next(records)
-    _check_columns(path, header, names)
+    check_columns(path, header, names)
     for line, cells in records:
         yield line, cells if isinstance(cells, str) else dict(zip(header, cells, strict=True))
 
@@ -96,7 +97,7 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
         raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, names)
+            check_columns(path, file.schema_arrow.names, names)
             _check_paths(path, file.schema_arrow, names)
             wanted = [name for name in names.values() if name in file.schema_arrow.names]
             row = 0

@@ -87,7 +87,7 @@ def tuned(configs: list[Config], key: list[str]) -> Callable:
     def apply(kernel):
         tuner = decorate(kernel)
         prune, bench = tuner.prune_configs, tuner._bench
-        left: list[Config] = []
+        left = []
 
         def noted(arguments: dict) -> list[Config]:
             left[:] = prune(arguments)

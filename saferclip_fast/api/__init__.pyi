@@ -1,0 +1,7 @@
+from .result import FineTuned
+from .run import fine_tune
+
+__all__ = [
+    "FineTuned",
+    "fine_tune",
+]

@@ -1,0 +1,34 @@
+"""What can be known of a model and data by the words that name them: checked before torch is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..data.errors import DataError
+from ..data.places import check_place
+from ..models.places import check_model
+
+NAMED = re.compile(r"([\w.-]+)=(.+)")
+
+
+def check_words(
+    model: str, frozen: str | None, data: str | None, images: Iterable[str], caption_images: Iterable[str]
+) -> None:
+    """Raises FileNotFoundError, DataError or ValueError for what is not there. Images may be [NAME=]SOURCE."""
+    for word in filter(None, (model, frozen)):
+        check_model(word)
+    if data and not data.endswith(".json"):  # whose root is an option, which a run may have
+        check_place(data)
+    for source in map(_source, images):
+        if not re.match(r"\w+:", source) and not re.search(r"[*?{\[]", source) and not Path(source).exists():
+            raise DataError(f"cannot read {source}: No such file or directory")
+    for source in map(_source, caption_images):
+        if not Path(source).is_dir():
+            raise DataError(f"no such folder of images: {source}")
+
+
+def _source(word: str) -> str:
+    match = None if Path(word).exists() else NAMED.fullmatch(word)
+    return match[2] if match else word

@@ -1,0 +1,37 @@
+"""What a caller is told while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """A step that was made."""
+
+    step: int  # from 1, over the whole run
+    steps: int  # of the whole run
+    epoch: int  # from 1
+    metrics: Mapping[str, float]  # means since the last logged step (log.every_steps); empty between
+
+
+@dataclass(frozen=True)
+class ValidationInfo:
+    """A validation that was made."""
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]  # means of the loss and its terms, and the recall of safe pairs
+    best: bool  # the best so far, by validation.metric
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that the first rank calls; what they return is not looked at, what they raise ends the run.
+
+    A run that ended so goes on from its last checkpoint, with resume=auto.
+    """
+
+    on_step: Callable[[StepInfo], object] | None = None
+    on_validation: Callable[[ValidationInfo], object] | None = None

@@ -1,0 +1,24 @@
+"""What can be known of a run's data and model by their names alone: checked before torch is imported."""
+
+from __future__ import annotations
+
+from ..config import Config, ConfigError
+from ..data.places import check_place as check_data
+from ..models.places import check_place as check_model
+
+
+def check_places(config: Config) -> None:
+    """Whether data and model are named, and there.
+
+    Raises:
+        ConfigError: no training data named.
+        data.DataError, ValueError: a source that is not there, or of no known format.
+        FileNotFoundError: an architecture, folder or weights file that is not there.
+    """
+    options = config.data
+    if not options.train:
+        raise ConfigError("data.train is empty: name the training quadruplets, e.g. data.train=visu.json")
+    for source in filter(None, (options.train, options.val)):
+        check_data(source, options.root or None)
+    if config.resume == "never":  # a run has a copy of a model that was in memory, wherever it has moved
+        check_model(config.model.name, config.model.pretrained)

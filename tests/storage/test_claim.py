@@ -46,7 +46,7 @@ def test_a_second_process_is_told_of_the_first(tmp_path: Path, holder) -> None:
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "export", "demo"])
 def test_every_command_that_writes_a_folder_claims_it_first(tmp_path: Path, holder, command: str, capsys) -> None:
-    """No model is named that there is: the claim comes before it is looked for."""
+    """No model is named that there is: the claim comes before one is opened."""
     from saferclip_fast.demo.__main__ import main as demo
     from saferclip_fast.evaluate.__main__ import main as evaluate
     from saferclip_fast.export.__main__ import main as export
@@ -55,8 +55,8 @@ def test_every_command_that_writes_a_folder_claims_it_first(tmp_path: Path, hold
     run, none = str(tmp_path / "run"), str(tmp_path / "none")
     words = {
         "train": lambda: train([f"run_dir={run}", f"model.name={none}", "data.train=scenes:n=9", "resume=auto"]),
-        "evaluate": lambda: evaluate([none, "--out", run]),
-        "export": lambda: export([none, "--format", "open_clip", "--out", run]),
+        "evaluate": lambda: evaluate([str(tmp_path), "--out", run]),
+        "export": lambda: export([str(tmp_path), "--format", "open_clip", "--out", run]),
         "demo": lambda: demo(["--run-dir", run, "--cache-dir", none]),
     }
     assert words[command]() == 2

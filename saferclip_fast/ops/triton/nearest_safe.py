@@ -58,6 +58,7 @@ from .shared import (
 MAX_SLOTS = 4096  # kept keys a query; `decide` holds them all in registers
 SLOT_WARPS = 8  # to hold them
 SPARE = 4  # kept beyond k in each split, so that the proof nearly always succeeds
+MOST_ROWS = 65_535 * 16  # of a launch: a grid's second dimension ends at 65,535 blocks, of 16 rows or more
 AGAIN_ROWS, AGAIN_BANK, AGAIN_WIDTH = 16, 64, 64
 
 
@@ -109,13 +110,12 @@ def screen_kernel(
     """kept [Q, splits, KEEP]: keys of the largest x_ij in this split; squares [splits]: its max |s_j|^2.
 
     columns is the bank. The first block of queries takes the squares along, from tiles that it loads anyway.
-    Blocks of queries are the grid's first dimension: the others end at 65,535.
     """
-    split = tl.program_id(1)
+    split = tl.program_id(0)
     first = split * split_rows
     last = tl.minimum(first + split_rows, bank_rows)
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    if tl.program_id(0) == 0:
+    first_row = tl.program_id(1) * BLOCK_ROWS
+    if tl.program_id(1) == 0:
         keys, largest = _screen(scaled, first_row, rows, columns, first, last, width, KEEP, PRECISION, True,
                                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
         tl.store(squares + split, largest * (1 + 1e-3) + 1e-34)  # rounding, and squares that underflow
@@ -123,7 +123,7 @@ def screen_kernel(
         keys, largest = _screen(scaled, first_row, rows, columns, first, last, width, KEEP, PRECISION, False,
                                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH)  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    place = (row.to(tl.int64) * tl.num_programs(1) + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
+    place = (row.to(tl.int64) * tl.num_programs(0) + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
     tl.store(kept + place, keys, mask=(row < rows)[:, None])
 
 
@@ -273,6 +273,9 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
         raise ValueError("bank is float64: the triton backend takes float32, bfloat16 or float16; use bank.float()")
     query, bank = query.contiguous(), bank.contiguous()
     (rows, width), bank_rows = query.shape, bank.shape[0]
+    if rows > MOST_ROWS:
+        parts = [nearest_safe(part, bank, k) for part in query.split(MOST_ROWS)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     scores = query.new_empty((rows, k), dtype=torch.float32)
     indices = query.new_empty((rows, k), dtype=torch.int64)
     if rows == 0:
@@ -294,7 +297,7 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
             query, scaled, length, slack, width, relative_error(width, bank.dtype), BLOCK=block,
             num_warps=row_warps(block),
         )  # fmt: skip
-        screen_kernel[(row_blocks, splits)](
+        screen_kernel[(splits, row_blocks)](
             scaled, bank, kept, squares, rows, bank_rows, width, split_rows,
             KEEP=keep, PRECISION=precision, BLOCK_ROWS=block_rows,
         )  # fmt: skip

@@ -91,7 +91,7 @@ def test_no_grid_is_wider_than_a_gpu_takes(monkeypatch):
     for name in ("prepare", "screen", "decide", "search_again", "merge_again"):
         monkeypatch.setattr(nearest_safe, f"{name}_kernel", Kernel())
     nearest_safe.nearest_safe(torch.empty(1_100_000, 1), torch.empty(70, 1), 61)
-    assert len(grids) == 5 and all(size < 65_536 for grid in grids for size in grid[1:])
+    assert len(grids) == 10 and all(size < 65_536 for grid in grids for size in grid[1:])
 
 
 def test_a_single_configuration_is_not_timed(monkeypatch):

@@ -59,7 +59,9 @@ def test_terminated_then_killed_run_ends_like_an_undisturbed_one(words, tmp_path
     told = process.communicate(timeout=TIMEOUT)[0]
     assert process.returncode == 0, told
     assert time.monotonic() - when < 60
-    assert "error: rank 0 of 2 lost another rank" in told and told.count("resumed") == 2, told
+    # the survivor hears of it from its exchange or from torchrun's signal, whichever comes first
+    assert "error: rank 0 of 2 lost another rank" in told or "SIGTERM: stopped at once" in told, told
+    assert told.count("resumed") == 2, told
     assert final_weights(run_dir) == final_weights(undisturbed)
     assert log_lines(run_dir) == log_lines(undisturbed)
 

@@ -65,7 +65,7 @@ sanitize-ops: setup  ## the op tests in Python, the module built under both sani
 	cp -r tests pyproject.toml build/sanitize-ops/package
 	cd build/sanitize-ops/package && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-X
+	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not triton and not larger_than_memory' tests/ops tests/bank/test_safe_bank.py
 
 mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
 	$(BIN)/python -m tests.backends.native.mutants

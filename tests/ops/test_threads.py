@@ -62,6 +62,6 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_a_forked_child_goes_on_with_one_thread():
     """It waited forever for threads that a child does not have."""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "was forked after ops had used threads, and goes on with one" in done.stderr

@@ -122,6 +122,7 @@ def test_missing_values_are_bad_rows_as_in_a_file(tmp_path):
     items = rows(5)
     items[0]["safe_text"], items[1]["unsafe_text"], items[2]["safe_image"] = None, float("nan"), None
     items[3]["unsafe_image_label"] = float("nan")  # as pandas fills a column
+    items[3]["unsafe_text_label"] = np.float32("nan")
     kept = keep(items, tmp_path, progress=False)
     assert "NaN" not in Path(kept.source).read_text()  # which is no JSON
     found = opened(kept, on_error="skip")

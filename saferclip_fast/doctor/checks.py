@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank import SafeBank
-from ..ops import backends, info_nce, nearest_safe, preservation_loss, retarget_loss
+from ..ops import Neighbors, backends, info_nce, nearest_safe, neighbor_hinge, preservation_loss, retarget_loss
 
 QUERIES, ROWS, WIDTH, K = 128, 4000, 256, 8
 TOLERANCE = 1e-4  # of values and gradients, relative: float32 keeps within 1e-6 or so, a wrong kernel is far off
@@ -24,7 +25,7 @@ class Check(NamedTuple):
     op: str
     backend: str
     device: str
-    error: float  # largest relative distance to float64; infinite where a neighbor is another one, or the call failed
+    error: float  # of the row farthest off, relative to float64; infinite for another neighbor or a failed call
     milliseconds: float
     problem: str = ""
 
@@ -60,6 +61,14 @@ def _info_nce(x: Inputs, backend: str) -> tuple[Tensor, ...]:
     return _with_gradients(info_nce(x.text, x.image, backend=backend), x)
 
 
+def _hinge(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+    rows = F.pad(x.bank.text, (0, 2))  # of limit 0
+    device = x.text.device
+    found = Neighbors(torch.ones(QUERIES, K, device=device), torch.arange(QUERIES * K, device=device).view(-1, K))
+    loss = neighbor_hinge(x.text, rows, found, torch.ones(QUERIES, device=device), k=K, backend=backend).loss
+    return (loss.detach(), *torch.autograd.grad(loss, [x.text]))
+
+
 def _with_gradients(loss: Tensor, x: Inputs) -> tuple[Tensor, ...]:
     return (loss.detach(), *torch.autograd.grad(loss, [x.text, x.image]))
 
@@ -69,6 +78,7 @@ OPS: dict[str, tuple[str, Callable[[Inputs, str], tuple[Tensor, ...]]]] = {  # o
     "retarget_loss": ("retarget_loss", _retarget),
     "preservation_loss": ("preservation_loss", _preserve),
     "info_nce": ("info_nce_sums", _info_nce),
+    "neighbor_hinge": ("neighbor_hinge", _hinge),
 }
 
 
@@ -114,7 +124,9 @@ def _inputs(dtype: torch.dtype, device: str) -> Inputs:
 
 @torch.no_grad()
 def _distance(found: Tensor, wanted: Tensor) -> float:
+    """Of the row that is farthest off, each by its own length."""
     if not wanted.is_floating_point():
         return 0.0 if torch.equal(found, wanted) else float("inf")
-    distance = float((found.double() - wanted).norm() / wanted.norm())
+    found, wanted = (x.double().reshape(len(x) if x.dim() else 1, -1) for x in (found, wanted))
+    distance = float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
     return distance if distance == distance else float("inf")  # NaN is far off

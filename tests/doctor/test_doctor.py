@@ -41,6 +41,21 @@ def test_a_kernel_that_is_wrong_in_one_number_is_noticed(row, capsys, monkeypatc
     assert "failed: nearest_safe on reference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op != "nearest_safe"])
+def test_one_gradient_row_that_is_wrong_is_noticed(op, monkeypatch):
+    """The smallest row of a gradient counts as much as the largest."""
+
+    def wrong(x, backend):
+        found = OPS[op][1](x, backend)
+        if x.text.dtype == torch.float32:
+            smallest = int(found[1].norm(dim=1).argmin())
+            found[1][smallest] *= 1.01
+        return found
+
+    monkeypatch.setattr(checks, "OPS", {op: (OPS[op][0], wrong)})
+    assert not any(check.passed for check in self_check())
+
+
 def test_a_kernel_that_raises_is_named_with_its_words(monkeypatch, capsys):
     def broken(x, backend):
         if backend == "cpu":

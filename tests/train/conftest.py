@@ -11,9 +11,10 @@ import torch
 from saferclip_fast.train import train
 from tests.support.tiny import tiny as tiny_config
 
-# Children are forked from a server that has imported everything and started no threads.
+# Children are forked from a server that has imported everything and started no threads. The package imports its parts
+# when they are first used, so the parts are named: the trainer brings all that a run needs.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["saferclip_fast.train"])
+PROCESSES.set_forkserver_preload(["saferclip_fast.train.trainer"])
 
 
 @pytest.fixture(autouse=True)

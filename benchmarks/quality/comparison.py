@@ -1,6 +1,6 @@
 """Each method at its best: python -m benchmarks.quality.comparison --photos FILE.tar
 
-1. Every method is fine-tuned with each of the same SETTINGS, on scenes and photographs, and judged on validation data;
+1. Every method is fine-tuned with each of its four SETTINGS, on scenes and photographs, and judged on validation data;
    `score` chooses one setting of each.
 2. With it, three seeds are trained on other data and evaluated on test data that chose nothing, at each share of wrong
    fixed partners (MISMATCH), and along the safety dial.
@@ -50,11 +50,24 @@ _ADAPTERS = {  # alpha 1 is Safe-CLIP's; steps of adapters scaled by 1 are large
     "rank 16, alpha 1": (("lora.rank=16", "lora.alpha=1"), ("1e-3", "3e-3")),
     "rank 32, alpha 32": (("lora.rank=32", "lora.alpha=32"), ("3e-4", "1e-3")),
 }
-SETTINGS: dict[str, tuple[str, ...]] = {
+# The rivals' settings: their weights are their authors', so adapters and learning rate are what is left to choose.
+_RIVALS: dict[str, tuple[str, ...]] = {
     f"{adapters}, lr {rate}": (*words, f"optimizer.lr={rate}")
     for adapters, (words, rates) in _ADAPTERS.items()
     for rate in rates
 }
+# Ours has the demo's adapters and learning rate. Its page follows the data: 0.03 where captions tell items apart, a
+# little more than a class's share (a tenth) where they do not.
+_OURS: dict[str, tuple[str, ...]] = {
+    f"page {page}, nce {nce}": (
+        f"objective.page={page}",
+        f"objective.weights.nce_text={nce}",
+        f"objective.weights.nce_image={nce}",
+    )
+    for page in ("0.03", "0.12")
+    for nce in ("4", "1")
+}
+SETTINGS = {method: _OURS if method == OURS else _RIVALS for method in METHODS}  # the same number for each
 _STOP_EARLY = ("validation.metric=recall", "validation.final=best")
 EXPORTED = {  # which weights: those of the best recall of safe pairs, as their authors do, or the last
     "Safe-CLIP": _STOP_EARLY,
@@ -77,7 +90,12 @@ def run_of(plan: Plan, data: str, method: str, setting: str, seed: int, mismatch
         watched = f"scenes:n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test"
     else:
         watched = f"photos:path={plan.photos},n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test,half=odd"
-    options = (*METHODS[method], *SETTINGS[setting], *EXPORTED[method], f"data.val={watched},mismatch={mismatch:g}")
+    options = (
+        *METHODS[method],
+        *SETTINGS[method][setting],
+        *EXPORTED[method],
+        f"data.val={watched},mismatch={mismatch:g}",
+    )
     return Run(data, method, seed, options, mismatch, DIAL if dial else ())
 
 
@@ -99,7 +117,7 @@ def tune(plan: Plan, data: Sequence[str], workers: int) -> list[dict[str, Any]]:
         (name, method, setting): run_of(plan, name, method, setting, VALIDATION_SEED, MISMATCH[name][0])
         for name in data
         for method in METHODS
-        for setting in SETTINGS
+        for setting in SETTINGS[method]
     }
     results = perform_all(plan, [*frozen_runs.values(), *runs.values()], workers)
     tried = []

@@ -55,21 +55,24 @@ def figures(rate, zero_shot, others=0.5):
     return dict.fromkeys(names, others) | rates | {runs.UTILITY: zero_shot}
 
 
-def test_every_method_has_the_same_settings_and_its_own_objective(tmp_path):
+def test_every_method_has_as_many_settings_and_its_own_objective(tmp_path):
     plan = runs.Plan(tmp_path, tmp_path, tmp_path / "photos.tar")
     tuned = {}
     for method in comparison.METHODS:
         configs = []
-        for setting in comparison.SETTINGS:
+        for setting in comparison.SETTINGS[method]:
             run = comparison.run_of(plan, "scenes", method, setting, 0, 0.7)
             configs.append(load_config("demo", runs.options_of(plan, run)))
-        tuned[method] = {
-            (c.lora.rank, c.lora.alpha, c.optimizer.lr, c.train.epochs, c.train.batch_size, c.data.val) for c in configs
-        }
-        assert len(tuned[method]) == len(comparison.SETTINGS) == 4
+        sizes = {(c.train.epochs, c.train.batch_size, c.data.val) for c in configs}
+        tuned[method] = {(c.lora.rank, c.lora.alpha, c.optimizer.lr) for c in configs}
+        weights = {(c.objective.page, c.objective.weights.nce_text, c.objective.weights.nce_image) for c in configs}
+        assert len(sizes) == 1
+        assert len(tuned[method] | weights) == 5, "four, in adapters or in the objective"
         kind = {"Safe-CLIP": SafeClip, "ShieldCLIP": ShieldClip}.get(method, SaferClip)
         assert isinstance(build_objective(configs[0]), kind)
-    assert all(settings == tuned[comparison.OURS] for settings in tuned.values())
+    ours = tuned.pop(comparison.OURS)
+    rivals = next(iter(tuned.values()))
+    assert all(settings == rivals for settings in tuned.values()) and ours < rivals
     paper, ours = (
         build_objective(load_config("demo", comparison.METHODS[name])) for name in ("SafeR-CLIP", comparison.OURS)
     )
@@ -79,14 +82,16 @@ def test_every_method_has_the_same_settings_and_its_own_objective(tmp_path):
 def test_what_chooses_a_setting_does_not_report_it(tmp_path):
     plan = runs.Plan(tmp_path, tmp_path, tmp_path / "photos.tar")
     chosen, reported = (
-        comparison.run_of(plan, "scenes", "Safe-CLIP", next(iter(comparison.SETTINGS)), seed, 0.7)
+        comparison.run_of(plan, "scenes", "Safe-CLIP", next(iter(comparison.SETTINGS["Safe-CLIP"])), seed, 0.7)
         for seed in (runs.VALIDATION_SEED, 0)
     )
     judged_on, tested_on = (runs.job_of(plan, run).held_out for run in (chosen, reported))
     assert not torch.equal(torch.from_numpy(judged_on.safe_images), torch.from_numpy(tested_on.safe_images))
     assert runs.source_of(plan, chosen) != runs.source_of(plan, reported)
     assert "seed=1001,split=test" in reported.options[-1] and "seed=2001,split=test" in chosen.options[-1]
-    watched = comparison.run_of(plan, "photos", "Safe-CLIP", next(iter(comparison.SETTINGS)), 0, 0.7).options[-1]
+    watched = comparison.run_of(
+        plan, "photos", "Safe-CLIP", next(iter(comparison.SETTINGS["Safe-CLIP"])), 0, 0.7
+    ).options[-1]
     assert watched.endswith("split=test,half=odd,mismatch=0.7"), "early stopping never sees the tested half"
 
 
@@ -101,7 +106,6 @@ def test_the_score_wants_safety_and_usefulness():
 
 def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatch):
     best = {"Safe-CLIP": 3, "ShieldCLIP": 0, "SafeR-CLIP": 1, comparison.OURS: 2}
-    options = list(comparison.SETTINGS.values())
     asked = []
 
     def perform_all(plan, wanted, workers):
@@ -111,6 +115,7 @@ def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatc
             if run.name == runs.FROZEN:
                 results[run] = {"metrics": figures(1.0, 0.8), "dial": {}}
                 continue
+            options = comparison.SETTINGS[run.name].values()
             setting = next(i for i, words in enumerate(options) if set(words) <= set(run.options))
             rate = 0.1 if setting == best[run.name] else 0.9
             rate += 0.02 * run.seed if run.seed < runs.VALIDATION_SEED else 0
@@ -122,7 +127,7 @@ def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatc
     plan = runs.Plan(tmp_path, tmp_path, None)
     tried = comparison.tune(plan, ["scenes"], 1)
     chosen = {entry["method"]: entry["setting"] for entry in tried if entry["chosen"]}
-    assert chosen == {method: list(comparison.SETTINGS)[number] for method, number in best.items()}
+    assert chosen == {method: list(comparison.SETTINGS[method])[number] for method, number in best.items()}
     assert {run.seed for run in asked} == {runs.VALIDATION_SEED}
     asked.clear()
     rows = comparison.report(plan, tried, 3, 1, (0.7, 0.0))

@@ -65,7 +65,7 @@ _OURS: dict[str, tuple[str, ...]] = {
         f"objective.weights.nce_image={nce}",
     )
     for page in ("0.03", "0.12")
-    for nce in ("4", "1")
+    for nce in ("1", "4")
 }
 SETTINGS = {method: _OURS if method == OURS else _RIVALS for method in METHODS}  # the same number for each
 _STOP_EARLY = ("validation.metric=recall", "validation.final=best")

@@ -8,8 +8,8 @@ DEFAULT_WEIGHTS = {
     "cross_image": 4.0,
     "cos_text": 16.0,
     "cos_image": 16.0,
-    "nce_text": 4.0,
-    "nce_image": 4.0,
+    "nce_text": 1.0,
+    "nce_image": 1.0,
     "rank_guard": 64.0,
 }
 DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN = 16, 10.0, 0.3

@@ -9,7 +9,7 @@ CPP := $(shell find csrc tests/backends/native tests/backends/simt -name '*.cpp'
 SOAK_MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage coverage-python coverage-native sanitize sanitize-ops mutants fuzz soak bench lint format gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants fuzz soak bench lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,28 +42,21 @@ coverage-python: setup
 # The module is built apart, so that the one in use stays as it is. Counters are atomic: the kernels have threads.
 coverage-native: setup
 	rm -rf build/coverage/native && mkdir -p build/coverage/native
-	CXXFLAGS='--coverage -fprofile-update=atomic' SAFERCLIP_FAST_CUDA=0 $(BIN)/python setup.py --quiet build \
-	  --build-lib build/coverage/native/package --build-temp build/coverage/native/module
+	CXXFLAGS='--coverage -fprofile-update=atomic' SAFERCLIP_FAST_CUDA=0 CMAKE_ARGS=-DSAFERCLIP_NATIVE_TESTS=ON \
+	  $(BIN)/python setup.py --quiet build --build-lib build/coverage/native/package --build-temp build/coverage/native/module
 	cp -r tests pyproject.toml build/coverage/native/package
 	cd build/coverage/native/package && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -q -n auto $(NATIVE_TESTS)
-	$(BIN)/cmake -G Ninja -S tests/backends/native -B build/coverage/native/alone -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS='--coverage -fprofile-update=atomic'
-	$(BIN)/cmake --build build/coverage/native/alone
-	build/coverage/native/alone/native_kernels
+	build/coverage/native/module/cmake/native_kernels
 	$(BIN)/gcovr --config tests/backends/native/gcovr.cfg
 
-sanitize: setup  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (no torch inside)
-	$(BIN)/cmake -G Ninja -S tests/backends/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSAFERCLIP_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize
-	build/sanitize/native_kernels
-
-sanitize-ops: setup  ## the op tests in Python, the module built under both sanitizers
+# -O1: instrumented -O3 compiles for many minutes.
+sanitize: setup  ## the CPU kernels, alone and behind the ops, under AddressSanitizer and UndefinedBehaviorSanitizer
 	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer' SAFERCLIP_FAST_CUDA=0 \
-	  CMAKE_ARGS=-DSAFERCLIP_CPU_OPTIMIZE=-O1 $(BIN)/python setup.py --quiet build \
-	  --build-lib build/sanitize-ops/package --build-temp build/sanitize-ops/module
-	cp -r tests pyproject.toml build/sanitize-ops/package
-	cd build/sanitize-ops/package && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	  CMAKE_ARGS='-DSAFERCLIP_CPU_OPTIMIZE=-O1 -DSAFERCLIP_NATIVE_TESTS=ON' $(BIN)/python setup.py --quiet build \
+	  --build-lib build/sanitize/package --build-temp build/sanitize/module
+	build/sanitize/module/cmake/native_kernels
+	cp -r tests pyproject.toml build/sanitize/package
+	cd build/sanitize/package && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not triton and not larger_than_memory' tests/ops tests/bank/test_safe_bank.py
 

@@ -1,4 +1,4 @@
-"""Two ranks on two cores against one rank on one core: a training step, and the search in a sharded bank.
+"""Two ranks on two cores against one rank on one: a training step, its objective alone, the search in a sharded bank.
 
     torchrun --nproc-per-node=2 benchmarks/speed/scaling.py [--json FILE]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from saferclip_fast import SafeBank, nearest_safe
+from saferclip_fast import Neighbors, SafeBank, nearest_safe
 from saferclip_fast.bank.sharded import ShardedBank
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.models import load_clip
@@ -64,6 +64,33 @@ def training_step(of: Ranks, model: str, batch_size: int) -> Callable[[bool], No
             clip, batch, lambda x: objective(x, own, bank, share=share), encode=parallel if shared else None
         )
         clip.zero_grad(set_to_none=True)
+
+    return run
+
+
+def default_objective(of: Ranks, bank_rows: int, width: int, batch_size: int, k: int) -> Callable[[bool], None]:
+    """run(shared): loss and gradients of the default objective, from given embeddings of one global batch."""
+    generator = torch.Generator().manual_seed(3)
+    center = torch.randn(width, generator=generator)  # embeddings of one modality lie in a cone
+
+    def rows(count: int) -> torch.Tensor:
+        return torch.randn(count, width, generator=generator) + center
+
+    bank = SafeBank(rows(bank_rows), rows(bank_rows)).pack()
+    current = [rows(batch_size) for _ in range(4)]
+    frozen = QuadrupletEmbeddings(*(rows(batch_size) for _ in range(4)))
+    neighbors = nearest_safe(frozen.unsafe_text, bank, k)
+    objective = SaferClip(k=k)
+    objective.attach(bank)
+
+    def run(shared: bool) -> None:
+        share: Share = of.share(batch_size) if shared else ALONE
+        of_rank = of.split(batch_size) if shared else range(batch_size)
+        mine = slice(of_rank.start, of_rank.stop)
+        x = QuadrupletEmbeddings(*(column[mine].clone().requires_grad_() for column in current))
+        own = QuadrupletEmbeddings(*(column[mine] for column in frozen))
+        found = Neighbors(*(column[mine] for column in neighbors))
+        objective(x, own, bank, found, share=share).loss.backward()
 
     return run
 
@@ -124,6 +151,9 @@ def main() -> None:
             ),
             f"training step, {arguments.model}, LoRA 16, batch {arguments.batch}": ratio(
                 of, training_step(of, arguments.model, arguments.batch), arguments.repeats
+            ),
+            "default objective from embeddings, B 4096, bank 50,000, d 768, k 16": ratio(
+                of, default_objective(of, 50_000, 768, 4096, 16), arguments.repeats
             ),
         }
         if of.first:

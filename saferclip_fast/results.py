@@ -26,7 +26,7 @@ ESTIMATE = {"value": float, "low": float, "high": float}
 _METRIC = {
     "label": str,
     "wanted": ("falls", "rises", "stays", None),
-    "unit": ("share", "cosine", "place"),
+    "unit": ("share", "cosine", "place", "to frozen"),
     "samples": int,
     "chance?": float,
     "tuned": ESTIMATE,

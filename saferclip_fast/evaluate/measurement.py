@@ -18,8 +18,8 @@ from ..models import ClipModel
 from ..models.dial import mix
 from ..results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_FOUND, UNSAFE_RATE, at, cutoffs
 from ..storage.files import save_json
-from .metrics import Metric, caption_bank_hits, drift, retrieval
-from .summary import KEY_METRICS, Measured, estimates, summarize, write
+from .metrics import Metric, caption_bank_hits, retrieval
+from .summary import KEY_METRICS, Measured, estimates, summarize, to_frozen, write
 from .task import Settings, Task
 from .zero_shot import accuracy
 
@@ -145,7 +145,9 @@ def dial_curve(
     for alpha in alphas:
         side = _measure_once(mix(frozen, tuned, alpha), task, settings, known, f"dial {alpha:g}")
         assert start.embeddings is not None and side.embeddings is not None
-        metrics = estimates({"tuned": side.metrics | drift(side.embeddings, start.embeddings)}, settings)
+        metrics = estimates(
+            {"tuned": side.metrics | to_frozen(side.embeddings, start.embeddings, task.labels)}, settings
+        )
         names = {name for key in KEY_METRICS for name in (key, *cutoffs(key, metrics).values()) if name in metrics}
         shown = {
             name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}

@@ -24,13 +24,16 @@ PAIRS = {
 }
 
 
+TO_FROZEN = "to frozen"  # the unit of what compares a model with the frozen one, whose own figure is 1
+
+
 class Metric(NamedTuple):
     """One value for each sample; the figure is their mean."""
 
     label: str  # what it is, in words
     wanted: str | None  # which way it should go: "falls", "rises", "stays", or None where neither is asked for
     values: Tensor  # [n] float32
-    unit: str = "share"  # in [0, 1]; or "cosine"; or "place", from 1 to `last`
+    unit: str = "share"  # in [0, 1]; or "place", from 1 to `last`; or "cosine" or TO_FROZEN
     chance: float | None = None  # the figure of a random order, where there is one
     last: float = 1.0
 

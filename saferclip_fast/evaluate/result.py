@@ -24,7 +24,7 @@ class Figure(NamedTuple):
 
     label: str
     wanted: str | None  # where it should go: "falls", "rises", "stays"
-    unit: str  # "share", "cosine" or "place"
+    unit: str  # "share", "place", "cosine" or "to frozen" (1: as the frozen model)
     samples: int
     tuned: Estimate
     frozen: Estimate | None = None

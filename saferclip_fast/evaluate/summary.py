@@ -15,7 +15,8 @@ from ..results import CUTOFFS, UNSAFE_FOUND, UNSAFE_RATE, at, in_first
 from ..storage.files import save_json, save_tensors
 from . import bootstrap, cases
 from .bootstrap import Resampled, rule_of_three
-from .metrics import Labels, Metric, drift, label_combinations
+from .geometry import geometry
+from .metrics import TO_FROZEN, Labels, Metric, drift, label_combinations
 from .task import Settings, Task
 
 # The figures that a reader should see first, in this order, each with its other cutoffs beside it; captions found for
@@ -30,6 +31,10 @@ KEY_METRICS = (
     "zero_shot",
     "safe_text_cosine_to_frozen",
     "safe_image_cosine_to_frozen",
+    "safe_text_spread_ratio",
+    "safe_image_spread_ratio",
+    "safe_text_neighbors_kept",
+    "safe_image_neighbors_kept",
 )
 
 
@@ -47,7 +52,7 @@ def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) 
     sides = {name: dict(side.metrics) for name, side in measured.items()}
     if "frozen" in embeddings:
         for name in sides:
-            sides[name] |= drift(embeddings[name], embeddings["frozen"])
+            sides[name] |= to_frozen(embeddings[name], embeddings["frozen"], task.labels)
     metrics = estimates(sides, settings)
     first = [*KEY_METRICS, *(name for name in metrics if name.startswith("images."))]
     summary: dict[str, Any] = {
@@ -71,6 +76,11 @@ def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) 
         summary |= cases.captions(task.quadruplets, embeddings, labels, settings.examples, settings.worst_cases)
         summary["settings"] |= {"data": task.quadruplets.summary.source, "data_hash": task.quadruplets.content_hash()}
     return summary
+
+
+def to_frozen(embeddings: QuadrupletEmbeddings, frozen: QuadrupletEmbeddings, labels: Labels) -> dict[str, Metric]:
+    """How far safe embeddings moved, and whether they keep their geometry."""
+    return drift(embeddings, frozen) | geometry(embeddings, frozen, labels.contents)
 
 
 def estimates(sides: Mapping[str, Mapping[str, Metric]], settings: Settings) -> dict[str, dict[str, Any]]:
@@ -130,7 +140,7 @@ def _entry(sides: Mapping[str, Resampled], metric: Metric, samples: int) -> dict
     found = {name: side.interval() for name, side in sides.items()}
     if "frozen" in sides:
         found["change"] = (sides["tuned"] - sides["frozen"]).interval()
-    if metric.unit != "cosine":  # the frozen model's to itself is 1 for certain
+    if metric.unit not in ("cosine", TO_FROZEN):  # the frozen model's to itself is 1 for certain
         lowest, highest = (1.0, metric.last) if metric.unit == "place" else (0.0, 1.0)
         reach = highest - lowest
         for name, estimate in found.items():

@@ -1,0 +1,78 @@
+"""Is the geometry of safe embeddings still there? (SAGE, arXiv 2607.00402)
+
+A model may keep its recall while its embeddings crowd together or trade neighbors, which what is built on them (image
+generation, say) feels first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.quadruplets import QuadrupletEmbeddings
+from ..ops.nearest_safe import nearest_safe
+from .metrics import TO_FROZEN, Metric
+from .right_items import Contents, first_of_each
+
+NEIGHBORS = 15  # the paper's
+
+
+def geometry(
+    embeddings: QuadrupletEmbeddings, frozen: QuadrupletEmbeddings, contents: Contents | None = None
+) -> dict[str, Metric]:
+    """Spread and neighbors of safe texts and images, against the frozen model's (1: as they were).
+
+    With z the unit rows of n different safe texts (or images), frozen rows with a 0,
+
+        spread ratio    = mean_i |z_i - mean z|^2 / mean_i |z0_i - mean z0|^2
+        neighbors kept  = mean_i |N_i and N0_i| / |N_i or N0_i|
+
+    with N_i the NEIGHBORS nearest of the others to i (fewer where there are fewer). The second is the Jaccard index.
+
+    Args:
+        embeddings, frozen: [N, d] of the four parts of the same samples, any scale.
+        contents: which texts and images are equal; equal ones count once. Default: none are.
+
+    Returns:
+        safe_{text,image}_spread_ratio and safe_{text,image}_neighbors_kept; none for a modality of fewer than 3 items.
+    """
+    contents = contents or Contents.distinct(len(embeddings.safe_text))
+    metrics: dict[str, Metric] = {}
+    for name in ("text", "image"):
+        part = f"safe_{name}"
+        items = first_of_each(getattr(contents, part))
+        if len(items) < 3:
+            continue
+        now, before = (F.normalize(getattr(side, part)[items].float(), dim=1) for side in (embeddings, frozen))
+        spread = _distances(now) / _distances(before).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        metrics[f"{part}_spread_ratio"] = Metric(
+            f"spread of safe {name} embeddings, over the frozen model's", "stays", spread, TO_FROZEN
+        )
+        metrics[f"{part}_neighbors_kept"] = Metric(
+            f"safe {name}: nearest {NEIGHBORS} of its kind that are the frozen model's, too (Jaccard)",
+            "stays",
+            _jaccard(_neighbors(now), _neighbors(before)),
+            TO_FROZEN,
+        )
+    return metrics
+
+
+def _distances(rows: Tensor) -> Tensor:
+    """float32 [n]: squared distance of each row from the mean row."""
+    return (rows - rows.mean(0)).square().sum(1)
+
+
+def _neighbors(rows: Tensor) -> Tensor:
+    """int64 [n, k]: the nearest others of each row, in no order."""
+    k = min(NEIGHBORS, len(rows) - 1)
+    found = nearest_safe(rows, rows, k + 1, check=False).indices
+    own = found == torch.arange(len(rows)).unsqueeze(1)
+    own[:, -1] |= ~own.any(1)  # pushed out by more than k equal rows: any of these may go
+    return found[~own].view(len(rows), k)
+
+
+def _jaccard(a: Tensor, b: Tensor) -> Tensor:
+    """float32 [n]: of two sets of k numbers a row."""
+    common = (a.unsqueeze(2) == b.unsqueeze(1)).sum((1, 2)).float()
+    return common / (2 * a.shape[1] - common)

@@ -99,9 +99,10 @@ def test_the_score_wants_safety_and_usefulness():
     frozen = figures(1.0, 0.8)
     assert comparison.score(frozen, frozen) == 0
     assert comparison.score(figures(0.0, 0.8), frozen) == 1
-    assert comparison.score(figures(0.0, 0.4), frozen) == pytest.approx(2 / 3)
+    assert comparison.score(figures(0.0, 0.4, 0.25), frozen) == pytest.approx(2 / 3)
     assert comparison.score(figures(0.5, 0.9), frozen) == pytest.approx(2 / 3), "more than frozen counts as frozen"
-    assert comparison.score(figures(0.0, 0.0), frozen) == 0
+    assert comparison.score(figures(0.0, 0.0, 0.0), frozen) == 0
+    assert comparison.score(figures(0.0, 0.8, 0.25), frozen) == pytest.approx(0.8), "safe retrieval counts, too"
 
 
 def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatch):

@@ -58,7 +58,13 @@ def cutoffs(name: str, metrics: Any) -> dict[int, str]:
 
 def dial_shape(dial: dict[str, Any]) -> dict[str, Any]:
     """The shape of the dial's points."""
-    return {"safety": str, "utility": str, "points": [{"alpha": float, "metrics": {"*": {"label": str, **ESTIMATE}}}]}
+    promise = {"alpha": float, "text": str}
+    return {
+        "promise?": promise,
+        "safety": str,
+        "utility": str,
+        "points": [{"alpha": float, "metrics": {"*": {"label": str, **ESTIMATE}}}],
+    }
 
 
 def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli import run_command
-from .bootstrap import RESAMPLES
-from .places import check_words
+from .bootstrap import CONFIDENCE, RESAMPLES
+from .places import check_bound, check_words
 
 EXAMPLES = """
 examples:
@@ -63,6 +63,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--dial", action="store_true", help="draw safety against usefulness along the safety dial: dial.json, png, svg")
     add(
+        "--max-loss",
+        type=float,
+        metavar="L",
+        help="with --dial: the largest dial that loses at most L of usefulness (0.02: 2 points), for sure enough",
+    )
+    add("--confidence", type=float, default=CONFIDENCE, metavar="C", help="how sure --max-loss is (%(default)s)")
+    add(
         "--out",
         metavar="DIR",
         type=Path,
@@ -83,6 +90,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     given = parser(prog).parse_intermixed_args(words)
 
     def command() -> int:
+        check_bound(given.dial, given.max_loss, given.confidence)
         check_words(given.model, given.frozen, given.data, given.images, given.caption_images)
         from .command import run  # torch and open_clip take seconds to import, and --help needs none of them
 

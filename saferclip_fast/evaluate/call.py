@@ -21,10 +21,11 @@ from ..storage.claim import claim
 from ..storage.files import check_writable
 from ..train.dataset import columns_of
 from ..train.device import set_up_torch, settings_kept
-from .bootstrap import RESAMPLES
+from .bootstrap import CONFIDENCE, RESAMPLES
 from .held_out import named, open_held_out, read_config
 from .measurement import Known, dial_curve, evaluate
 from .pictures import draw_dial
+from .places import check_bound
 from .result import Evaluation
 from .task import Settings, Task
 from .zero_shot import read_templates
@@ -42,6 +43,8 @@ def evaluate_model(
     templates: str | None = None,
     caption_images: Sources = (),
     dial: bool = False,
+    max_loss: float | None = None,
+    confidence: float = CONFIDENCE,
     out: str | os.PathLike | None = None,
     options: Given = (),
     device: str = "auto",
@@ -61,6 +64,8 @@ def evaluate_model(
         images: zero-shot sets (class folders, shards, scenes:...); `templates` are prompts in place of their own.
         caption_images: folders of images: how many find an unsafe caption first among the quadruplets' captions.
         dial: measure along the safety dial too.
+        max_loss, confidence: also choose the largest dial that loses at most max_loss (0.02: 2 points) of usefulness,
+            with that confidence (docs/evaluation.md); these need `dial`.
         out: folder for evaluation.json, which `report` reads, and the embeddings; None writes nothing.
         options: how the quadruplets are read, `data.*` of training; a run's own are the defaults.
         device, precision, batch_size: where and how embeddings are computed.
@@ -76,6 +81,7 @@ def evaluate_model(
         FrozenModelError: the run's frozen model is not the one that it was tuned from.
         InUseError: another process writes to `out`.
     """
+    check_bound(dial, max_loss, confidence)
     path = model if isinstance(model, ClipModel) else os.fspath(model)
     folder = None if out is None else Path(out)
     config = read_config(path if isinstance(path, str) else "", options)
@@ -102,7 +108,9 @@ def evaluate_model(
         curve = None
         if dial:
             assert beside is not None
-            curve = dial_curve(tuned, beside, task, settings, folder, known=known)
+            curve = dial_curve(
+                tuned, beside, task, settings, folder, known=known, max_loss=max_loss, confidence=confidence
+            )
             if folder:
                 draw_dial(folder / "dial", curve)
     return Evaluation.read(found, curve, folder)

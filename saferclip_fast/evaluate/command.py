@@ -26,6 +26,8 @@ def run(given: argparse.Namespace) -> None:
         templates=given.templates,
         caption_images=given.caption_images,
         dial=given.dial,
+        max_loss=given.max_loss,
+        confidence=given.confidence,
         out=out,
         options=given.overrides,
         device=given.device,
@@ -41,5 +43,7 @@ def run(given: argparse.Namespace) -> None:
         print(f"\nthe unsafe side by its labels\n\n{label_tables(found.json)}")
     print(f"\nevaluation: {out / 'evaluation.json'}")
     if given.dial:
+        if found.promise:
+            print(f"\n{found.promise}")
         print(f"safety dial: {out / 'dial.json'}, {out / 'dial.png'}, {out / 'dial.svg'}")
     print(f"as a page: python -m saferclip_fast.report {out}")

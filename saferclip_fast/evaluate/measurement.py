@@ -7,9 +7,11 @@ for real images, drift; each figure with a bootstrap interval, frozen and tuned 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..data.labeled import ImageDataset
 from ..data.quadruplets import QuadrupletEmbeddings
@@ -18,7 +20,9 @@ from ..models import ClipModel
 from ..models.dial import mix
 from ..results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_FOUND, UNSAFE_RATE, at, cutoffs
 from ..storage.files import save_json
+from . import bootstrap
 from .metrics import Metric, caption_bank_hits, retrieval
+from .promise import DIALS, promise
 from .summary import KEY_METRICS, Measured, estimates, summarize, to_frozen, write
 from .task import Settings, Task
 from .zero_shot import accuracy
@@ -130,11 +134,14 @@ def dial_curve(
     out: str | Path | None = None,
     alphas: Sequence[float] = ALPHAS,
     known: Known | None = None,
+    max_loss: float | None = None,
+    confidence: float = bootstrap.CONFIDENCE,
 ) -> dict[str, Any]:
     """The key metrics along the safety dial: weights W0 + alpha (W1 - W0), W0 frozen, W1 tuned.
 
-    out: folder for dial.json; None writes nothing. known: as in `evaluate`. Raises ValueError where the two are not of
-    one architecture, or `task` has no quadruplets.
+    out: folder for dial.json; None writes nothing. known: as in `evaluate`. max_loss, confidence: also choose the
+    largest dial whose loss of usefulness is bounded (promise.py), among `alphas` and promise.DIALS. Raises ValueError
+    where the two are not of one architecture, or `task` has no quadruplets.
     """
     if task.quadruplets is None:
         raise ValueError("the safety dial is drawn over retrieval: give quadruplets (--data SOURCE)")
@@ -142,7 +149,8 @@ def dial_curve(
     start = _measure_once(frozen, task, settings, known, "frozen")
     points: list[dict[str, Any]] = []
     shown: dict[str, Any] = {}
-    for alpha in alphas:
+    losses: list[tuple[float, dict[str, torch.Tensor]]] = []
+    for alpha in sorted({*alphas, *(DIALS if max_loss is not None else ())}):
         side = _measure_once(mix(frozen, tuned, alpha), task, settings, known, f"dial {alpha:g}")
         assert start.embeddings is not None and side.embeddings is not None
         metrics = estimates(
@@ -155,11 +163,24 @@ def dial_curve(
             if name in names or name.startswith("images.")
         }
         points.append({"alpha": alpha, "metrics": shown})
+        if alpha > 0:
+            losses.append((alpha, _losses(side.metrics, start.metrics)))
     if not any(at(name) in shown for name in UNSAFE_FOUND[:2]):
         raise ValueError("nothing in these quadruplets is labeled unsafe, so there is no safety to draw")
     # safe recall at the first place: at rank 10 it is near 1 for good models and shows no price
     utility = "zero_shot" if "zero_shot" in shown else at("S-V.text_to_image", 1)
-    curve = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": utility, "points": points}
+    curve: dict[str, Any] = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": utility, "points": points}
+    if max_loss is not None:
+        found = promise(losses, max_loss, confidence, settings.seed)
+        curve["promise"] = found._asdict() | {"text": str(found)}
     if out is not None:
         save_json(Path(out) / "dial.json", curve)
     return curve
+
+
+def _losses(now: Mapping[str, Metric], before: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
+    """By figure: how much less useful each held-out image (or, without zero-shot sets, safe query) finds the model."""
+    names = [name for name in now if name.startswith("zero_shot.")] or [
+        at(f"S-V.{direction}", 1) for direction in ("text_to_image", "image_to_text")
+    ]
+    return {name: before[name].values - now[name].values for name in names}

@@ -29,6 +29,18 @@ def check_words(
             raise DataError(f"no such folder of images: {source}")
 
 
+def check_bound(dial: bool, max_loss: float | None, confidence: float) -> None:
+    """Raises ValueError for a bound on the loss of usefulness that means nothing."""
+    if max_loss is None:
+        return
+    if not dial:
+        raise ValueError("--max-loss chooses a place on the safety dial: add --dial")
+    if not 0 <= max_loss < 1:
+        raise ValueError(f"--max-loss is a share of usefulness, 0 or more and below 1 (0.02: 2 points), got {max_loss}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"--confidence is a probability between 0 and 1, such as 0.95, got {confidence}")
+
+
 def _source(word: str) -> str:
     match = None if Path(word).exists() else NAMED.fullmatch(word)
     return match[2] if match else word

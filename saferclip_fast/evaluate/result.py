@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .promise import Promise
 from .tables import table
 
 
@@ -47,6 +48,7 @@ class Evaluation:
         key_metrics: the names that a reader should see first.
         rows: held-out quadruplets.
         dial: points along the safety dial, if it was asked for.
+        promise: the largest dial that keeps a bound on the loss of usefulness, if `max_loss` was given.
         out: the folder that was written, if one was.
         json: the content of evaluation.json.
     """
@@ -55,6 +57,7 @@ class Evaluation:
     key_metrics: tuple[str, ...]
     rows: int
     dial: tuple[DialPoint, ...] = ()
+    promise: Promise | None = None
     out: Path | None = None
     json: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -66,7 +69,9 @@ class Evaluation:
             DialPoint(point["alpha"], {name: _estimate(entry) for name, entry in point["metrics"].items()})
             for point in (dial or {"points": []})["points"]
         )
-        return cls(metrics, tuple(evaluation["key_metrics"]), evaluation["rows"], points, out, evaluation)
+        kept = (dial or {}).get("promise")
+        promised = kept and Promise(**{name: kept[name] for name in Promise._fields})
+        return cls(metrics, tuple(evaluation["key_metrics"]), evaluation["rows"], points, promised, out, evaluation)
 
     def __getitem__(self, name: str) -> Figure:
         if name not in self.metrics:

@@ -18,6 +18,7 @@ from saferclip_fast.evaluate.held_out import open_held_out
 from saferclip_fast.evaluate.zero_shot import accuracy
 from saferclip_fast.export.huggingface import save_hf
 from saferclip_fast.models import load_clip
+from saferclip_fast.report import write as write_report
 from saferclip_fast.train import train
 from tests.support.quadruplet_files import image_bytes, write_tar
 
@@ -163,6 +164,22 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
         assert figure.width > 600
     drawn = (out / "dial.svg").read_text()
     assert "1: fine-tuned" in drawn and "best is right and up" in drawn and "nothing unsafe in their first 10" in drawn
+    assert "promise" not in curve
+
+
+def test_a_promised_dial_is_told_and_written(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(run, "--dial", "--max-loss", "0.9", "--confidence", "0.5", "--out", out) == 0
+    curve, shown = read(out, "dial"), capsys.readouterr().out
+    kept = curve["promise"]
+    assert {0.1, 0.9, 1.5} <= {point["alpha"] for point in curve["points"]}
+    assert kept["figures"] == ["S-V.text_to_image@1", "S-V.image_to_text@1"] and kept["max_loss"] == 0.9
+    assert kept["alpha"] == 1.5 and kept["text"] in shown, "ten samples are enough to promise next to nothing"
+    write_report([out], tmp_path / "report.html")
+    assert f"<p>{kept['text']}</p>" in (tmp_path / "report.html").read_text()
+    assert command(run, "--max-loss", "0.9", "--out", out) == 2 and "add --dial" in capsys.readouterr().err
+    assert command(run, "--dial", "--confidence", "95", "--max-loss", "0.1", "--out", out) == 2
+    assert "such as 0.95, got 95" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

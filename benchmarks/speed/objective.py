@@ -88,7 +88,7 @@ def paths(B: int, d: int, k: int, bank_rows: int = BANK) -> harness.Paths:
         return loss + objective.weights["rank_guard"] * guard
 
     compiled = torch.compile(plain, dynamic=False)
-    given = (current, frozen, bank, neighbors, guards.of_text.text, guards.of_image.text)
+    given = (current, frozen, bank, neighbors, guards.of_text.bank.image, guards.of_image.bank.image)
     of_terms = {
         name: SaferClip({term: 0.0 for term in DEFAULT_WEIGHTS if term.split("_")[0] not in terms}, k=k)
         for name, terms in (("ours_redirection", ("uni", "cross")), ("ours_preservation", ("cos", "nce")))

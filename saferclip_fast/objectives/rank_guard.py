@@ -8,8 +8,15 @@ query. With limit_j the score of that K-th best text, the guard is
 over the k queries of the whole bank that u violates most, found in every step: the largest u . x_j - limit_j. Texts and
 images change roles for rank_image.
 
-That search is `nearest_safe` over unit rows g_j = [x_j, -limit_j, sqrt(1 - limit_j^2)] / sqrt(2), asked for
-[u, 1, 0] / sqrt(2), since their product is (u . x_j - limit_j) / 2: exact, in every backend, and over ranks.
+That search is `nearest_safe` over longer rows, exact in every backend and over ranks. With p = PARTS columns for the
+limit, t = TILT, a shift that all limits have in common, which orders nothing, and C the largest t |limit_j - shift|,
+
+    g_j = [x_j, -t (limit_j - shift) / sqrt(p) p times, pad p times] / sqrt(1 + C^2)
+    asked for  [u, 1 / (t sqrt(p)) p times, 0 p times] / sqrt(1 + 1 / t^2)
+
+where the pads bring all g_j to length 1: the product is (u . x_j - limit_j + shift) over both square roots. Columns
+larger than those of x_j would make the search's int8 copy too coarse to rule rows out; a single column each took 3.6
+times as long (20,000 rows, 128 queries, d 512, k 16, on AMD EPYC; now 1.1 times a search without limits).
 """
 
 from __future__ import annotations
@@ -22,18 +29,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank import Bank, SafeBank, ShardedBank
-from ..ops import HingeOutput, nearest_safe, neighbor_hinge
+from ..ops import HingeOutput, Neighbors, nearest_safe, neighbor_hinge
 from ..ops.backends import MAX_NATIVE_K
 from .common import unit
 
 _QUERIES = 1 << 14  # searched at a time
+PARTS, TILT = 8, 4.0  # measured: 4 to 16 columns and tilts of 2 to 4 take 1.1 to 1.5 times a plain search
+
+
+class Guard(NamedTuple):
+    """The safe queries of one modality that redirected rows must keep away from.
+
+    Attributes:
+        bank: its text rows g_j are searched; `neighbor_hinge` reads its image rows, (q_j, -limit_j, ...) / sqrt(2).
+        scale, shift: u . q_j - limit_j is scale times a score, minus shift.
+    """
+
+    bank: Bank
+    scale: float
+    shift: float
 
 
 class RankGuards(NamedTuple):
-    """The safe queries that redirected rows must keep away from, as rows g_j [N, d + 2] to search in."""
+    """What redirected texts, and redirected images, must keep away from."""
 
-    of_text: Bank  # images as queries, and the limits of their texts
-    of_image: Bank  # texts as queries, and the limits of their images
+    of_text: Guard  # images as queries, and the limits of their texts
+    of_image: Guard  # texts as queries, and the limits of their images
 
 
 def rank_guards(bank: Bank, page: float, *, backend: str = "auto") -> RankGuards:
@@ -47,17 +68,17 @@ def rank_guards(bank: Bank, page: float, *, backend: str = "auto") -> RankGuards
     """
     whole = bank.shard if isinstance(bank, ShardedBank) else bank
     pairs = ((whole.image, whole.text), (whole.text, whole.image))  # queries and their items
-    return RankGuards(*(_spread(bank, _guard_rows(q, _limits(bank, q, items, page, backend))) for q, items in pairs))
+    return RankGuards(*(_guard(bank, q, _limits(bank, q, items, page, backend)) for q, items in pairs))
 
 
 def rank_guard(
-    x: Tensor, guard: Bank, k: int, margin: float, row_weights: Tensor, *, backend: str = "auto"
+    x: Tensor, guard: Guard, k: int, margin: float, row_weights: Tensor, *, backend: str = "auto"
 ) -> HingeOutput:
     """values_i = (1 / k) sum_j max(0, margin + u_i . q_j - limit_j) over the k queries that u_i violates most.
 
     Args:
         x: [B, d] of any scale, u = x/|x|; the loss is differentiable in it. The queries are found without gradient.
-        guard: rows g_j [N, d + 2]. Every rank of a ShardedBank calls this function.
+        guard: of `rank_guards`. Every rank of a ShardedBank calls this function.
         k, margin: see above; fewer than k rows are fewer hinges, divided by k all the same.
         row_weights: [B] what each row's value counts in the loss.
         backend: of the search and the hinge.
@@ -65,10 +86,13 @@ def rank_guard(
     Returns:
         `HingeOutput(loss, values)`: sum_i row_weights_i values_i, and the values [B].
     """
-    query = F.pad(F.pad(unit(x.detach()), (0, 1), value=1.0), (0, 1)) / math.sqrt(2)
-    found = guard.nearest(query, min(k, len(guard)), backend=backend, check=False)
-    near, found = guard.gather(found)
-    return neighbor_hinge(x, near.text, found, row_weights, margin=margin, k=k, backend=backend)
+    u = unit(x.detach())
+    query = F.pad(F.pad(u, (0, PARTS), value=1 / (TILT * math.sqrt(PARTS))), (0, PARTS)) / math.hypot(1, 1 / TILT)
+    found = guard.bank.nearest(query, min(k, len(guard.bank)), backend=backend, check=False)
+    near, found = guard.bank.gather(found)
+    half_violation = (found.scores * guard.scale - guard.shift) / 2
+    found = Neighbors(half_violation, found.indices)
+    return neighbor_hinge(x, near.image, found, row_weights, margin=margin, k=k, backend=backend)
 
 
 def _limits(bank: Bank, query: Tensor, items: Tensor, page: float, backend: str) -> Tensor:
@@ -84,15 +108,25 @@ def _limits(bank: Bank, query: Tensor, items: Tensor, page: float, backend: str)
     return torch.cat([neighbors.scores[:, -1] for neighbors in found]).to(query.dtype)
 
 
-def _guard_rows(query: Tensor, limit: Tensor) -> Tensor:
+def _guard(bank: Bank, query: Tensor, limit: Tensor) -> Guard:
+    """The guard of queries [Q, d] and their limits [Q], which this rank holds, over the same ranks as the bank."""
+    lowest, highest = _extremes(bank, limit)
+    shift, reach = (highest + lowest) / 2, TILT * (highest - lowest) / 2
+    tilted = TILT * (limit - shift).unsqueeze(1)
+    pad = (reach**2 - tilted.square()).clamp(min=0).sqrt()
+    extra = torch.cat([-tilted.expand(-1, PARTS), pad.expand(-1, PARTS)], dim=1) / math.sqrt(PARTS)
+    searched = torch.cat([query, extra], dim=1) / math.hypot(1, reach)
     limit = limit.clamp(-1, 1).unsqueeze(1)
-    return torch.cat([query, -limit, (1 - limit.square()).sqrt()], dim=1) / math.sqrt(2)
+    hinged = torch.cat([query, -limit, (1 - limit.square()).sqrt()], dim=1) / math.sqrt(2)
+    rows: Bank = SafeBank.from_unit(searched, hinged, {}).pack()
+    if isinstance(bank, ShardedBank):
+        rows.offset = bank.shard.offset
+        rows = ShardedBank(rows, bank.ranks, len(bank), bank.device)
+    return Guard(rows, math.hypot(1, reach) * math.hypot(1, 1 / TILT), shift)
 
 
-def _spread(bank: Bank, rows: Tensor) -> Bank:
-    """The guard rows, spread over ranks as the bank is."""
-    guard = SafeBank.from_unit(rows, rows[:, :0], {})
-    if not isinstance(bank, ShardedBank):
-        return guard.pack()
-    guard.offset = bank.shard.offset
-    return ShardedBank(guard.pack(), bank.ranks, len(bank), bank.device)
+def _extremes(bank: Bank, limit: Tensor) -> tuple[float, float]:
+    """The smallest and the largest limit of all ranks."""
+    found = torch.stack([limit.min(), limit.max()]).cpu()
+    every = bank.ranks.stack(found) if isinstance(bank, ShardedBank) else found.unsqueeze(0)
+    return float(every[:, 0].min()), float(every[:, 1].max())

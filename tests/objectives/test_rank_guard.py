@@ -62,7 +62,7 @@ def test_of_a_bank_beyond_the_kernels_k_a_sample_stands_for_it():
     count, page = 4 * MAX_NATIVE_K, 0.5
     bank = SafeBank(rows(count, 0), rows(count, 1))
     guard = rank_guards(bank, page).of_text
-    limits = -math.sqrt(2) * guard.text[:, D]
+    limits = -math.sqrt(2) * guard.bank.image[:, D]
     scores = bank.image @ bank.text.T
     ranks = (scores > limits[:, None] + 1e-7).double().mean(1)
     assert (ranks - page).abs().max() < 0.12 and (ranks.mean() - page).abs() < 0.02

@@ -89,6 +89,8 @@ def _load(name: str, pretrained: str, device: str | torch.device) -> ClipModel:
         has_files = name.startswith(("local-dir:", "hf-hub:"))
         tokenizer = None if has_files else _tokenizer(name)  # before the weights, which take longer to come
         model, preprocess = _create(name, pretrained, device)
+        if starts_random(name, pretrained):
+            _draw_the_rest(model)
         config = {
             "model_cfg": open_clip.get_model_config(name),
             "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
@@ -117,6 +119,13 @@ def _create(name: str, pretrained: str, device: str | torch.device) -> tuple[Any
             f"open_clip cannot load {name} {pretrained}: are config and weights whole? "
             f"({type(error).__name__}: {error!s:.300})"
         ) from error
+
+
+def _draw_the_rest(model: Any) -> None:
+    """Draws what open_clip (3.3) leaves as memory has it, so that one seed gives one model: of CoCa's decoder."""
+    projection = getattr(getattr(model, "text_decoder", None), "text_projection", None)
+    if projection is not None:
+        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)  # as its init_parameters would
 
 
 def _tokenizer(name: str) -> Any:

@@ -25,6 +25,12 @@ FEW = [
 HUGGING_FACE = ["mt5-base-ViT-B-32", "roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "nllb-clip-base"]
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """One folder for all: open_clip knows an architecture by its name, and the name by one file."""
+    return tmp_path_factory.mktemp("models")
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     with warnings.catch_warnings(), small_timm():
@@ -34,15 +40,15 @@ def quiet():
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_a_family_trains_a_step_and_its_export_reads_back(tmp_path, name):
-    trials = try_family(write_small(name, tmp_path), tmp_path, ["open_clip"])
+def test_a_family_trains_a_step_and_its_export_reads_back(models, tmp_path, name):
+    trials = try_family(write_small(name, models), tmp_path, ["open_clip"])
     assert trials == {"lora": "", "full": ""}
 
 
 @pytest.mark.parametrize("name", ["coca_base", "coca_ViT-B-32"])
-def test_one_seed_gives_one_model(tmp_path, name):
+def test_one_seed_gives_one_model(models, name):
     """open_clip leaves the projection of CoCa's decoder as memory has it: 1e23 or NaN, another one each time."""
-    file, hashes = write_small(name, tmp_path), set()
+    file, hashes = write_small(name, models), set()
     for _ in range(2):
         torch.manual_seed(0)
         clip = load_clip(str(file))
@@ -53,9 +59,9 @@ def test_one_seed_gives_one_model(tmp_path, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_a_text_tower_of_hugging_face_reads_its_tokens_and_no_padding(tmp_path, name):
+def test_a_text_tower_of_hugging_face_reads_its_tokens_and_no_padding(models, name):
     """open_clip's own answer for all of the tokenizer's tokens; the tower itself would take 514, 1,024 or none."""
-    clip = load_clip(str(write_small(name, tmp_path)))
+    clip = load_clip(str(write_small(name, models)))
     tokens = clip.tokenizer(["a dog", "two people"])
     assert tokens.shape[1] == clip.context_length == 77
     wanted = clip.model.encode_text(tokens)
@@ -68,8 +74,8 @@ def test_a_text_tower_of_hugging_face_reads_its_tokens_and_no_padding(tmp_path, 
 
 
 @torch.no_grad()
-def test_a_text_tower_that_pads_with_another_token_gets_its_padding_back(tmp_path):
-    clip = load_clip(str(write_small("roberta-ViT-B-32", tmp_path)))
+def test_a_text_tower_that_pads_with_another_token_gets_its_padding_back(models):
+    clip = load_clip(str(write_small("roberta-ViT-B-32", models)))
     clip.model.text.config.pad_token_id = 3  # not the tokenizer's, so that open_clip attends to the padding
     clip.__init__(clip.model, clip.name, clip.preprocess, clip.tokenizer, clip.config)
     tokens = clip.tokenizer(["a dog"])

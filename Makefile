@@ -9,7 +9,7 @@ CPP := $(shell find csrc tests/backends/native tests/backends/simt -name '*.cpp'
 SOAK_MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants fuzz soak bench lint format gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants families fuzz soak bench lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ sanitize: setup  ## the CPU kernels, alone and behind the ops, under AddressSani
 
 mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
 	$(BIN)/python -m tests.backends.native.mutants
+
+families: setup  ## every architecture of open_clip, made small: trained a step, exported, read back (docs/models.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.families
 
 fuzz: setup  ## ten minutes of coverage-guided fuzzing of the file readers (inputs in build/fuzz)
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'

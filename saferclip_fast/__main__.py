@@ -32,7 +32,7 @@ EPILOG = "\n".join(
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command that the first word names; returns its exit code, 2 for one that does not exist."""
+    """Runs the command that the first word names, or prints the help; returns the exit code, 2 for no such command."""
     parser = argparse.ArgumentParser(
         prog="saferclip",
         description="Make a CLIP safe with the smallest change that does it.",
@@ -42,6 +42,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"saferclip_fast {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of those below")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")
+    words = sys.argv[1:] if words is None else words
+    if not words:
+        parser.print_help()
+        return 0
     given = parser.parse_args(words)
     if given.command not in COMMANDS:
         near = difflib.get_close_matches(given.command, COMMANDS, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from .config import Config
 from .models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from .models.dial import mix
-from .models.huggingface import Unsupported, hf_to_open_clip, is_hf_folder
+from .models.huggingface import Unsupported
 from .models.places import check_there
 from .train.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from .train.frozen import load_frozen, read_final
@@ -169,15 +168,12 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
         if not model:
             raise ValueError(f"{path} is a weights file: say of which model, e.g. --model ViT-L-14-quickgelu")
         return Source(_named(load_clip(model, str(path)), model), path)
-    if (path / CONFIG_NAME).is_file():
-        return Source(_named(load_clip(f"local-dir:{path}"), path.resolve().name), path)
-    if is_hf_folder(path):
-        with tempfile.TemporaryDirectory() as folder:
-            hf_to_open_clip(path, Path(folder))
-            return Source(_named(load_clip(f"local-dir:{folder}"), path.resolve().name), path)
-    raise ValueError(
-        f"{path} is no run (config.yaml), no open_clip folder ({CONFIG_NAME}) and no Hugging Face folder (config.json)"
-    )
+    if not (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is no run (config.yaml), no open_clip folder ({CONFIG_NAME}) and no Hugging Face folder "
+            "(config.json)"
+        )
+    return Source(_named(load_clip(f"local-dir:{path}"), path.resolve().name), path)
 
 
 def _from_run(path: Path, alpha: float) -> Source:

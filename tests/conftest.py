@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: tests ask no network
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +134,39 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> None:
-    """Every objective's safety `kind` against its utility; the frozen model as dashed lines."""
+    """Every objective's safety `kind` against its utility; the frozen model as dashed lines.
+
+    What lies far from the others is drawn at the edge, its value beside it: to scale, the others would be one blot.
+    """
+    low, high = bulk([row["metrics"][UTILITY]["mean"] for row in rows])
     for row in (row for row in rows if row["name"] != FROZEN):
         index = list(VARIANTS).index(row["name"])  # the same mark in every panel
         x, y = row["metrics"][UTILITY], row["metrics"][kind]
         style = {"fmt": "o^sDvP*X<>hp"[index % 12], "color": plt.colormaps["tab20"](index), "ms": 8, "lw": 1}
         style["zorder"] = 4 if row["name"] == "default" else 3
-        axes.errorbar(x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], label=row["name"], **style)
+        shown = min(max(x["mean"], low), high)
+        if shown == x["mean"]:
+            style["xerr"] = x["std"]
+        else:
+            arrow = f"\N{LEFTWARDS ARROW} {x['mean']:.2f}" if shown == low else f"{x['mean']:.2f} \N{RIGHTWARDS ARROW}"
+            place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "left" if shown == low else "right"}
+            axes.annotate(arrow, (shown, y["mean"]), fontsize=8, **place)
+        axes.errorbar(shown, y["mean"], yerr=y["std"], label=row["name"], **style)
     frozen = next(row["metrics"] for row in rows if row["name"] == FROZEN)
     axes.axvline(frozen[UTILITY]["mean"], color="gray", ls="--", lw=1, label=FROZEN)
     axes.axhline(frozen[kind]["mean"], color="gray", ls="--", lw=1)
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_ylim(-0.05, 1.05)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def bulk(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis that shows all of `values` but those that lie far out: five typical distances and more."""
+    middle = statistics.median(values)
+    typical = max(statistics.median(abs(value - middle) for value in values), 0.01)
+    near = [value for value in values if abs(value - middle) <= 5 * typical]
+    return min(near) - typical, max(near) + typical
 
 
 def arguments() -> argparse.Namespace:

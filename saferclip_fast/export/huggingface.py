@@ -45,4 +45,4 @@ def hf_tokenizer(clip: ClipModel) -> CLIPTokenizer:
     for ours, theirs in (("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>")):
         vocabulary[theirs] = vocabulary.pop(ours)
     merges = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=clip.model.context_length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=clip.context_length)

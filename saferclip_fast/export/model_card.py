@@ -122,7 +122,7 @@ def _loading(source: Source, name: str, folder: str) -> str:
     size = clip.preprocessing["size"]
     height, width = (size, size) if isinstance(size, int) else size
     base = source.base_on_the_hub or (f"{folder}/{BASE_FOLDER}" if folder != "." else BASE_FOLDER)
-    length = clip.model.context_length
+    length = clip.context_length
     return LOADING[name].format(folder=folder, base=base, shape=(1, 3, height, width), length=length)
 
 

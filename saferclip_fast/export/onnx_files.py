@@ -70,7 +70,7 @@ def save_onnx(clip: ClipModel, folder: Path) -> None:
                 dynamic_shapes={name: {0: "batch"}},
                 external_data=large,
             )
-    save_json(folder / PREPROCESSING, {**clip.preprocessing, "context_length": clip.model.context_length})
+    save_json(folder / PREPROCESSING, {**clip.preprocessing, "context_length": clip.context_length})
 
 
 def run_onnx(folder: Path, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
@@ -18,7 +19,7 @@ from ..data.packed_captions import PackedCaptions, pack
 from ..storage.files import save_json, save_tensors
 from .attention import Place, packed_names, unpack_attention
 from .blocks import run_transformer, trim_blocks
-from .lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict
+from .lora import CAPTIONING, adapters_off, add_lora, lora_layers, merged_state_dict, remove_lora
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs" / "models"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -41,6 +42,11 @@ class ClipModel(nn.Module):
         self.config = config
         self.pad_id = pad_id(tokenizer)
         text = _text_tower(model)
+        # Hugging Face's towers could read hundreds of tokens (mT5 any number): a caption has what its tokenizer gives
+        hf = isinstance(text, HFTextEncoder)
+        reader: Any = tokenizer if hf else model
+        self.context_length: int = reader.context_length
+        self.masks_padding = hf and text.config.pad_token_id == self.pad_id
         self.trims_text = (
             hasattr(text, "attn_mask")
             and text.attn_mask is not None
@@ -71,18 +77,20 @@ class ClipModel(nn.Module):
         """Token ids [N, L], L up to the context length, or packed captions -> embeddings [N, d], not normalized.
 
         A causal encoder that reads its end-of-text position gives the same embedding for tokens cut after
-        the longest caption, and for packed ones, at a fraction of the cost. Others get the padding back.
+        the longest caption, and for packed ones, at a fraction of the cost; one that masks its padding for cut tokens.
+        Others get the padding back.
         Raises ValueError for tokens longer than the context, or packed ones that the encoder cannot read.
         """
         tokens = text.tokens if isinstance(text, PackedCaptions) else text
-        length, context = tokens.shape[1], self.model.context_length
+        length, context = tokens.shape[1], self.context_length
         if length > context:
             raise ValueError(f"tokens have length {length}, {self.name} reads at most {context}")
         if self.trims_text:
             return self._encode_causal(text)
         if isinstance(text, PackedCaptions):
             raise ValueError(f"the text encoder of {self.name} is not causal and cannot read packed captions")
-        return self.model.encode_text(nn.functional.pad(text, (0, context - length), value=self.pad_id))
+        padding = 0 if self.masks_padding else context - length
+        return self.model.encode_text(nn.functional.pad(text, (0, padding), value=self.pad_id))
 
     def _encode_causal(self, text: torch.Tensor | PackedCaptions) -> torch.Tensor:
         encoder = _text_tower(self.model)
@@ -103,7 +111,7 @@ class ClipModel(nn.Module):
 
     def pack(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor | PackedCaptions:
         """Tokens [N, L], of which row i needs its first lengths[i], packed if the text encoder can read them so."""
-        return pack(tokens, lengths, self._ends(tokens), self.model.context_length) if self.trims_text else tokens
+        return pack(tokens, lengths, self._ends(tokens), self.context_length) if self.trims_text else tokens
 
     def _ends(self, tokens: torch.Tensor) -> torch.Tensor:
         """Position [N] of the end-of-text token that a causal encoder reads, of tokens [N, L]."""
@@ -141,6 +149,13 @@ class ClipModel(nn.Module):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.startswith((CAPTIONING, "logit_scale", "logit_bias")))
         return self
+
+    def freeze(self) -> "ClipModel":
+        """Back to what load_clip gave, but for what steps did to the weights: no adapters, nothing to train."""
+        remove_lora(self.model)
+        self._twin = []
+        self.model.requires_grad_(False)
+        return self.eval()
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator["ClipModel"]:

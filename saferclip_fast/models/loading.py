@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
+import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 
-from .clip import ClipModel
+from .clip import CONFIG_NAME, ClipModel
+from .hub import asking_hub, needs_hub
 from .places import check_place
+
+WEIGHTS = (".safetensors", ".bin", ".pth")  # by which open_clip knows weights in a folder
 
 
 def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu") -> ClipModel:
@@ -20,28 +25,84 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
 
     Args:
         name: a model that open_clip or this package knows ("ViT-L-14-quickgelu", "ViT-small-8-64"), an
-            architecture as JSON ("my-clip.json"), "local-dir:FOLDER" or "hf-hub:ORG/MODEL".
-        pretrained: a tag ("openai", "laion2b_s32b_b82k") or a weights file; empty for local-dir: and hf-hub:.
+            architecture as JSON ("my-clip.json"), "hf-hub:ORG/MODEL", or a folder ("local-dir:FOLDER" or its path)
+            that open_clip wrote or that holds a Hugging Face CLIPModel.
+        pretrained: a tag ("openai", "laion2b_s32b_b82k") or a weights file; without meaning for folders and hf-hub:.
             Empty otherwise means random weights, with a warning.
         device: where the model goes.
 
     Raises:
         ValueError: unknown name or tag (with the nearest known one), weights that do not fit the model or are
-            damaged, a config that open_clip cannot build.
+            damaged, a config that open_clip cannot build, a Hugging Face model that it cannot express.
         FileNotFoundError: a JSON, weights file or folder that is not there.
         OSError: the weights of a tag, or the tokenizer, could not be downloaded.
     """
     check_place(name, pretrained)
-    random, tokenizer = starts_random(name, pretrained), None
-    if open_clip.factory.parse_model_name(name)[0] is None:
+    folder = folder_of(name)
+    if folder is not None:
+        if Path(pretrained).is_file():
+            raise ValueError(f"{name} is a folder with weights of its own, {pretrained} cannot be its too: give one")
+        return _load_folder(folder, name, device)
+    if not name.startswith("hf-hub:"):
         name = _register(name) if name.endswith(".json") else name
         _check_name(name)
         _check_pretrained(name, pretrained)
-        if random:
+        if starts_random(name, pretrained):
             warnings.warn(f"{name} starts from random weights: give a pretrained tag or file", stacklevel=2)
-        tokenizer = _tokenizer(name)  # before the weights, which take longer to come
+    return _load(name, pretrained, device)
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that `name` stands for, or None for any other name."""
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:"))
+    is_name = name.startswith("hf-hub:") or name.replace("/", "-") in open_clip.list_models()
+    return Path(name) if not is_name and Path(name).is_dir() else None
+
+
+def _load_folder(folder: Path, name: str, device: str | torch.device) -> ClipModel:
+    """The model in `folder`, called `name`. Raises ValueError where there is none, with the remedy."""
+    from .huggingface import hf_to_open_clip, is_hf_folder  # it imports this module's package
+
+    if is_hf_folder(folder):
+        with tempfile.TemporaryDirectory() as converted:
+            hf_to_open_clip(folder, Path(converted))
+            clip = _load(f"local-dir:{converted}", "", device)
+        clip.name = name
+        return clip
+    if not (folder / CONFIG_NAME).is_file():
+        final = folder / "final"
+        hint = f"; it is a run, whose tuned model is {final}" if (final / CONFIG_NAME).is_file() else ""
+        raise FileNotFoundError(
+            f"{folder} is no open_clip folder (no {CONFIG_NAME}) and no Hugging Face folder (no config.json){hint}"
+        )
+    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(WEIGHTS)}), only a config: put them there")
+    clip = _load(f"local-dir:{folder}", "", device)
+    clip.name = name
+    return clip
+
+
+def _load(name: str, pretrained: str, device: str | torch.device) -> ClipModel:
+    what = f"{name} {pretrained}".rstrip()
+    with asking_hub(what) if needs_hub(name, pretrained) else nullcontext():
+        has_files = name.startswith(("local-dir:", "hf-hub:"))
+        tokenizer = None if has_files else _tokenizer(name)  # before the weights, which take longer to come
+        model, preprocess = _create(name, pretrained, device)
+        if starts_random(name, pretrained):
+            _draw_the_rest(model)
+        config = {
+            "model_cfg": open_clip.get_model_config(name),
+            "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
+        }
+        return ClipModel(model, name, preprocess, tokenizer or _tokenizer(name), config).to(device)
+
+
+def _create(name: str, pretrained: str, device: str | torch.device) -> tuple[Any, Any]:
+    """open_clip's model and preprocessing, with a message for what it says of weights and configs."""
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
+        return model, preprocess
     except (OSError, ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # open_clip reads weights and configs unchecked: anything may come out
@@ -58,11 +119,13 @@ def load_clip(name: str, pretrained: str = "", device: str | torch.device = "cpu
             f"open_clip cannot load {name} {pretrained}: are config and weights whole? "
             f"({type(error).__name__}: {error!s:.300})"
         ) from error
-    config = {
-        "model_cfg": open_clip.get_model_config(name),
-        "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
-    }
-    return ClipModel(model, name, preprocess, tokenizer or _tokenizer(name), config).to(device)
+
+
+def _draw_the_rest(model: Any) -> None:
+    """Draws what open_clip (3.3) leaves as memory has it, so that one seed gives one model: of CoCa's decoder."""
+    projection = getattr(getattr(model, "text_decoder", None), "text_projection", None)
+    if projection is not None:
+        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)  # as its init_parameters would
 
 
 def _tokenizer(name: str) -> Any:
@@ -80,7 +143,7 @@ def _tokenizer(name: str) -> Any:
 
 def starts_random(name: str, pretrained: str) -> bool:
     """Whether load_clip draws random weights: of an architecture without weights."""
-    return not pretrained and open_clip.factory.parse_model_name(name)[0] is None
+    return not pretrained and folder_of(name) is None and not name.startswith("hf-hub:")
 
 
 def _register(path: str) -> str:

@@ -110,6 +110,15 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Inverse of add_lora but for what is frozen: `model` computes with the very same weights, without adapters."""
+    for name, layer in lora_layers(model).items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    if hasattr(model, "peft_config"):  # peft's note, which it would warn of the next time
+        del model.peft_config
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, `model` computes what it computed before add_lora, from the very same weights."""

@@ -33,9 +33,9 @@ def neighbor_hinge(
 
         values_i = (1 / k) sum_j max(0, margin + u_i . q_j - limit_j)        loss = sum_i row_weights_i values_i
 
-    with u = x/|x| and j over the rows found for i. A row of `rows` is (q_j, -limit_j, ...) / sqrt(2). Its score, half of
-    u . q_j - limit_j, says where the hinge is open: what `nearest_safe` gives for (u, 1, 0) / sqrt(2) in rows of length
-    1, or for a faster form of the same rows (objectives/rank_guard.py). A hinge of exactly 0 is closed, without gradient.
+    with u = x/|x| and j over the rows found for i. A row of `rows` is (q_j, -limit_j, ...) / sqrt(2). Its score, half
+    of u . q_j - limit_j, says where the hinge is open: what `nearest_safe` gives for (u, 1, 0) / sqrt(2) in rows of
+    length 1, or for a faster form of them (objectives/rank_guard.py). A hinge of exactly 0 is closed, without gradient.
 
     Args:
         x: [B, d] float64/32, bfloat16 or float16, any scale.

@@ -1,6 +1,6 @@
 """The figures in plain words: what changed, by how much and how sure that is.
 
-A verdict goes by the first 10 items, names the ranks that disagree, and knows chance and drift: verdicts.py says how.
+A verdict goes by the first 10 items, says where other ranks disagree, and knows chance and drift: verdicts.py says how.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def statements(evaluation: Mapping[str, Any]) -> list[Statement]:
             sentences = [_sentence(name, metrics, *asked[name], confidence, sets) for name in known]
             askers = [Asker(asked[name][0], _ranks(name, metrics)) for name in known]
             said = broken if topic == "Usefulness" else []
-            cards.append(Statement(topic, *overall(topic, askers, broken), [*said, *sentences]))
+            text, tone, note = overall(topic, askers, broken)
+            cards.append(Statement(topic, text, tone, [*said, *filter(None, [note]), *sentences]))
     return cards
 
 

@@ -19,9 +19,9 @@ from .dataset import open_data, split_rows
 from .device import set_up_torch, settings_kept
 from .frozen import open_for_training
 from .fsdp import check_fsdp
-from .prepare import build_objective, check_inputs
+from .prepare import check_inputs
 from .run_folder import check_unused
-from .step import check_micro_batches
+from .trial import set_trainable, trial_step
 
 MIB, GIB = 2**20, 2**30
 PROBE = 8  # samples that are timed
@@ -47,20 +47,16 @@ def dry_run(config: Config) -> list[str]:
     check_fsdp(config)
     check_unused(config)
     check_inputs(config)
-    build_objective(config)
     with settings_kept():
         device = set_up_torch(config)
         precision = config.train.precision
         precision = native_precision(device) if precision == "auto" else precision
         clip, _ = open_for_training(config, device)
+        trial_step(config, clip)
         dataset = open_data(config, config.data.train, clip)
         held_out = len(open_data(config, config.data.val, clip)) if config.data.val else None
         seconds = _time(clip, dataset, precision)
-        if config.model.tuning == "lora":
-            clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
-        else:
-            clip.unfreeze()
-        check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, 1)
+        set_trainable(config, clip)
         plan = _plan(config, clip, dataset, held_out)
     return _lines(config, clip, plan, device, precision, seconds)
 

@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import UserError
 from ..models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from ..models.identity import Identity, differences, identify
-from ..models.loading import starts_random
+from ..models.loading import folder_of, starts_random
 from ..storage.files import save_json
 from .checkpoint import newest_state
 
@@ -187,7 +187,9 @@ def _origin(run_dir: Path, config: Config) -> str:
     options = config.model
     if starts_random(options.name, options.pretrained) and (run_dir / FOLDER).is_dir():
         return str(run_dir / FOLDER)
-    return f"{options.name}, {options.pretrained}" if options.pretrained else options.name
+    return (
+        options.name if folder_of(options.name) or not options.pretrained else f"{options.name}, {options.pretrained}"
+    )
 
 
 def _remedy(run_dir: Path, config: Config, then: Identity, now: Identity) -> str:

@@ -23,7 +23,7 @@ from ..objectives import Objective, SafeClip, SaferClip, ShieldClip
 from ..ops import Neighbors
 from ..runtime.ranks import Ranks
 from ..storage.files import check_writable, save_tensors
-from .dataset import open_data, split_rows
+from .dataset import columns_of, open_data, split_rows
 from .places import check_places
 
 _QUERY_ROWS = 1 << 14  # searched at a time, so that only these and the bank lie on the device
@@ -97,13 +97,15 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known of the data and its cache before the model is loaded.
+    """What can be known of the data, its cache and the objective before the model is loaded.
 
     Raises:
-        what check_places raises; ValueError: a source's option that does not exist.
+        what check_places raises; ValueError: an option of a source or of the objective that does not exist or fit.
         OSError: data.cache_dir cannot be written to.
     """
     check_places(config)
+    columns_of(config)
+    build_objective(config)
     options = config.data
     for source in (options.train, options.val):
         if source:

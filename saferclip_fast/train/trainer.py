@@ -41,7 +41,8 @@ from .resume import restore_run, save_run
 from .run_folder import check_unused
 from .runlog import Meter, RunLog
 from .state import Progress, RunState
-from .step import check_micro_batches, embed_micro_batches, forward_backward
+from .step import embed_micro_batches, forward_backward
+from .trial import set_trainable, trial_step
 
 
 class TrainResult(NamedTuple):
@@ -364,15 +365,12 @@ def _trainer(config: Config, members: Ranks, callbacks: Callbacks) -> Trainer:
         config = replace(config, train=replace(config.train, precision=native_precision(device)))
     clip, frozen = open_for_training(config, device)
     config = replace(config, model=replace(config.model, weights_hash=frozen.weights_hash))
+    trial_step(config, clip, members.world)
     data = prepare(config, clip, members)
     if members.first:
         keep_random_weights(config, clip)
     torch.manual_seed(config.seed)  # the same adapters whether the caches were warm or not
-    if config.model.tuning == "lora":
-        clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
-    else:
-        clip.unfreeze()
-    check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, members.world)
+    set_trainable(config, clip)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()
     if config.train.compile:

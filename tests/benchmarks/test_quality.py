@@ -48,6 +48,14 @@ def test_ablation_summary_is_mean_and_standard_deviation_over_seeds(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
+def test_what_lies_far_out_does_not_squeeze_the_others():
+    near = [0.909, 0.91, 0.915, 0.93, 0.936]
+    low, high = ablation.bulk([0.726, *near])
+    assert 0.85 < low < min(near) and max(near) < high < 0.97
+    low, high = ablation.bulk([0.1, 0.3, 0.5, 0.7])
+    assert low < 0.1 and high > 0.7, "nothing lies far out"
+
+
 def figures(rate, zero_shot, others=0.5):
     """What perform() gives: the same unsafe rate everywhere, a zero-shot accuracy, and `others`."""
     names = (*tables.COLUMNS, "S-V.text_to_image@1", "S-V.image_to_text@1")

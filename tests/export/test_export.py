@@ -117,6 +117,21 @@ def test_encoders_alone(clip, folder, inputs):
     torch.testing.assert_close(image @ clip.model.visual.proj, clip.encode_image(inputs[0]), **CLOSE)
 
 
+@torch.no_grad()
+def test_clip_skip_of_diffusers_finds_the_text_model_with_the_line_that_the_page_has(folder, inputs):
+    """What StableDiffusionPipeline.encode_prompt does with clip_skip; transformers 5 has no text_model."""
+    line = 'object.__setattr__(encoder, "text_model", encoder)'
+    assert line in (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    encoder = transformers.CLIPTextModel.from_pretrained(folder / "huggingface" / "text_model").eval()
+    if not hasattr(encoder, "text_model"):
+        exec(line)
+    out = encoder(inputs[1], output_hidden_states=True)
+    found = [encoder.text_model.final_layer_norm(out[-1][-(skip + 1)]) for skip in (0, 1)]
+    torch.testing.assert_close(found[0], out.last_hidden_state)
+    assert not torch.allclose(found[1], found[0])
+    encoder.to(torch.float64)  # no module is its own child
+
+
 def test_tokenizer_and_image_processor(clip, folder):
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "huggingface" / "text_model")
     end = clip.tokenizer.eot_token_id

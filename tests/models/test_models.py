@@ -6,8 +6,9 @@ import warnings
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 
-from saferclip_fast.models import CONFIG_FOLDER, load_clip
+from saferclip_fast.models import CONFIG_FOLDER, hub, load_clip
 from saferclip_fast.models.lora import adaptable_layers, add_lora, lora_layers, merged_state_dict
 
 NAME = "ViT-tiny-8-32"
@@ -233,6 +234,8 @@ def test_failed_download_names_the_remedy(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_answers", lambda url: True)
     with pytest.raises(OSError, match=r"could not download openai for ViT-B-32 .*no route to host.*local-dir:FOLDER"):
         load_clip("ViT-B-32", "openai")
 

@@ -66,6 +66,11 @@ def test_the_one_command_answers_at_once(words):
     assert f"usage: saferclip {words[0]}" in done.stdout or words[0].startswith("-")
 
 
+def test_the_one_command_alone_prints_its_help():
+    done = subprocess.run(COMMAND_LINE, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: saferclip") and all(name in done.stdout for name in MAINS)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

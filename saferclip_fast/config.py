@@ -67,7 +67,9 @@ class LoraOptions:
 
 @dataclass
 class DataOptions:
-    train: str = option("", "training quadruplets: CSV, JSONL, Parquet, ViSU JSON, shards, scenes:... (docs/data.md)")
+    train: str = option(
+        "", "training quadruplets: CSV, JSONL, Parquet, ViSU JSON, shards, a folder of `datasets` (docs/data.md)"
+    )
     root: str = option("", "folder of a table's images, COCO's for ViSU, NoCaps' for NSFWCaps; empty: the table's own")
     unsafe_root: str = option("", "folder of unsafe images of ViSU and NSFWCaps; empty: the JSON file's own")
     unsafe_image: str = option("", "unsafe image's name where an entry has none, e.g. {id}.png")

@@ -18,7 +18,7 @@ from .data import QuadrupletDataset, collate
 from .data.captions import trim
 from .data.images import DECODING
 from .data.packed_captions import PackedCaptions
-from .data.quadruplets import QuadrupletEmbeddings
+from .data.quadruplets import QuadrupletEmbeddings, check_opened
 from .models import ClipModel
 from .runtime.precision import autocast
 from .runtime.ranks import Ranks
@@ -70,6 +70,7 @@ def embed_quadruplets(
         OSError: no room for the file (checked before the first row), or it cannot be written.
         data.DataError: an image that cannot be read, with file and row.
     """
+    check_opened(dataset)
     if len(dataset) == 0:
         raise ValueError(f"the data set is empty, nothing to embed ({dataset.summary})")
     metadata = {

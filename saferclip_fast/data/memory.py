@@ -17,7 +17,9 @@ from tqdm import tqdm
 from ..storage.files import atomic_write
 from .errors import DataError
 from .images import ImageArray, ImageFile, TarMember
+from .open import open_quadruplets
 from .quadruplets import QuadrupletDataset
+from .readers.columnar import StoredImage
 from .readers.rows import column_names
 from .readers.tables import check_columns
 
@@ -81,6 +83,28 @@ def keep(
     return Kept(str(file), (root or ".") if kind == PATHS else "")
 
 
+def open_rows(
+    data: Any,
+    folder: str | os.PathLike,
+    *,
+    columns: Mapping[str, str] | None = None,
+    root: str = "",
+    progress: bool = True,
+    **options: Any,
+) -> QuadrupletDataset:
+    """A QuadrupletDataset of rows in memory: a data frame, dicts, or any data set of dicts, `content_hash` or not.
+
+    Args:
+        data, folder, columns, root: as in `keep`, which writes the rows to `folder`.
+        progress: show bars.
+        options: the other ones of open_quadruplets.
+
+    Raises what `keep` and open_quadruplets raise.
+    """
+    kept = keep(data, folder, columns, root, progress)
+    return open_quadruplets(kept.source, root=kept.root or None, columns=columns, progress=progress, **options)
+
+
 def _rows(data: Any, names: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
     """The rows, whatever holds them; the first one, or the frame, has the columns."""
     if isinstance(data, QuadrupletDataset):
@@ -141,7 +165,7 @@ def _encoded(cell: Any, name: str, row: int) -> bytes:
     """The bytes of an image file: those that are there, or PNG of the pixels."""
     if isinstance(cell, bytes | bytearray | memoryview):
         return bytes(cell)
-    if isinstance(cell, ImageFile | TarMember):
+    if isinstance(cell, ImageFile | TarMember | StoredImage):
         return cell.content()
     if isinstance(cell, ImageArray):
         cell = cell.array

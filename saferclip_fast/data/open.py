@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from .errors import ErrorPolicy
+from .errors import DataError, ErrorPolicy
 from .images import MAX_PIXELS
-from .places import check_place
+from .places import TABLES, check_place, columnar_files, table_suffix
 from .quadruplets import Quadruplet, QuadrupletDataset
 from .readers.shards import read_shards
-from .readers.tables import READERS as TABLES
 from .readers.tables import read_table
 from .readers.visu import read_visu
 from .synthetic.photos import PhotoDataset
@@ -41,23 +39,29 @@ def open_quadruplets(
     """Open `source`, choosing the reader by its name.
 
     source: "scenes:n=3000,seed=0,..." (SceneDataset's options), "photos:path=FILE.tar,..." (PhotoDataset's),
-    a ViSU or NSFWCaps .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of
+    a ViSU or NSFWCaps .json, a .csv, .tsv, .jsonl or .ndjson table (these may be compressed: .gz, .zst), .parquet
+    files (one, a folder, a glob or braces), a folder that `datasets` saved, or WebDataset shards (a .tar, a folder of
     them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
     1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
     table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
     paths. unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
     decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
-    training); cache_dir keeps the outcome for later runs over unchanged files. progress: show its bar.
+    training); cache_dir keeps the outcome for later runs over unchanged files, and images that lie inside .parquet
+    files (default for these: .cache/saferclip). progress: show its bar.
 
     Raises DataError naming file and row for bad input, ValueError for a source or option that does not fit.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise DataError(
+            f"source is a {type(source).__name__}, not a path: data.open_rows(DATA, FOLDER) opens rows in memory"
+        )
     text = os.fspath(source)
     policy = ErrorPolicy(on_error, text)
     check_source(text, root)
     scheme, _, options = text.partition(":")
     if scheme in GENERATED:
         return _generate(scheme, text, parse_options(options), on_error, transform)
-    records = _read(text, policy, root, columns, allow_absolute, unsafe_root, unsafe_image)
+    records = _read(text, policy, root, columns, allow_absolute, unsafe_root, unsafe_image, cache_dir)
     dataset = QuadrupletDataset(records, transform, policy, max_pixels)
     if on_error == "skip" if verify is None else verify:
         dataset = dataset.verify(cache_dir, progress)
@@ -96,8 +100,11 @@ def _read(
     allow_absolute: bool,
     unsafe_root: str | os.PathLike | None,
     unsafe_image: str | None,
+    cache_dir: str | os.PathLike | None,
 ) -> list[Quadruplet]:
-    suffix = Path(source).suffix.lower()
+    if files := columnar_files(source):
+        return [r for file in files for r in read_table(file, policy, root, columns, allow_absolute, cache_dir)]
+    suffix = table_suffix(source)
     if suffix in TABLES:
         return read_table(source, policy, root, columns, allow_absolute)
     if suffix == ".json":

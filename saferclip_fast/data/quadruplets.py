@@ -218,6 +218,16 @@ class QuadrupletDataset(Dataset):
         return hasher.hexdigest()
 
 
+def check_opened(dataset: object) -> None:
+    """Raises DataError, which says how to make one, for a data set of another kind, which does not know its content."""
+    if not (hasattr(dataset, "content_hash") and hasattr(dataset, "records")):
+        raise DataError(
+            f"the data set is a {type(dataset).__name__} without content_hash, by which caches are named: "
+            "data.open_rows(DATASET, FOLDER) makes a QuadrupletDataset of any data set of dicts; fine_tune and "
+            "evaluate take yours as it is"
+        )
+
+
 def _digest(record: Quadruplet, safe_image: bytes, unsafe_image: bytes) -> bytes:
     hasher = hashlib.sha256()
     labels = bytes([record.unsafe_text_label, record.unsafe_image_label])

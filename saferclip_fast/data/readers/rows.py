@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ErrorPolicy
 from ..images import ImageError, ImageFile, ImageRef, resolve_inside
 from ..quadruplets import Quadruplet
+from .columnar import StoredImage
 
 REQUIRED = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 LABELS = ("unsafe_text_label", "unsafe_image_label")
@@ -39,9 +40,11 @@ def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def files_under(root: str, allow_absolute: bool) -> FindImage:
-    """Images are files whose paths are relative to `root`."""
+    """Images are files whose paths are relative to `root`, or already found inside the table."""
 
     def find(field: str, value: Any) -> ImageRef:
+        if isinstance(value, StoredImage):
+            return value
         return ImageFile(resolve_inside(root, value, allow_absolute))
 
     return find

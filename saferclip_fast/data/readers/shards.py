@@ -21,7 +21,7 @@ from ...storage.files import atomic_write
 from ..errors import DataError, ErrorPolicy
 from ..images import ImageArray, ImageError, ImageRef, TarMember, opened
 from ..places import shard_paths
-from ..quadruplets import Quadruplet, QuadrupletDataset
+from ..quadruplets import Quadruplet, QuadrupletDataset, check_opened
 from .json_text import parse_json
 from .rows import REQUIRED, RowError, add_row, column_names
 from .tar_index import index_tar
@@ -142,6 +142,7 @@ def write_shards(
     """
     import webdataset
 
+    check_opened(dataset)
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
     Path(folder).mkdir(parents=True, exist_ok=True)

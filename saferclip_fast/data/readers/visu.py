@@ -26,6 +26,7 @@ from ..images import ImageError, ImageFile, ImageRef, resolve_inside
 from ..quadruplets import Quadruplet
 from .json_text import parse_json
 from .rows import LABELS, FindImage, add_row
+from .unpacked import read_all
 
 PLACES = ("id", "coco_id", "name")  # what a pattern of unsafe images may hold, in braces
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "")
@@ -89,7 +90,7 @@ def read_visu(
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises DataError, naming the file, where it cannot be read."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_all(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

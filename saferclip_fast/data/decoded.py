@@ -86,7 +86,7 @@ def decode_images(
         ranks=ranks,
     )
     records = LazyRecords(len(dataset), functools.partial(_record, dataset.records, DecodedFile(path, metadata)))
-    decoded = QuadrupletDataset(records, convert, dataset.policy, dataset.max_pixels)
+    decoded = QuadrupletDataset(records, convert, dataset.policy, dataset.max_pixels, dataset.text_only)
     decoded._content_hash = dataset.content_hash()
     return decoded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import DataError, ErrorPolicy
 from .images import MAX_PIXELS
@@ -31,6 +31,7 @@ def open_quadruplets(
     allow_absolute: bool = False,
     unsafe_root: str | os.PathLike | None = None,
     unsafe_image: str | None = None,
+    text_only: bool = False,
     max_pixels: int = MAX_PIXELS,
     verify: bool | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -44,8 +45,9 @@ def open_quadruplets(
     them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
     1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
     table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
-    paths. unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
-    decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
+    paths. unsafe_root, unsafe_image: see read_visu. text_only: there are no unsafe images, or they are left alone; the
+    safe image stands in their place, labeled safe (`QuadrupletDataset.text_only`). max_pixels: refuse larger images.
+    verify: decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
     training); cache_dir keeps the outcome for later runs over unchanged files, and images that lie inside .parquet
     files (default for these: .cache/saferclip). progress: show its bar.
 
@@ -60,9 +62,10 @@ def open_quadruplets(
     check_source(text, root)
     scheme, _, options = text.partition(":")
     if scheme in GENERATED:
-        return _generate(scheme, text, parse_options(options), on_error, transform)
-    records = _read(text, policy, root, columns, allow_absolute, unsafe_root, unsafe_image, cache_dir)
-    dataset = QuadrupletDataset(records, transform, policy, max_pixels)
+        dataset = _generate(scheme, text, parse_options(options), on_error, transform)
+        return dataset.without_unsafe_images() if text_only else dataset
+    read = Reading(root, columns, allow_absolute, unsafe_root, unsafe_image, text_only, cache_dir)
+    dataset = QuadrupletDataset(_read(text, policy, read), transform, policy, max_pixels, text_only)
     if on_error == "skip" if verify is None else verify:
         dataset = dataset.verify(cache_dir, progress)
     return dataset
@@ -92,25 +95,28 @@ def _generate(
         raise ValueError(f"bad option in source {source!r}: {error}") from error
 
 
-def _read(
-    source: str,
-    policy: ErrorPolicy,
-    root: str | os.PathLike | None,
-    columns: Mapping[str, str] | None,
-    allow_absolute: bool,
-    unsafe_root: str | os.PathLike | None,
-    unsafe_image: str | None,
-    cache_dir: str | os.PathLike | None,
-) -> list[Quadruplet]:
-    if files := columnar_files(source):
-        return [r for file in files for r in read_table(file, policy, root, columns, allow_absolute, cache_dir)]
+class Reading(NamedTuple):
+    """How files are read: the options of open_quadruplets."""
+
+    root: str | os.PathLike | None
+    columns: Mapping[str, str] | None
+    allow_absolute: bool
+    unsafe_root: str | os.PathLike | None
+    unsafe_image: str | None
+    text_only: bool
+    cache_dir: str | os.PathLike | None
+
+
+def _read(source: str, policy: ErrorPolicy, read: Reading) -> list[Quadruplet]:
     suffix = table_suffix(source)
-    if suffix in TABLES:
-        return read_table(source, policy, root, columns, allow_absolute)
+    if files := columnar_files(source) or ([source] if suffix in TABLES else []):
+        options = read.root, read.columns, read.allow_absolute, read.cache_dir, read.text_only
+        return [record for file in files for record in read_table(file, policy, *options)]
     if suffix == ".json":
-        assert root, "check_source asks for it"
-        return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
-    return read_shards(source, policy, columns)
+        assert read.root, "check_source asks for it"
+        places = read.root, read.unsafe_root, read.unsafe_image
+        return read_visu(source, policy, *places, read.allow_absolute, read.text_only)
+    return read_shards(source, policy, read.columns, read.text_only)
 
 
 def parse_options(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError
 
@@ -97,7 +98,8 @@ def _saved_files(folder: Path) -> list[str]:
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise DataError(f"{folder} holds a selection of its rows: save the result of flatten_indices()")
     files = state.get("_data_files")
-    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    entries = files if isinstance(files, list) else []
+    names: list[Any] = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise DataError(f"{folder / SAVED} names no data files of its folder: save the data set again (save_to_disk)")
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -105,7 +107,7 @@ def _saved_files(folder: Path) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def _read(file: Path) -> dict[str, object]:
+def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -22,6 +22,7 @@ from .fsdp import check_fsdp
 from .prepare import build_objective, check_inputs
 from .run_folder import check_unused
 from .step import check_micro_batches
+from .text_only import freeze_images
 
 MIB, GIB = 2**20, 2**30
 PROBE = 8  # samples that are timed
@@ -60,6 +61,8 @@ def dry_run(config: Config) -> list[str]:
             clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
         else:
             clip.unfreeze()
+        if config.data.text_only:
+            freeze_images(clip)
         check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, 1)
         plan = _plan(config, clip, dataset, held_out)
     return _lines(config, clip, plan, device, precision, seconds)

@@ -42,6 +42,7 @@ from .run_folder import check_unused
 from .runlog import Meter, RunLog
 from .state import Progress, RunState
 from .step import check_micro_batches, embed_micro_batches, forward_backward
+from .text_only import freeze_images
 
 
 class TrainResult(NamedTuple):
@@ -97,11 +98,7 @@ class Trainer:
         """Train from where `self.state` stands to the end, or until SIGTERM or Ctrl-C."""
         config, progress = self.config, self.state.progress
         self.log = RunLog(
-            self.run_dir if self.ranks.first else None,
-            offset=progress.log_bytes,
-            step=progress.step,
-            tensorboard=config.log.tensorboard,
-            progress=config.log.progress,
+            self.run_dir if self.ranks.first else None, config, offset=progress.log_bytes, step=progress.step
         )
         loader = self.loader(
             self.data.train,
@@ -372,6 +369,8 @@ def _trainer(config: Config, members: Ranks, callbacks: Callbacks) -> Trainer:
         clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     else:
         clip.unfreeze()
+    if config.data.text_only:
+        freeze_images(clip, members)
     check_micro_batches(clip, config.train.micro_batch_size, config.train.batch_size, members.world)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()

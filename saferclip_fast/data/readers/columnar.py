@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class StoredImage:
 
 
 def read_columnar(
-    path: Path, names: Mapping[str, str], wanted: list[str], cache_dir: str | Path | None
+    path: Path, names: Mapping[str, str], wanted: list[str], cache_dir: str | os.PathLike | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, values) of the columns `wanted` of a Parquet or Arrow file; images held as bytes are StoredImage.
 
@@ -69,7 +70,7 @@ def read_columnar(
     try:
         schema = schema_of(path)
         wanted = [name for name in wanted if name in schema.names]
-        held = [names[field] for field in IMAGES if names[field] in wanted and _holds(path, schema, names[field])]
+        held = [names[field] for field in IMAGES if names.get(field) in wanted and _holds(path, schema, names[field])]
         copy = path
         if held and path.suffix.lower() == ".parquet":
             copy = _copied(path, held, Path(cache_dir or CACHE))

@@ -13,6 +13,7 @@ from .columnar import StoredImage
 
 REQUIRED = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 LABELS = ("unsafe_text_label", "unsafe_image_label")
+UNSAFE_IMAGE = ("unsafe_image", "unsafe_image_label")  # what text-only quadruplets lack
 FIELDS = REQUIRED + LABELS
 LABEL_VALUES = {"0": 0, "0.0": 0, "false": 0, "safe": 0, "1": 1, "1.0": 1, "true": 1, "unsafe": 1}
 
@@ -27,8 +28,8 @@ class RowError(ValueError):
         self.kind = kind
 
 
-def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
-    """Field -> column name: the field's own name unless `columns` renames it."""
+def column_names(columns: Mapping[str, str] | None, text_only: bool = False) -> dict[str, str]:
+    """Field -> column name: the field's own name unless `columns` renames it; text_only: without the unsafe image's."""
     columns = dict(columns or {})
     unknown = sorted(set(columns) - set(FIELDS))
     if unknown:
@@ -36,7 +37,7 @@ def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     names = {field: columns.get(field, field) for field in FIELDS}
     if doubled := sorted({name for name in names.values() if list(names.values()).count(name) > 1}):
         raise ValueError(f"columns gives {', '.join(map(repr, doubled))} to two fields: {names}")
-    return names
+    return {field: name for field, name in names.items() if not (text_only and field in UNSAFE_IMAGE)}
 
 
 def files_under(root: str, allow_absolute: bool) -> FindImage:
@@ -58,18 +59,22 @@ def add_row(
     row: int,
     policy: ErrorPolicy,
 ) -> None:
-    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is
-    missing."""
+    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is missing.
+
+    Without the keys of UNSAFE_IMAGE the quadruplet is text-only: its safe image stands in, labeled safe.
+    """
     policy.summary.read += 1
+    text_only = "unsafe_image" not in fields
     try:
+        safe_image = _image(fields, "safe_image", find_image)
         records.append(
             Quadruplet(
-                safe_image=_image(fields, "safe_image", find_image),
+                safe_image=safe_image,
                 safe_text=_text(fields, "safe_text"),
-                unsafe_image=_image(fields, "unsafe_image", find_image),
+                unsafe_image=safe_image if text_only else _image(fields, "unsafe_image", find_image),
                 unsafe_text=_text(fields, "unsafe_text"),
                 unsafe_text_label=_label(fields, "unsafe_text_label"),
-                unsafe_image_label=_label(fields, "unsafe_image_label"),
+                unsafe_image_label=0 if text_only else _label(fields, "unsafe_image_label"),
                 file=file,
                 row=row,
             )

@@ -26,18 +26,19 @@ def read_table(
     columns: Mapping[str, str] | None = None,
     allow_absolute: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    text_only: bool = False,
 ) -> list[Quadruplet]:
     """Read a .csv, .tsv, .jsonl or .ndjson file, compressed or not, a .parquet file or an .arrow file of `datasets`.
 
     columns: field -> column name, where it differs from safe_image, unsafe_image, safe_text, unsafe_text,
     unsafe_text_label, unsafe_image_label (the last two are optional, default 1). Image paths are relative to
     `root` (default: the file's folder) and may not leave it; `allow_absolute` admits absolute ones. cache_dir: where
-    images that lie inside a .parquet file are copied to.
+    images that lie inside a .parquet file are copied to. text_only: leave unsafe images and their labels alone.
 
     Bad rows go to `policy`. Raises DataError for a file that cannot be read at all or lacks a column.
     """
     path = Path(path)
-    names = column_names(columns)
+    names = column_names(columns, text_only)
     find_image = files_under(str(root or path.parent), allow_absolute)
     records: list[Quadruplet] = []
     try:
@@ -64,18 +65,19 @@ def read_rows(path: Path, names: Mapping[str, str], cache_dir: str | os.PathLike
 def check_columns(path: Path | str, found: Iterable[str], names: Mapping[str, str]) -> None:
     """Raises DataError, with the columns that are there, where one that is needed or named is not `found` in `path`."""
     found = list(found)
-    missing = [names[field] for field in REQUIRED if names[field] not in found]
+    missing = [names[field] for field in REQUIRED if field in names and names[field] not in found]
     missing += [name for field, name in names.items() if field not in REQUIRED and name not in (field, *found)]
     if missing:
+        without = "; or go without unsafe images, data.text_only=true" if missing == [names.get("unsafe_image")] else ""
         raise DataError(
             f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}. "
             f'Name them: columns={{"{REQUIRED[0]}": "..."}}, or in a command data.columns=[{REQUIRED[0]}=...] '
-            f"(label_images: --column {REQUIRED[0]}=...)"
+            f"(label_images: --column {REQUIRED[0]}=...){without}"
         )
 
 
 def _read_csv(path: Path, names: Mapping[str, str]) -> Iterator[Row]:
-    records = read_csv(path, [names[field] for field in REQUIRED])
+    records = read_csv(path, [names[field] for field in REQUIRED if field in names])
     _, header = next(records)
     check_columns(path, header, names)
     for line, cells in records:

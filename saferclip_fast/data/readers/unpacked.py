@@ -27,7 +27,8 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
             yield file
         return
     try:
-        with gzip.open(path, "rb") if suffix == ".gz" else _zstandard(path) as file:
+        opening: Any = gzip.open if suffix == ".gz" else _zstandard
+        with opening(path) as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"cannot unpack {path}: {error} (a download cut short?)") from error

@@ -187,7 +187,7 @@ def test_the_package_is_light_until_something_is_used():
 
 
 def test_a_callback_stops_training_with_the_result_so_far(clip, rows, options, tmp_path):
-    """In the middle of an epoch: what was trained is validated and exported, and a resumed run has nothing left to do."""
+    """In the middle of an epoch: what was trained is validated and exported, and a resumed run has nothing to do."""
     seen = []
 
     def on_step(info):

@@ -5,6 +5,7 @@ Each remembers in RUN_DIR/trackers.json what it calls the run, so that a resumed
 
 from __future__ import annotations
 
+import functools
 import json
 import uuid
 import warnings
@@ -140,7 +141,10 @@ class Trackers:
     def __init__(self, run_dir: Path, config: Config, step: int) -> None:
         self.places: dict[str, Tracker] = {}
         for name in chosen(config):
-            self._try(name, lambda name=name: self.places.update({name: PLACES[name](run_dir, config, step)}))
+            self._try(name, functools.partial(self._open, name, run_dir, config, step))
+
+    def _open(self, name: str, run_dir: Path, config: Config, step: int) -> None:
+        self.places[name] = PLACES[name](run_dir, config, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of a step by their names."""
@@ -156,7 +160,7 @@ class Trackers:
 
     def _all(self, call: Callable[[Tracker], None]) -> None:
         for name, place in list(self.places.items()):
-            self._try(name, lambda place=place: call(place))
+            self._try(name, functools.partial(call, place))
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
         try:

@@ -142,6 +142,11 @@ def test_what_needs_unsafe_images_is_left_out_and_said_not_counted_as_zero(run, 
     assert page.count(NO_UNSAFE_IMAGES) == 1
 
 
+def test_the_dial_says_what_it_lacks(run):
+    with pytest.raises(ValueError, match=r"the safety dial needs unsafe images, and these quadruplets have none"):
+        sf.evaluate(run, samples=50, progress=False, dial=True)
+
+
 def test_a_gallery_of_images_holds_each_safe_one_once(run):
     """U-V is a search for right images among the distinct safe ones; so is this where nothing else is there."""
     found = sf.evaluate(run, samples=50, progress=False)

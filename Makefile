@@ -9,7 +9,7 @@ CPP := $(shell find csrc tests/backends/native tests/backends/simt -name '*.cpp'
 SOAK_MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants families fuzz soak bench lint format gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants families fuzz soak bench lowest-bounds docs lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +76,17 @@ soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.js
 bench: setup  ## time every op against PyTorch and others; goes on where it was (BENCH=--again: from the start)
 	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# The package is read from here, its native module too: one module serves every torch from the lowest on.
+lowest-bounds: setup  ## the main paths against the lowest version of every dependency, in a venv of their own (build/lowest)
+	test -x build/lowest/bin/python || $(PYTHON) -m venv build/lowest
+	$(BIN)/python -m tests.system.lowest_bounds > build/lowest/requirements.txt
+	build/lowest/bin/python -m pip install --quiet --requirement build/lowest/requirements.txt
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -q tests/api tests/data/readers tests/models \
+	  tests/train/test_train.py tests/evaluate tests/export
+
+docs: setup  ## the docs as a site, with the API reference (build/site); any warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup  ## ruff, clang-format, codespell, mypy
 	$(BIN)/ruff check .

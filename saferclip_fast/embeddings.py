@@ -18,7 +18,7 @@ from .data import QuadrupletDataset, collate
 from .data.captions import trim
 from .data.images import DECODING
 from .data.packed_captions import PackedCaptions
-from .data.quadruplets import QuadrupletEmbeddings
+from .data.quadruplets import QuadrupletEmbeddings, check_opened
 from .models import ClipModel
 from .runtime.precision import autocast
 from .runtime.ranks import Ranks
@@ -70,6 +70,7 @@ def embed_quadruplets(
         OSError: no room for the file (checked before the first row), or it cannot be written.
         data.DataError: an image that cannot be read, with file and row.
     """
+    check_opened(dataset)
     if len(dataset) == 0:
         raise ValueError(f"the data set is empty, nothing to embed ({dataset.summary})")
     metadata = {
@@ -138,20 +139,23 @@ def embed_batch(
 ) -> QuadrupletEmbeddings:
     """Embeddings [B, d] of one collated batch: two forward passes, safe and unsafe rows together.
 
+    A text-only batch has no unsafe images, and their embeddings are those of the safe ones.
+
     float32, or on a GPU what the encoders give: half the bytes, and the losses multiply them on tensor cores.
     `encode` runs in place of `clip` itself where it is wrapped (DistributedDataParallel, torch.compile).
     """
     device = clip.device
     # joined on the device: the copies from pinned memory then overlap with its work
-    on_device = {name: batch[name].to(device, non_blocking=True) for name in BATCH_INPUTS}
-    images = torch.cat([on_device["safe_image"], on_device["unsafe_image"]])
+    on_device = {name: batch[name].to(device, non_blocking=True) for name in BATCH_INPUTS if name in batch}
+    text_only = "unsafe_image" not in batch
+    images = on_device["safe_image"] if text_only else torch.cat([on_device["safe_image"], on_device["unsafe_image"]])
     tokens = _join(on_device["safe_tokens"], on_device["unsafe_tokens"], clip.pad_id)
     captions = clip.pack(tokens, [*batch["safe_lengths"], *batch["unsafe_lengths"]])
     with autocast(device, precision):
         image, text = (clip if encode is None else encode)(images, captions)
     if device.type != "cuda":
         image, text = image.float(), text.float()
-    safe_image, unsafe_image = image.chunk(2)
+    safe_image, unsafe_image = (image, image) if text_only else image.chunk(2)
     safe_text, unsafe_text = text.chunk(2)
     return QuadrupletEmbeddings(safe_text, safe_image, unsafe_text, unsafe_image)
 

@@ -19,6 +19,11 @@ UNSAFE_FOUND = (  # the four searches that should find nothing unsafe, each at e
 )
 UNSAFE_RATE = "unsafe_rate"  # the mean of these four, at every K
 
+NO_UNSAFE_IMAGES = (  # said wherever figures of such data are shown
+    "Measured without unsafe images: searches by them, or for them, are left out, and nothing is known of how this "
+    "model treats them."
+)
+
 LARGEST = 1e100  # of a number: sums and spans of such ones are still finite
 DEEPEST = 20  # nesting: what evaluate writes has 8; what the page prints whole is walked by recursion
 
@@ -77,6 +82,7 @@ def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {
         "models": {side: {"weights_hash": str} for side in sides},
         "rows": int,
+        "text_only?": (True, False),
         "key_metrics": [tuple(metrics)],
         "metrics": {"*": metric},
         "safe_unsafe_table": [{"text_is_unsafe": int, "image_is_unsafe": int, "rows": int, "metrics": {"*": metric}}],

@@ -82,7 +82,10 @@ class Source:
         final = load_file(self.run_dir / "final" / WEIGHTS_NAME)
         own = clip.model.state_dict()
         for tensors in _trained(self.run_dir):
-            if set(tensors) != {name for name in own if ".lora_" in name}:
+            adapters = {name for name in own if ".lora_" in name}
+            if self.config.data.text_only:  # the image encoder's add nothing, and were never trained
+                adapters = {name for name in adapters if not name.startswith("visual.")}
+            if set(tensors) != adapters:
                 continue
             _copy(own, tensors)
             merged = clip.exported_state_dict()

@@ -81,7 +81,7 @@ def _place(config: Config, value: Any) -> Kept:
     if not is_in_memory(value):
         return Kept(os.fspath(value), options.root)
     folder = Path(config.run_dir) / "data"
-    return keep(value, folder, columns_of(config), options.root, config.log.progress)
+    return keep(value, folder, columns_of(config), options.root, config.log.progress, options.text_only)
 
 
 def _named(config: Config, model: str) -> tuple[str, str]:

@@ -48,7 +48,8 @@ def fine_tune(
         options: any option of the command line over those: {"train.epochs": 3}, {"train": {"epochs": 3}} or
             ["train.epochs=3"].
         run_dir: the run's folder (default: the option `run_dir`, runs/train).
-        on_step, on_validation: called after each step and each validation.
+        on_step, on_validation: called after each step and each validation; `train.StopTraining`, raised there, ends
+            training early, and the result is that of the steps so far.
         on_end: called with the result.
 
     Returns:

@@ -3,6 +3,7 @@ from .curriculum import CurriculumSampler
 from .decoded import decode_images
 from .errors import DataError, Summary
 from .images import ImageArray, ImageError, ImageFile, TarMember
+from .memory import open_rows
 from .open import open_quadruplets
 from .quadruplets import Quadruplet, QuadrupletDataset, QuadrupletEmbeddings
 from .readers.shards import write_shards
@@ -29,6 +30,7 @@ __all__ = [
     "collate",
     "decode_images",
     "open_quadruplets",
+    "open_rows",
     "photos",
     "scenes",
     "write_shards",

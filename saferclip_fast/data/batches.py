@@ -18,6 +18,7 @@ class Collate:
     unsafe_tokens [B, L] int64, each trimmed to its longest caption; safe_lengths, unsafe_lengths, the captions'
     lengths as a list of B ints, so that nobody has to read tokens back from a device; unsafe_text_label,
     unsafe_image_label [B] int64. A caption longer than the tokenizer's context is cut there by the tokenizer.
+    A batch of text-only samples has no unsafe_image; the safe one's embedding stands in.
     `trim=False` keeps the full context: needed for text towers that read the padding (SigLIP).
     """
 
@@ -33,8 +34,10 @@ class Collate:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
+        alone = all(sample["unsafe_image"] is sample["safe_image"] for sample in samples)  # text-only
         for side in ("safe", "unsafe"):
-            batch[f"{side}_image"] = torch.stack([sample[f"{side}_image"] for sample in samples])
+            if side == "safe" or not alone:
+                batch[f"{side}_image"] = torch.stack([sample[f"{side}_image"] for sample in samples])
             tokens = self.tokens([sample[f"{side}_text"] for sample in samples])
             batch[f"{side}_tokens"] = tokens
             batch[f"{side}_lengths"] = lengths(tokens, self.pad) if self.trim else [tokens.shape[1]] * len(tokens)

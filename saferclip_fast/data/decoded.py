@@ -25,7 +25,7 @@ from ..runtime.ranks import Ranks
 from ..storage import row_cache
 from .errors import DataError
 from .images import DECODING, MAX_PIXELS, ImageRef
-from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
+from .quadruplets import LazyRecords, Quadruplet, QuadrupletDataset, check_opened
 from .transforms import ToTensor, Transform
 
 FORMAT = "saferclip_fast.decoded.v1"
@@ -60,6 +60,7 @@ def decode_images(
         DataError: an image that cannot be read, with file and row.
         OSError: no room for the file; nothing is left behind.
     """
+    check_opened(dataset)
     resize, convert = _split(dataset.transform)
     resized = copy.copy(dataset)
     resized.transform = resize  # type: ignore[assignment]
@@ -85,7 +86,7 @@ def decode_images(
         ranks=ranks,
     )
     records = LazyRecords(len(dataset), functools.partial(_record, dataset.records, DecodedFile(path, metadata)))
-    decoded = QuadrupletDataset(records, convert, dataset.policy, dataset.max_pixels)
+    decoded = QuadrupletDataset(records, convert, dataset.policy, dataset.max_pixels, dataset.text_only)
     decoded._content_hash = dataset.content_hash()
     return decoded
 

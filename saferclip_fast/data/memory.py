@@ -17,7 +17,9 @@ from tqdm import tqdm
 from ..storage.files import atomic_write
 from .errors import DataError
 from .images import ImageArray, ImageFile, TarMember
+from .open import open_quadruplets
 from .quadruplets import QuadrupletDataset
+from .readers.columnar import StoredImage
 from .readers.rows import column_names
 from .readers.tables import check_columns
 
@@ -39,6 +41,7 @@ def keep(
     columns: Mapping[str, str] | None = None,
     root: str = "",
     progress: bool = True,
+    text_only: bool = False,
 ) -> Kept:
     """Write `data` to `folder` as a table, and its images beside it unless they are paths.
 
@@ -53,16 +56,17 @@ def keep(
         columns: field -> column name, where it differs.
         root: folder that paths are relative to; empty: the current one.
         progress: show a bar.
+        text_only: leave unsafe images alone.
 
     Raises:
         DataError: no rows, a column that is missing, an item of another kind; names the row, counted from 1.
         OSError: a file could not be written.
     """
-    names, folder = column_names(columns), Path(folder)
+    names, folder = column_names(columns, text_only), Path(folder)
     kind, lines, row = "", [], 0
     for row, values in enumerate(tqdm(_rows(data, names), "keep rows", _length(data), disable=not progress), 1):
         line = {name: _plain(values[name]) for name in names.values() if name in values}
-        for name in (names[field] for field in IMAGES):
+        for name in (names[field] for field in IMAGES if field in names):
             if (cell := values.get(name)) is None or _is_missing(cell):
                 continue
             cell = _unwrapped(cell)
@@ -79,6 +83,30 @@ def keep(
         with atomic_write(file) as temporary:
             temporary.write_bytes(text)
     return Kept(str(file), (root or ".") if kind == PATHS else "")
+
+
+def open_rows(
+    data: Any,
+    folder: str | os.PathLike,
+    *,
+    columns: Mapping[str, str] | None = None,
+    root: str = "",
+    progress: bool = True,
+    text_only: bool = False,
+    **options: Any,
+) -> QuadrupletDataset:
+    """A QuadrupletDataset of rows in memory: a data frame, dicts, or any data set of dicts, `content_hash` or not.
+
+    Args:
+        data, folder, columns, root, text_only: as in `keep`, which writes the rows to `folder`.
+        progress: show bars.
+        options: the other ones of open_quadruplets.
+
+    Raises what `keep` and open_quadruplets raise.
+    """
+    kept = keep(data, folder, columns, root, progress, text_only)
+    options |= {"columns": columns, "text_only": text_only, "progress": progress}
+    return open_quadruplets(kept.source, root=kept.root or None, **options)
 
 
 def _rows(data: Any, names: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
@@ -141,7 +169,7 @@ def _encoded(cell: Any, name: str, row: int) -> bytes:
     """The bytes of an image file: those that are there, or PNG of the pixels."""
     if isinstance(cell, bytes | bytearray | memoryview):
         return bytes(cell)
-    if isinstance(cell, ImageFile | TarMember):
+    if isinstance(cell, ImageFile | TarMember | StoredImage):
         return cell.content()
     if isinstance(cell, ImageArray):
         cell = cell.array

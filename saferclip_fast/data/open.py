@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .errors import ErrorPolicy
+from .errors import DataError, ErrorPolicy
 from .images import MAX_PIXELS
-from .places import check_place
+from .places import TABLES, check_place, columnar_files, table_suffix
 from .quadruplets import Quadruplet, QuadrupletDataset
 from .readers.shards import read_shards
-from .readers.tables import READERS as TABLES
 from .readers.tables import read_table
 from .readers.visu import read_visu
 from .synthetic.photos import PhotoDataset
@@ -33,6 +31,7 @@ def open_quadruplets(
     allow_absolute: bool = False,
     unsafe_root: str | os.PathLike | None = None,
     unsafe_image: str | None = None,
+    text_only: bool = False,
     max_pixels: int = MAX_PIXELS,
     verify: bool | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -41,24 +40,32 @@ def open_quadruplets(
     """Open `source`, choosing the reader by its name.
 
     source: "scenes:n=3000,seed=0,..." (SceneDataset's options), "photos:path=FILE.tar,..." (PhotoDataset's),
-    a ViSU or NSFWCaps .json, a .csv, .tsv, .jsonl, .ndjson or .parquet table, or WebDataset shards (a .tar, a folder of
+    a ViSU or NSFWCaps .json, a .csv, .tsv, .jsonl or .ndjson table (these may be compressed: .gz, .zst), .parquet
+    files (one, a folder, a glob or braces), a folder that `datasets` saved, or WebDataset shards (a .tar, a folder of
     them, a glob or braces). transform: RGB PIL image -> tensor (default ToTensor: float32 [3, H, W] in [0,
     1]). on_error: "raise", or "skip" to leave bad rows out and count them in `.summary`. root: folder of a
     table's images (default: the table's). columns: field -> column name. allow_absolute: admit absolute image
-    paths. unsafe_root, unsafe_image: see read_visu. max_pixels: refuse larger images. verify:
-    decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
-    training); cache_dir keeps the outcome for later runs over unchanged files. progress: show its bar.
+    paths. unsafe_root, unsafe_image: see read_visu. text_only: there are no unsafe images, or they are left alone; the
+    safe image stands in their place, labeled safe (`QuadrupletDataset.text_only`). max_pixels: refuse larger images.
+    verify: decode every image now (default: only if on_error is "skip", so that what is skipped is settled before
+    training); cache_dir keeps the outcome for later runs over unchanged files, and images that lie inside .parquet
+    files (default for these: .cache/saferclip). progress: show its bar.
 
     Raises DataError naming file and row for bad input, ValueError for a source or option that does not fit.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise DataError(
+            f"source is a {type(source).__name__}, not a path: data.open_rows(DATA, FOLDER) opens rows in memory"
+        )
     text = os.fspath(source)
     policy = ErrorPolicy(on_error, text)
     check_source(text, root)
     scheme, _, options = text.partition(":")
     if scheme in GENERATED:
-        return _generate(scheme, text, parse_options(options), on_error, transform)
-    records = _read(text, policy, root, columns, allow_absolute, unsafe_root, unsafe_image)
-    dataset = QuadrupletDataset(records, transform, policy, max_pixels)
+        dataset = _generate(scheme, text, parse_options(options), on_error, transform)
+        return dataset.without_unsafe_images() if text_only else dataset
+    read = Reading(root, columns, allow_absolute, unsafe_root, unsafe_image, text_only, cache_dir)
+    dataset = QuadrupletDataset(_read(text, policy, read), transform, policy, max_pixels, text_only)
     if on_error == "skip" if verify is None else verify:
         dataset = dataset.verify(cache_dir, progress)
     return dataset
@@ -88,22 +95,28 @@ def _generate(
         raise ValueError(f"bad option in source {source!r}: {error}") from error
 
 
-def _read(
-    source: str,
-    policy: ErrorPolicy,
-    root: str | os.PathLike | None,
-    columns: Mapping[str, str] | None,
-    allow_absolute: bool,
-    unsafe_root: str | os.PathLike | None,
-    unsafe_image: str | None,
-) -> list[Quadruplet]:
-    suffix = Path(source).suffix.lower()
-    if suffix in TABLES:
-        return read_table(source, policy, root, columns, allow_absolute)
+class Reading(NamedTuple):
+    """How files are read: the options of open_quadruplets."""
+
+    root: str | os.PathLike | None
+    columns: Mapping[str, str] | None
+    allow_absolute: bool
+    unsafe_root: str | os.PathLike | None
+    unsafe_image: str | None
+    text_only: bool
+    cache_dir: str | os.PathLike | None
+
+
+def _read(source: str, policy: ErrorPolicy, read: Reading) -> list[Quadruplet]:
+    suffix = table_suffix(source)
+    if files := columnar_files(source) or ([source] if suffix in TABLES else []):
+        options = read.root, read.columns, read.allow_absolute, read.cache_dir, read.text_only
+        return [record for file in files for record in read_table(file, policy, *options)]
     if suffix == ".json":
-        assert root, "check_source asks for it"
-        return read_visu(source, policy, root, unsafe_root, unsafe_image, allow_absolute)
-    return read_shards(source, policy, columns)
+        assert read.root, "check_source asks for it"
+        places = read.root, read.unsafe_root, read.unsafe_image
+        return read_visu(source, policy, *places, read.allow_absolute, read.text_only)
+    return read_shards(source, policy, read.columns, read.text_only)
 
 
 def parse_options(text: str) -> dict[str, Any]:

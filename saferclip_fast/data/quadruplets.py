@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +92,11 @@ class QuadrupletDataset(Dataset):
         transform: Transform | None = None,
         policy: ErrorPolicy | None = None,
         max_pixels: int = MAX_PIXELS,
+        text_only: bool = False,
     ):
+        """text_only: there are no unsafe images; those of the records are their safe ones, labeled safe."""
         self.records = records
+        self.text_only = text_only
         self.transform = transform or ToTensor()
         self.max_pixels = check_max_pixels(max_pixels)
         self.policy = policy or ErrorPolicy("raise", "records")
@@ -112,10 +116,11 @@ class QuadrupletDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
+        safe_image = self._image(record, record.safe_image)
         return {
             "index": index % len(self.records),
-            "safe_image": self._image(record, record.safe_image),
-            "unsafe_image": self._image(record, record.unsafe_image),
+            "safe_image": safe_image,
+            "unsafe_image": safe_image if self.text_only else self._image(record, record.unsafe_image),
             "safe_text": record.safe_text,
             "unsafe_text": record.unsafe_text,
             "unsafe_text_label": record.unsafe_text_label,
@@ -130,6 +135,11 @@ class QuadrupletDataset(Dataset):
                 f"{record.file}, row {record.row}: {error} (run verify() before training; with "
                 'on_error="skip" it leaves such rows out)'
             ) from error
+
+    def without_unsafe_images(self) -> QuadrupletDataset:
+        """The same samples, text-only."""
+        records = LazyRecords(len(self), functools.partial(_text_only, self.records))
+        return QuadrupletDataset(records, self.transform, self.policy, self.max_pixels, text_only=True)
 
     @property
     def safe_texts(self) -> list[str]:
@@ -172,7 +182,7 @@ class QuadrupletDataset(Dataset):
         good = self.records
         if bad:
             good = [record for index, record in enumerate(self.records) if str(index) not in bad]
-        verified = QuadrupletDataset(good, self.transform, policy, self.max_pixels)
+        verified = QuadrupletDataset(good, self.transform, policy, self.max_pixels, self.text_only)
         verified._content_hash = content_hash
         return verified
 
@@ -200,7 +210,8 @@ class QuadrupletDataset(Dataset):
         record = self.records[index]
         try:
             record.safe_image.load(self.max_pixels)
-            record.unsafe_image.load(self.max_pixels)
+            if not self.text_only:
+                record.unsafe_image.load(self.max_pixels)
             return record.digest()
         except ImageError as error:
             return str(error)
@@ -216,6 +227,21 @@ class QuadrupletDataset(Dataset):
                     stamps.append(str(error).encode())
             hasher.update(_digest(record, *stamps))
         return hasher.hexdigest()
+
+
+def _text_only(records: Sequence[Quadruplet], index: int) -> Quadruplet:
+    record = records[index]
+    return replace(record, unsafe_image=record.safe_image, unsafe_image_label=0)
+
+
+def check_opened(dataset: object) -> None:
+    """Raises DataError, which says how to make one, for a data set of another kind, which does not know its content."""
+    if not (hasattr(dataset, "content_hash") and hasattr(dataset, "records")):
+        raise DataError(
+            f"the data set is a {type(dataset).__name__} without content_hash, by which caches are named: "
+            "data.open_rows(DATASET, FOLDER) makes a QuadrupletDataset of any data set of dicts; fine_tune and "
+            "evaluate take yours as it is"
+        )
 
 
 def _digest(record: Quadruplet, safe_image: bytes, unsafe_image: bytes) -> bytes:

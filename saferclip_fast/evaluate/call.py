@@ -189,7 +189,7 @@ def _named_data(config: Config, data: Any) -> Iterator[None]:
     """Inside, `config` names `data`, from a temporary folder where it was in memory; None leaves it as it is."""
     with tempfile.TemporaryDirectory() as folder:
         if data is not None and is_in_memory(data):
-            kept = keep(data, folder, columns_of(config), config.data.root, config.log.progress)
+            kept = keep(data, folder, columns_of(config), config.data.root, config.log.progress, config.data.text_only)
             config.data.val, config.data.root = kept
         elif data is not None:
             config.data.val = os.fspath(data)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..config import ConfigError
+from ..results import NO_UNSAFE_IMAGES
 from ..sources import is_run
 from .call import evaluate_model
 from .tables import label_tables, table
@@ -39,6 +40,8 @@ def run(given: argparse.Namespace) -> None:
     )
     print(f"\n{found.rows} held-out quadruplets; 95 % intervals\n")
     print(table(found.json, given.all))
+    if found.json.get("text_only"):
+        print(f"\n{NO_UNSAFE_IMAGES}")
     if len(found.json["safe_unsafe_table"]) > 1:
         print(f"\nthe unsafe side by its labels\n\n{label_tables(found.json)}")
     print(f"\nevaluation: {out / 'evaluation.json'}")

@@ -55,7 +55,7 @@ def open_held_out(config: Config, clip: ClipModel) -> HeldOut | None:
         policy = ErrorPolicy(options.on_error, f"{options.train}, held-out {options.val_fraction:.3g}")
         policy.summary.read = len(held_out)
         dataset = QuadrupletDataset(
-            [dataset.records[row] for row in held_out], clip.preprocess, policy, options.max_pixels
+            [dataset.records[row] for row in held_out], clip.preprocess, policy, options.max_pixels, dataset.text_only
         )
     else:
         return None

@@ -145,6 +145,8 @@ def dial_curve(
     """
     if task.quadruplets is None:
         raise ValueError("the safety dial is drawn over retrieval: give quadruplets (--data SOURCE)")
+    if task.quadruplets.text_only:
+        raise ValueError("the safety dial needs unsafe images, and these quadruplets have none (data.text_only)")
     known = {} if known is None else known
     start = _measure_once(frozen, task, settings, known, "frozen")
     points: list[dict[str, Any]] = []

@@ -49,6 +49,7 @@ class Labels(NamedTuple):
     text_is_unsafe: Tensor  # int64 [N]; 1: the unsafe side's text is unsafe, 0: it is safe after all
     image_is_unsafe: Tensor  # int64 [N]; the same of its image
     classes: Tensor | None = None  # int64 [N]: an item is right where these agree, instead of where contents do
+    text_only: bool = False  # there are no unsafe images, and galleries hold safe ones alone
 
     @classmethod
     def default(cls, count: int) -> Labels:
@@ -83,7 +84,8 @@ def retrieval(embeddings: QuadrupletEmbeddings, labels: Labels | None = None) ->
         {Q}_first_unsafe_rank: the place of the first unsafe item, from 1.
         {Q}_safe_above_unsafe: how often a safe item scores above an unsafe one.
     Queries and galleries called unsafe hold what `labels` calls unsafe; a metric without a query is left out, and the
-    last two are where nothing in the gallery is unsafe.
+    last two are where nothing in the gallery is unsafe. Without unsafe images (labels.text_only) the searches that need
+    them are left out, and a gallery of images holds safe ones.
     """
     labels = labels or Labels.default(len(embeddings.safe_text))
     metrics: dict[str, Metric] = {}
@@ -92,7 +94,10 @@ def retrieval(embeddings: QuadrupletEmbeddings, labels: Labels | None = None) ->
             asked = _unsafe(labels, query) if kind == "unsafe" else torch.ones_like(_unsafe(labels, query))
             if asked.any():
                 search = _MixedSearch.of(embeddings, labels, kind, query, other, asked)
-                metrics |= _first_items(search) | _all_items(search)
+                found = _first_items(search) | _all_items(search)
+                if labels.text_only and other == "image":  # not 0: there is nothing unsafe to find
+                    found = {name: metric for name, metric in found.items() if "_finds_right_" in name}
+                metrics |= found
     return metrics | _pairs(embeddings, labels)
 
 
@@ -115,11 +120,13 @@ class _MixedSearch(NamedTuple):
         """The queries are the rows `asked` (bool [N]) of the part `kind`_`query`."""
         unsafe = _unsafe(labels, other)
         queries, sides = f"{kind}_{query}", (f"safe_{other}", f"unsafe_{other}")
+        if labels.text_only and other == "image":
+            sides, unsafe = sides[:1], unsafe[:0]
         return cls(
             *(kind, query, other),
             getattr(embeddings, queries)[asked],
             torch.cat([getattr(embeddings, side) for side in sides]),
-            torch.cat([torch.zeros_like(unsafe), unsafe]),
+            torch.cat([torch.zeros(len(labels.text_is_unsafe), dtype=torch.bool), unsafe]),
             asked.nonzero().flatten(),
             labels.right(queries, *sides),
         )

@@ -72,7 +72,8 @@ def summarize(measured: Mapping[str, Measured], task: Task, settings: Settings) 
     if embeddings:
         assert task.quadruplets is not None
         labels = task.labels
-        summary["safe_unsafe_table"] = _by_labels(embeddings, labels, settings)
+        summary["text_only"] = labels.text_only
+        summary["safe_unsafe_table"] = [] if labels.text_only else _by_labels(embeddings, labels, settings)
         summary |= cases.captions(task.quadruplets, embeddings, labels, settings.examples, settings.worst_cases)
         summary["settings"] |= {"data": task.quadruplets.summary.source, "data_hash": task.quadruplets.content_hash()}
     return summary

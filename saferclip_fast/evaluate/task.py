@@ -48,7 +48,9 @@ class Task:
         assert self.quadruplets is not None
         records = self.quadruplets.records
         text, image = ([getattr(r, f"unsafe_{name}_label") for r in records] for name in ("text", "image"))
-        return Labels(Contents.of(records), torch.tensor(text), torch.tensor(image), self.right)
+        return Labels(
+            Contents.of(records), torch.tensor(text), torch.tensor(image), self.right, self.quadruplets.text_only
+        )
 
 
 @dataclass

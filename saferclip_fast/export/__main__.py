@@ -53,6 +53,10 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     parser.add_argument("--alpha", type=float, default=1.0, help="safety dial: 0 frozen, 1 as trained (default: 1)")
     parser.add_argument("--model", default="", help="open_clip's name of the model, for a weights file")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR/FORMAT; the old one goes last")
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="also send it to the Hugging Face hub: NAME or OWNER/NAME"
+    )
+    parser.add_argument("--private", action="store_true", help="a new repository on the hub is private")
     given = parser.parse_args(words)
     return run_command(lambda: run(given), when_stopped="stopped; formats that were finished are kept")
 
@@ -62,6 +66,7 @@ def run(given: argparse.Namespace) -> int:
     check_there(given.source)
     from ..storage.claim import claim  # these take seconds to import
     from . import FORMATS, ExportError, Unsupported, export, load_source
+    from .hub import check_hub, push
 
     everything = ALL in given.format
     failures: list[int] = []
@@ -75,12 +80,16 @@ def run(given: argparse.Namespace) -> int:
             traceback.print_exception(error)
         failures.append(1 if isinstance(error, RuntimeError) else 2)
 
+    if given.push_to_hub:
+        check_hub(given.push_to_hub)
     formats = list(FORMATS) if everything else list(dict.fromkeys(given.format))
     with claim(given.out):
         source = load_source(given.source, given.model, given.alpha)
         differences = export(source, formats, given.out, given.overwrite, report)
     for name, difference in differences.items():
         print(f"{name}: {given.out / name} (read back, embeddings differ by at most {difference:.1e})")
+    if given.push_to_hub and differences:
+        print(f"sent to {push(given.out, list(differences), given.push_to_hub, given.private)}")
     return min(failures, default=0)
 
 

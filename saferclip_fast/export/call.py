@@ -10,6 +10,7 @@ from ..models import ClipModel
 from ..sources import Source, load_source
 from ..storage.claim import claim
 from .formats import FORMATS, export
+from .hub import check_hub, push
 from .names import NAMES
 from .result import Exported
 
@@ -21,6 +22,8 @@ def export_model(
     *,
     dial: float = 1.0,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> dict[str, Exported]:
     """Write a model for other software, each format read back and compared before it counts: `sf.export(...)`.
 
@@ -30,6 +33,9 @@ def export_model(
         formats: one or several of open_clip, huggingface, peft and onnx (docs/export.md says what each can hold).
         dial: the safety dial, 0 frozen, 1 as trained; other than 1 for runs only.
         overwrite: replace OUT/FORMAT where it is there.
+        push_to_hub: NAME or OWNER/NAME of a repository on the Hugging Face hub, made where it is missing, that the
+            export is sent to; one format lies at its top, several in folders.
+        private: whether a new repository is private.
 
     Returns:
         Folder and largest difference, by format.
@@ -41,6 +47,7 @@ def export_model(
         FileExistsError: OUT/FORMAT is there, and `overwrite` is false; nothing was written.
         ExportError: what was written computes something else; it was removed.
         FrozenModelError: another frozen model than the run was tuned from.
+        HubError: the hub does not know you, or did not take the export, which is whole.
     """
     names = list(dict.fromkeys([formats] if isinstance(formats, str) else formats))
     if unknown := [name for name in names if name not in FORMATS]:
@@ -48,10 +55,14 @@ def export_model(
     if isinstance(model, ClipModel) and dial != 1:
         raise ValueError(f"dial={dial} needs the frozen weights too: give the run's folder, or load(run, dial={dial})")
     folder = Path(out)
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
     with claim(folder):
         if isinstance(model, ClipModel):
             source = Source(model, Path(model.name))
         else:
             source = load_source(Path(model), alpha=dial)
         differences = export(source, names, folder, overwrite)
+        if push_to_hub is not None:
+            push(folder, names, push_to_hub, private)
     return {name: Exported(folder / name, difference) for name, difference in differences.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import flatten
-from ..results import EVALUATION_FORMAT, evaluation_shape, misfits
+from ..results import EVALUATION_FORMAT, NO_UNSAFE_IMAGES, evaluation_shape, misfits
 from ..sources import Source, without_folders
 from ..storage.files import atomic_write
 from ..train.checkpoint import newest_state
@@ -130,6 +130,8 @@ def _training(source: Source) -> list[str]:
     if source.run_dir is None or source.config is None:
         return []
     lines = ["## Training", ""]
+    if source.config.data.text_only:
+        lines += ["Trained without unsafe images: the text encoder alone; the image encoder is the frozen model's.", ""]
     hashes = _hashes(source.run_dir)
     known = [f"- {name.replace('_', ' ')}: `{value}`" for name, value in hashes.items()]
     lines += known or ["- data hash: not known, since no checkpoint of the run is left"]
@@ -153,6 +155,8 @@ def _measured(source: Source) -> list[str]:
         or not evaluation["key_metrics"]
     ):
         return [*lines, "These weights have not been measured: `python -m saferclip_fast.evaluate` does it."]
+    if evaluation.get("text_only"):
+        lines += [NO_UNSAFE_IMAGES, ""]
     metrics = [evaluation["metrics"][name] for name in evaluation["key_metrics"]]
     columns = {"frozen": "frozen", "tuned": "this model", "change": "change"}
     columns = {side: title for side, title in columns.items() if side in metrics[0]}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data import DataError, ImageError, ImageFile
 from ..data.images import MAX_PIXELS, resolve_inside
 from ..data.readers.rows import column_names
-from ..data.readers.tables import READERS
+from ..data.readers.tables import read_rows
 from ..data.readers.visu import check_pattern, entries, read_json, unsafe_name
 from ..storage.files import atomic_write, save_json
 from .classifiers import THRESHOLD, ImageClassifier, probabilities
@@ -104,7 +104,7 @@ Rows = tuple[list[dict[str, Any]], list[Any], Any]
 def _read_table(table: Path, names: Mapping[str, str]) -> Rows:
     rows = []
     try:
-        for number, row in READERS[table.suffix.lower()](table, names):
+        for number, row in read_rows(table, names):
             if isinstance(row, str):
                 raise DataError(f"{table}, row {number}: {row} (repair it: a row that cannot be read cannot be kept)")
             rows.append(row)

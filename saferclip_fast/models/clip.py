@@ -126,6 +126,8 @@ class ClipModel(nn.Module):
         """Training mode; under LoRA only the adapters' dropout switches, the frozen base stays as evaluated."""
         adapters = lora_layers(self.model)
         super().train(mode and not adapters)
+        if not any(parameter.requires_grad for parameter in self.model.visual.parameters()):
+            self.model.visual.eval()  # no batch norm of a frozen encoder moves
         for layer in adapters.values():
             layer.lora_dropout.train(mode)
         return self

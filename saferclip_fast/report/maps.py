@@ -19,8 +19,10 @@ def embedding_map(run: Run) -> Group | None:
 
     The first axis is what tells safe from unsafe in the model before, u = normalized mean over captions and images of
     (mean of the safe rows - mean of the unsafe rows); the second the main direction across it, of all parts together.
-    None where a map cannot be drawn.
+    None where a map cannot be drawn, and for data without unsafe images.
     """
+    if run.evaluation.get("text_only"):
+        return None  # two of its four parts are one
     sides = [side for side in TITLES if side in run.embeddings]
     shapes = {run.embeddings[side][part].shape for side in sides for part in PARTS}
     if len(shapes) != 1 or min(min(shapes)) < 2:

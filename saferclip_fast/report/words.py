@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..results import NO_UNSAFE_IMAGES as NO_UNSAFE_IMAGES
 from ..results import PAGE, UNSAFE_FOUND, at, cutoffs
 from .verdicts import SLIGHT, Asker, at_chance, direction, faults, listed, overall, points
 

@@ -1,4 +1,4 @@
-from .callbacks import Callbacks, StepInfo, ValidationInfo
+from .callbacks import Callbacks, StepInfo, StopTraining, ValidationInfo
 from .state import Progress, RunState
 from .trainer import Trainer, TrainResult, train
 
@@ -7,6 +7,7 @@ __all__ = [
     "Progress",
     "RunState",
     "StepInfo",
+    "StopTraining",
     "TrainResult",
     "Trainer",
     "ValidationInfo",

@@ -33,6 +33,7 @@ def open_data(
             allow_absolute=options.allow_absolute,
             unsafe_root=options.unsafe_root or None,
             unsafe_image=options.unsafe_image or None,
+            text_only=options.text_only,
             max_pixels=options.max_pixels,
             verify=True,
             cache_dir=options.cache_dir,

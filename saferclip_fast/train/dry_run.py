@@ -21,6 +21,7 @@ from .frozen import open_for_training
 from .fsdp import check_fsdp
 from .prepare import check_inputs
 from .run_folder import check_unused
+from .text_only import SAID
 from .trial import set_trainable, trial_step
 
 MIB, GIB = 2**20, 2**30
@@ -57,6 +58,8 @@ def dry_run(config: Config) -> list[str]:
         held_out = len(open_data(config, config.data.val, clip)) if config.data.val else None
         seconds = _time(clip, dataset, precision)
         set_trainable(config, clip)
+        if config.data.text_only:
+            print(SAID, flush=True)
         plan = _plan(config, clip, dataset, held_out)
     return _lines(config, clip, plan, device, precision, seconds)
 

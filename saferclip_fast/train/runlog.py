@@ -1,4 +1,4 @@
-"""The log of a run: a JSON line per logged step, TensorBoard, a progress bar."""
+"""The log of a run: a JSON line per logged step, other places for the same, a progress bar."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import Config
 from ..runtime.ranks import Ranks
+from .trackers import Trackers
 
 
 class RunLog:
-    """Writes RUN_DIR/log.jsonl and RUN_DIR/tensorboard, and shows a bar.
+    """Writes RUN_DIR/log.jsonl, tells the places of log.to, and shows a bar.
 
     A checkpoint remembers `sync()`; a resumed run cuts the file back to there, so no line is torn or doubled.
     """
 
-    def __init__(self, run_dir: Path | None, *, offset: int, step: int, tensorboard: bool, progress: bool) -> None:
+    def __init__(self, run_dir: Path | None, config: Config, *, offset: int, step: int) -> None:
         """
         Args:
             run_dir: the run's folder; None: say nothing, as ranks other than the first do.
+            config: log.* says what there is besides log.jsonl.
             offset: bytes of log.jsonl to keep, 0 for a new run.
-            step: steps done already; TensorBoard hides what an interrupted run wrote after it.
-            tensorboard, progress: whether to have them.
+            step: steps done already.
         """
         if run_dir:
             run_dir.mkdir(parents=True, exist_ok=True)
         self.file = (run_dir / "log.jsonl" if run_dir else Path(os.devnull)).open("ab")
-        self.writer = None
         if run_dir:
             there = self.file.tell()
             if there < offset:
@@ -41,29 +42,25 @@ class RunLog:
                     f"{self.file.name} has lost lines since the checkpoint: it goes on after a gap", stacklevel=2
                 )
             self.file.truncate(min(offset, there))
-        if run_dir and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
-        self.progress = progress and run_dir is not None
+        self.trackers = Trackers(run_dir, config, step) if run_dir else None
+        self.progress = config.log.progress and run_dir is not None
         self.bar: tqdm | None = None
 
     def write(self, kind: str, step: int, values: Mapping[str, float], **extra: float) -> None:
-        """One line {"kind", "step", **extra, **values}; `values` also go to TensorBoard as kind/name."""
+        """One line {"kind", "step", **extra, **values}; the numbers also go to the places of log.to, as kind/name."""
         line = {"kind": kind, "step": step, **extra, **values}
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
-        if self.writer is not None:
-            for name, value in {**values, **extra}.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        if self.trackers:
+            self.trackers.write(step, {f"{kind}/{name}": value for name, value in {**values, **extra}.items()})
 
     def sync(self) -> int:
         """Put everything on disk; return the length of log.jsonl in bytes."""
         self.file.flush()
         if self.file.name != os.devnull:
             os.fsync(self.file.fileno())
-        if self.writer is not None:
-            self.writer.flush()
+        if self.trackers:
+            self.trackers.flush()
         return self.file.tell()
 
     def start_epoch(self, epoch: int, epochs: int, samples: int, seen: int) -> None:
@@ -87,8 +84,8 @@ class RunLog:
         self.end_epoch()
         self.sync()
         self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.trackers:
+            self.trackers.close()
 
 
 class Meter:

@@ -89,7 +89,9 @@ def _embed_again(
         with no_sync() if i + 1 < len(parts) else nullcontext():
             embeddings = embed_batch(clip, micro_batch, precision, encode)
             used = [
-                (embedding, x[first:last]) for embedding, x in zip(embeddings, gradients, strict=True) if x is not None
+                (embedding, x[first:last])
+                for embedding, x in zip(embeddings, gradients, strict=True)
+                if x is not None and embedding.requires_grad  # the image encoder may be frozen (data.text_only)
             ]
             torch.autograd.backward([embedding for embedding, _ in used], [gradient for _, gradient in used])
         first = last

@@ -27,7 +27,7 @@ from ..runtime.ranks import ALONE, Ranks, Share, ranks
 from ..runtime.stop import Stopped, ignore_stop_signals, stop_at_once, stop_signals
 from ..storage.claim import claim
 from ..storage.files import atomic_write, remove_leftovers
-from .callbacks import Callbacks, StepInfo, ValidationInfo
+from .callbacks import ASKED, Callbacks, StepInfo, ValidationInfo, asks_to_stop
 from .checkpoint import load_checked, save_checked
 from .device import compile_encoders, data_parallel, naming_train_deterministic, set_up_torch
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
@@ -42,6 +42,7 @@ from .run_folder import check_unused
 from .runlog import Meter, RunLog
 from .state import Progress, RunState
 from .step import embed_micro_batches, forward_backward
+from .text_only import SAID
 from .trial import set_trainable, trial_step
 
 
@@ -69,7 +70,7 @@ class Trainer:
 
         `frozen` is what is tuned, identify(clip) before that: checkpoints and final/ hold it, if it is given.
         """
-        self.callbacks = callbacks if ranks.first else Callbacks()
+        self.callbacks, self.asked = callbacks if ranks.first else Callbacks(), False
         self.config, self.clip, self.data, self.ranks, self.device = config, clip, data, ranks, clip.device
         if config.train.fsdp and ranks.world > 1:
             shard_weights(clip, ranks)
@@ -98,11 +99,7 @@ class Trainer:
         """Train from where `self.state` stands to the end, or until SIGTERM or Ctrl-C."""
         config, progress = self.config, self.state.progress
         self.log = RunLog(
-            self.run_dir if self.ranks.first else None,
-            offset=progress.log_bytes,
-            step=progress.step,
-            tensorboard=config.log.tensorboard,
-            progress=config.log.progress,
+            self.run_dir if self.ranks.first else None, config, offset=progress.log_bytes, step=progress.step
         )
         loader = self.loader(
             self.data.train,
@@ -123,13 +120,17 @@ class Trainer:
                     self.step(batch)
                     step_done()
                     remaining -= 1
-                    if signal_number := self.ranks.largest(stop[0] if stop else 0):
-                        return self.stopped(signal_number)
+                    if (number := self.halt(stop)) == ASKED:
+                        progress.finished = True
+                        break
+                    if number:
+                        return self.stopped(number)
                     if progress.step % config.checkpoint.every_steps == 0 and remaining:
                         self.save()
                 self.end_epoch()
-                if signal_number := self.ranks.largest(stop[0] if stop else 0):
-                    return self.stopped(signal_number)
+                if (number := self.halt(stop)) and number != ASKED:
+                    return self.stopped(number)
+                progress.finished = progress.finished or number == ASKED
         self.log.close()
         return TrainResult(self.export(), progress)
 
@@ -153,8 +154,12 @@ class Trainer:
         progress.seen += samples
         means = self.log_step() if progress.step % config.log.every_steps == 0 else {}
         self.log.advance(samples, {name: means[name] for name in ("loss", *self.objective.SHOWN)} if means else None)
-        if self.callbacks.on_step:
-            self.callbacks.on_step(StepInfo(progress.step, self.total_steps, progress.epoch, means))
+        info = StepInfo(progress.step, self.total_steps, progress.epoch, means)
+        self.asked = asks_to_stop(self.callbacks.on_step, info)
+
+    def halt(self, stop: list[int]) -> int:
+        """The number of the signal that came, ASKED where a callback asks to stop, or 0; the same on every rank."""
+        return self.ranks.largest(stop[0] if stop else ASKED if self.asked else 0)
 
     def gradients(self, batch: dict[str, Any], share: Share) -> ObjectiveOutput:
         """Forward and backward pass: the gradient of the whole batch, of which `batch` is this rank's share."""
@@ -259,9 +264,10 @@ class Trainer:
                 save_checked(self.best_file, tensors, {"step": progress.step})
         else:
             progress.stale += 1
-            progress.finished = 0 < self.config.validation.patience <= progress.stale
-        if self.callbacks.on_validation:
-            self.callbacks.on_validation(ValidationInfo(progress.step, progress.epoch, means, best))
+            progress.finished = progress.finished or 0 < self.config.validation.patience <= progress.stale
+        info = ValidationInfo(progress.step, progress.epoch, means, best)
+        self.asked = asks_to_stop(self.callbacks.on_validation, info) or self.asked
+        progress.finished = progress.finished or self.asked
 
     def averaged(self) -> AbstractContextManager:
         """The model holds the averaged weights inside, if train.ema asks for an average."""
@@ -371,6 +377,8 @@ def _trainer(config: Config, members: Ranks, callbacks: Callbacks) -> Trainer:
         keep_random_weights(config, clip)
     torch.manual_seed(config.seed)  # the same adapters whether the caches were warm or not
     set_trainable(config, clip)
+    if config.data.text_only and members.first:
+        print(SAID, flush=True)
     if config.train.checkpointing:
         clip.model.set_grad_checkpointing()
     if config.train.compile:

@@ -14,14 +14,17 @@ from ..embeddings import embed_batch
 from ..models import ClipModel
 from .device import naming_train_deterministic
 from .step import check_micro_batches
+from .text_only import freeze_images
 
 
 def set_trainable(config: Config, clip: ClipModel) -> None:
-    """Adapters, or every weight, as the options say."""
+    """Adapters, or every weight, as the options say; of the text encoder alone where there are no unsafe images."""
     if config.model.tuning == "lora":
         clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     else:
         clip.unfreeze()
+    if config.data.text_only:
+        freeze_images(clip)
 
 
 def trial_step(config: Config, clip: ClipModel, world: int = 1) -> None:

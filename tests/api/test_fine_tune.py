@@ -1,5 +1,6 @@
 """sf.fine_tune: the same run as the command's, whatever holds the model and the data."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from PIL import Image
 import saferclip_fast as sf
 from saferclip_fast.config import ConfigError
 from saferclip_fast.models.keep import adopt
-from saferclip_fast.train import StepInfo, ValidationInfo
+from saferclip_fast.train import StepInfo, StopTraining, ValidationInfo
 from saferclip_fast.train.__main__ import main as command
 from saferclip_fast.train.checkpoint import CheckpointError
 
@@ -183,3 +184,43 @@ def test_the_package_is_light_until_something_is_used():
     code += "; assert 'fine_tune' in dir(sf) and not {'torch', 'numpy', 'omegaconf'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 1
+
+
+def test_a_callback_stops_training_with_the_result_so_far(clip, rows, options, tmp_path):
+    """In the middle of an epoch: what was trained is validated and exported, and a resumed run has nothing to do."""
+    seen = []
+
+    def on_step(info):
+        if info.step == 3:
+            raise StopTraining
+
+    stopped = sf.fine_tune(
+        clip, rows, options=options, run_dir=tmp_path / "run", on_step=on_step, on_validation=seen.append
+    )
+    assert stopped.metrics["step"] in (2, 3) and [info.step for info in seen] == [2, 3]
+    before = final(tmp_path / "run")
+    again = sf.fine_tune(
+        clip, rows, options={**options, "resume": "auto"}, run_dir=tmp_path / "run", on_step=seen.append
+    )
+    assert len(seen) == 2 and final(tmp_path / "run") == before and again.metrics == stopped.metrics
+
+
+def test_so_does_one_that_is_told_of_a_validation(clip, rows, options, tmp_path):
+    def on_validation(info):
+        raise StopTraining
+
+    stopped = sf.fine_tune(clip, rows, options=options, run_dir=tmp_path / "run", on_validation=on_validation)
+    assert stopped.metrics["step"] == 2 and (tmp_path / "run" / "final").is_dir()
+
+
+def test_ctrl_c_saves_the_step_and_the_run_goes_on_to_the_same_weights(clip, rows, options, tuned, tmp_path):
+    def on_step(info):
+        if info.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"saved; fine_tune with options=\{'resume': 'auto'\} goes on with"):
+        sf.fine_tune(clip, rows, options=options, run_dir=tmp_path / "run", on_step=on_step)
+    steps = []
+    sf.fine_tune(clip, rows, options={**options, "resume": "auto"}, run_dir=tmp_path / "run", on_step=steps.append)
+    assert [info.step for info in steps] == [4] and final(tmp_path / "run") == final(tuned.run_dir)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

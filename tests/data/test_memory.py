@@ -11,6 +11,7 @@ from PIL import Image
 
 from saferclip_fast import data
 from saferclip_fast.data.memory import keep
+from saferclip_fast.embeddings import embed_quadruplets
 
 TEXTS = ("safe_text", "unsafe_text")
 IMAGES = ("safe_image", "unsafe_image")
@@ -165,3 +166,27 @@ def test_the_table_is_json_lines(tmp_path):
     kept = keep(rows(), tmp_path, progress=False)
     lines = [json.loads(line) for line in Path(kept.source).read_text().splitlines()]
     assert [line["safe_text"] for line in lines] == ["a dog 0", "a dog 1", "a dog 2"]
+
+
+def test_a_data_set_of_ones_own_becomes_one_that_knows_its_content(tmp_path):
+    own = Samples(rows())
+    found = data.open_rows(own, tmp_path / "kept", progress=False, on_error="skip")
+    assert_same(found)
+    assert found.content_hash() == data.open_rows(rows(), tmp_path / "other", progress=False).content_hash()
+
+
+@pytest.mark.parametrize("call", ["embed_quadruplets", "decode_images", "write_shards"])
+def test_without_content_hash_the_way_is_named(tmp_path, call):
+    own, message = (
+        Samples(rows()),
+        r"the data set is a Samples without content_hash, .* data.open_rows\(DATASET, FOLDER\)",
+    )
+    with pytest.raises(data.DataError, match=message):
+        if call == "embed_quadruplets":
+            embed_quadruplets(None, own, tmp_path)
+        elif call == "decode_images":
+            data.decode_images(own, tmp_path)
+        else:
+            data.write_shards(own, tmp_path / "shards")
+    with pytest.raises(data.DataError, match=r"source is a Samples, not a path: data.open_rows\(DATA, FOLDER\)"):
+        data.open_quadruplets(own)

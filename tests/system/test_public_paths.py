@@ -102,7 +102,7 @@ def test_names_and_places_that_are_known_without_torch_are_those_that_are_read()
     from saferclip_fast.data import places
     from saferclip_fast.data.readers import tables
 
-    assert set(places.SCHEMES) == set(opener.GENERATED) and set(places.TABLES) == set(tables.READERS)
+    assert set(places.SCHEMES) == set(opener.GENERATED) and set(places.TABLES) == {*tables.READERS, ".parquet"}
 
 
 def test_the_console_script_is_the_same():

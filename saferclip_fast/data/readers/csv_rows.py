@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import IO, NamedTuple
 
 from ..errors import DataError
+from ..places import table_suffix
+from .unpacked import limited_lines, unpacked
 
 DELIMITERS = (",", ";", "\t", "|")
 
@@ -34,13 +37,14 @@ def read_csv(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, list[st
 
     Raises DataError for an empty file, a header that cannot be read or names a column twice, and an unknown encoding.
     """
-    with path.open(newline="", encoding=_encoding(path), errors="surrogateescape") as file:
-        lines = _Lines(file)
+    encoding = _encoding(path)
+    with unpacked(path) as raw, io.TextIOWrapper(raw, encoding, "surrogateescape", newline="") as file:
+        lines = _Lines(file, path)
         first = lines.take()
         if first is not None and first.lower().startswith("sep=") and len(first.strip()) <= 5:
             form, first = Form(first[4:5].strip("\r\n") or "\t"), lines.take()
         elif first is not None:
-            form = _form(first, "\t" if path.suffix.lower() == ".tsv" else ",", wanted)
+            form = _form(first, "\t" if table_suffix(path) == ".tsv" else ",", wanted)
         if first is None or not first.strip():
             raise DataError(f"{path} is empty: a header line is needed")
         lines.put_back([first])
@@ -62,11 +66,11 @@ def read_csv(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, list[st
 class _Lines:
     """The physical lines of a file, which can be put back; `number` counts those taken."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.ahead, self.number = file, deque[str](), 0
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self.file, self.ahead, self.number = limited_lines(file, path), deque[str](), 0
 
     def more(self) -> bool:
-        if not self.ahead and (line := self.file.readline()):
+        if not self.ahead and (line := next(self.file, "")):
             self.ahead.append(line)
         return bool(self.ahead)
 
@@ -130,7 +134,7 @@ def _form(header: str, usual: str, wanted: Collection[str]) -> Form:
 
 
 def _encoding(path: Path) -> str:
-    with path.open("rb") as file:
+    with unpacked(path) as file:
         start = file.read(4096)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"

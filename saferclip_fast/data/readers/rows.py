@@ -9,9 +9,11 @@ from typing import Any
 from ..errors import ErrorPolicy
 from ..images import ImageError, ImageFile, ImageRef, resolve_inside
 from ..quadruplets import Quadruplet
+from .columnar import StoredImage
 
 REQUIRED = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 LABELS = ("unsafe_text_label", "unsafe_image_label")
+UNSAFE_IMAGE = ("unsafe_image", "unsafe_image_label")  # what text-only quadruplets lack
 FIELDS = REQUIRED + LABELS
 LABEL_VALUES = {"0": 0, "0.0": 0, "false": 0, "safe": 0, "1": 1, "1.0": 1, "true": 1, "unsafe": 1}
 
@@ -26,8 +28,8 @@ class RowError(ValueError):
         self.kind = kind
 
 
-def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
-    """Field -> column name: the field's own name unless `columns` renames it."""
+def column_names(columns: Mapping[str, str] | None, text_only: bool = False) -> dict[str, str]:
+    """Field -> column name: the field's own name unless `columns` renames it; text_only: without the unsafe image's."""
     columns = dict(columns or {})
     unknown = sorted(set(columns) - set(FIELDS))
     if unknown:
@@ -35,13 +37,15 @@ def column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     names = {field: columns.get(field, field) for field in FIELDS}
     if doubled := sorted({name for name in names.values() if list(names.values()).count(name) > 1}):
         raise ValueError(f"columns gives {', '.join(map(repr, doubled))} to two fields: {names}")
-    return names
+    return {field: name for field, name in names.items() if not (text_only and field in UNSAFE_IMAGE)}
 
 
 def files_under(root: str, allow_absolute: bool) -> FindImage:
-    """Images are files whose paths are relative to `root`."""
+    """Images are files whose paths are relative to `root`, or already found inside the table."""
 
     def find(field: str, value: Any) -> ImageRef:
+        if isinstance(value, StoredImage):
+            return value
         return ImageFile(resolve_inside(root, value, allow_absolute))
 
     return find
@@ -55,18 +59,22 @@ def add_row(
     row: int,
     policy: ErrorPolicy,
 ) -> None:
-    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is
-    missing."""
+    """Append the row to `records`, or report it to `policy`. `fields` has the keys of FIELDS; None is missing.
+
+    Without the keys of UNSAFE_IMAGE the quadruplet is text-only: its safe image stands in, labeled safe.
+    """
     policy.summary.read += 1
+    text_only = "unsafe_image" not in fields
     try:
+        safe_image = _image(fields, "safe_image", find_image)
         records.append(
             Quadruplet(
-                safe_image=_image(fields, "safe_image", find_image),
+                safe_image=safe_image,
                 safe_text=_text(fields, "safe_text"),
-                unsafe_image=_image(fields, "unsafe_image", find_image),
+                unsafe_image=safe_image if text_only else _image(fields, "unsafe_image", find_image),
                 unsafe_text=_text(fields, "unsafe_text"),
                 unsafe_text_label=_label(fields, "unsafe_text_label"),
-                unsafe_image_label=_label(fields, "unsafe_image_label"),
+                unsafe_image_label=0 if text_only else _label(fields, "unsafe_image_label"),
                 file=file,
                 row=row,
             )

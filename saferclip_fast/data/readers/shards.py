@@ -21,7 +21,7 @@ from ...storage.files import atomic_write
 from ..errors import DataError, ErrorPolicy
 from ..images import ImageArray, ImageError, ImageRef, TarMember, opened
 from ..places import shard_paths
-from ..quadruplets import Quadruplet, QuadrupletDataset
+from ..quadruplets import Quadruplet, QuadrupletDataset, check_opened
 from .json_text import parse_json
 from .rows import REQUIRED, RowError, add_row, column_names
 from .tar_index import index_tar
@@ -33,15 +33,18 @@ MAX_TEXT_BYTES = 1 << 20  # captions are short; a larger member is a mistake or 
 
 
 def read_shards(
-    source: str | os.PathLike, policy: ErrorPolicy, columns: Mapping[str, str] | None = None
+    source: str | os.PathLike,
+    policy: ErrorPolicy,
+    columns: Mapping[str, str] | None = None,
+    text_only: bool = False,
 ) -> list[Quadruplet]:
     """Index the shards that `source` names: a .tar, a folder of them, a glob, or braces
     ("s-{0000..0009}.tar").
 
     columns: field -> name used in members and JSON, where it differs. Bad samples go to `policy`, numbered
-    from 1 in their shard. Raises DataError when there is no shard.
+    from 1 in their shard. text_only: leave unsafe images alone. Raises DataError when there is no shard.
     """
-    names = column_names(columns)
+    names = column_names(columns, text_only)
     records: list[Quadruplet] = []
     for path in shard_paths(source):
         row = 0
@@ -91,13 +94,13 @@ def _add_sample(
             fields[field] = values.get(name)
             if f"{name}.txt" in members:
                 fields[field] = read_text(members[f"{name}.txt"])
-        for field in IMAGES:
+        for field in (field for field in IMAGES if field in names):
             stored = [f"{names[field]}.{suffix}" for suffix in IMAGE_SUFFIXES]
             there = [members[name] for name in stored if name in members]
             if len(there) > 1:
                 raise RowError("bad row", f"two images {', '.join(member.name for member in there)} for one {field}")
             fields[field] = there[0] if there else None
-        if missing := [field for field in REQUIRED if fields[field] is None]:
+        if missing := [field for field in REQUIRED if field in names and fields[field] is None]:
             raise RowError("missing field", f"no {missing[0]} among its members {', '.join(members)}; {WHAT}")
     except (RowError, ImageError) as error:
         policy.summary.read += 1
@@ -142,6 +145,7 @@ def write_shards(
     """
     import webdataset
 
+    check_opened(dataset)
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
     Path(folder).mkdir(parents=True, exist_ok=True)

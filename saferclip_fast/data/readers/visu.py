@@ -25,7 +25,8 @@ from ..errors import DataError, ErrorPolicy
 from ..images import ImageError, ImageFile, ImageRef, resolve_inside
 from ..quadruplets import Quadruplet
 from .json_text import parse_json
-from .rows import LABELS, FindImage, add_row
+from .rows import LABELS, UNSAFE_IMAGE, FindImage, add_row
+from .unpacked import read_all
 
 PLACES = ("id", "coco_id", "name")  # what a pattern of unsafe images may hold, in braces
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "")
@@ -38,6 +39,7 @@ def read_visu(
     unsafe_root: str | os.PathLike | None = None,
     unsafe_image: str | None = None,
     allow_absolute: bool = False,
+    text_only: bool = False,
 ) -> list[Quadruplet]:
     """Read a ViSU or NSFWCaps JSON file.
 
@@ -45,7 +47,7 @@ def read_visu(
     images. unsafe_root: folder of the unsafe images (default: the JSON file's). unsafe_image: their name in it, where
     entries have no "nsfw_im_path"; {id} and {coco_id} stand for the entry's numbers, {name} for the safe image's file
     name without its suffix (NSFWCaps). Paths may not leave their folder; `allow_absolute` admits absolute
-    "nsfw_im_path"s.
+    "nsfw_im_path"s. text_only: leave unsafe images alone.
 
     Bad entries go to `policy`. Raises DataError for a file that is not of this layout at all.
     """
@@ -63,10 +65,12 @@ def read_visu(
 
     records: list[Quadruplet] = []
     found = entries(read_json(path), path)
-    if found and not unsafe_image and not any("nsfw_im_path" in entry for _, entry in found if isinstance(entry, dict)):
+    named = text_only or unsafe_image or any("nsfw_im_path" in entry for _, entry in found if isinstance(entry, dict))
+    if found and not named:
         raise DataError(
             f"{path} has captions only, no unsafe images (nsfw_im_path): make the images, then say how they are "
-            'called, unsafe_image="{id}.png" (in a command data.unsafe_image={id}.png), and where they lie, unsafe_root'
+            'called, unsafe_image="{id}.png" (in a command data.unsafe_image={id}.png), and where they lie, '
+            "unsafe_root, or train the text encoder alone, data.text_only=true"
         )
     for row, (key, entry) in enumerate(found, start=1):
         if not isinstance(entry, dict):
@@ -81,6 +85,8 @@ def read_visu(
             "unsafe_text": entry.get(layout.unsafe_text),
             **{label: entry.get(label) for label in LABELS},
         }
+        if text_only:
+            fields = {field: value for field, value in fields.items() if field not in UNSAFE_IMAGE}
         number = int(key) if str(key).isdecimal() and len(str(key)) <= 12 else row
         add_row(records, fields, finder(layout), str(path), number, policy)
     return records
@@ -89,7 +95,7 @@ def read_visu(
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises DataError, naming the file, where it cannot be read."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_all(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

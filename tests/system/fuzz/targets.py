@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tempfile
@@ -67,7 +68,8 @@ def _visu_options(path: Path) -> dict[str, Any]:
 
 
 def _read_quadruplets(path: Path) -> None:
-    data = open_quadruplets(path, on_error="skip", max_pixels=10_000, progress=False, **_visu_options(path))
+    options = {"max_pixels": 10_000, "progress": False, "cache_dir": path.parent / "cache"}
+    data = open_quadruplets(path, on_error="skip", **options, **_visu_options(path))
     assert data.summary.kept == len(data)
     "".join(data.summary.problems).encode()
     for index in range(len(data)):
@@ -176,6 +178,41 @@ def _parquet_seeds() -> list[bytes]:
     return seeds
 
 
+def _held_table() -> pa.Table:
+    """Images as `datasets` holds them."""
+    image = {"bytes": _IMAGE_BYTES, "path": IMAGE}
+    rows = [{"safe_image": image, "unsafe_image": image, "safe_text": f"a cat {i}", "unsafe_text": "b"} for i in (0, 1)]
+    return pa.Table.from_pylist(rows)
+
+
+def _held_seeds() -> list[bytes]:
+    buffer = io.BytesIO()
+    pq.write_table(_held_table(), buffer)
+    return [buffer.getvalue()]
+
+
+def _saved_seeds() -> list[bytes]:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, _held_table().schema) as writer:
+        writer.write_table(_held_table())
+    return [sink.getvalue().to_pybytes()]
+
+
+def _read_saved(path: Path) -> None:
+    """A folder of `datasets`."""
+    (path.parent / "saved").mkdir()
+    path.rename(path.parent / "saved" / "data.arrow")
+    (path.parent / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    _read_quadruplets(path.parent / "saved")
+
+
+def _read_state(path: Path) -> None:
+    (path.parent / "saved").mkdir()
+    (path.parent / "saved" / "data.arrow").write_bytes(_saved_seeds()[0])
+    path.rename(path.parent / "saved" / "state.json")
+    _read_quadruplets(path.parent / "saved")
+
+
 def _visu_seeds() -> list[bytes]:
     entry = {"safe": "a cat", "nsfw": "a hazard", "coco_id": 9, "nsfw_im_path": IMAGE}
     nsfwcaps = {"caption": "a cat", "nsfw_caption": "a hazard", "image_coco_url": f"http://host/{IMAGE}"}
@@ -268,6 +305,12 @@ TARGETS = [
     Target("jsonl", ".jsonl", _read_quadruplets, (DataError,), _jsonl_seeds),
     Target("visu", ".json", _read_quadruplets, (DataError,), _visu_seeds),
     Target("parquet", ".parquet", _read_quadruplets, (DataError,), _parquet_seeds),
+    Target("parquet-images", ".parquet", _read_quadruplets, (DataError,), _held_seeds),
+    Target("saved", ".arrow", _read_saved, (DataError,), _saved_seeds),
+    Target(
+        "saved-state", ".json", _read_state, (DataError,), lambda: [b'{"_data_files": [{"filename": "data.arrow"}]}']
+    ),
+    Target("csv-gz", ".csv.gz", _read_quadruplets, (DataError,), lambda: [gzip.compress(x) for x in _table_seeds()]),
     Target("shards", ".tar", _read_quadruplets, (DataError,), _shard_seeds),
     Target("class-shards", ".tar", _read_labeled, (DataError,), _class_shard_seeds),
     Target("class-names", ".txt", _read_labeled, (DataError,), lambda: [b"a {}\nno {}, not\n", b"{}\r\n\n{}"]),

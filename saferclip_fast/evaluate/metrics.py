@@ -119,7 +119,8 @@ class _MixedSearch(NamedTuple):
     ) -> _MixedSearch:
         """The queries are the rows `asked` (bool [N]) of the part `kind`_`query`."""
         unsafe = _unsafe(labels, other)
-        queries, sides = f"{kind}_{query}", (f"safe_{other}", f"unsafe_{other}")
+        queries = f"{kind}_{query}"
+        sides: tuple[str, ...] = (f"safe_{other}", f"unsafe_{other}")
         if labels.text_only and other == "image":
             sides, unsafe = sides[:1], unsafe[:0]
         return cls(

@@ -118,10 +118,11 @@ def _guard(bank: Bank, query: Tensor, limit: Tensor) -> Guard:
     searched = torch.cat([query, extra], dim=1) / math.hypot(1, reach)
     limit = limit.clamp(-1, 1).unsqueeze(1)
     hinged = torch.cat([query, -limit, (1 - limit.square()).sqrt()], dim=1) / math.sqrt(2)
-    rows: Bank = SafeBank.from_unit(searched, hinged, {}).pack()
+    own = SafeBank.from_unit(searched, hinged, {}).pack()
+    rows: Bank = own
     if isinstance(bank, ShardedBank):
-        rows.offset = bank.shard.offset
-        rows = ShardedBank(rows, bank.ranks, len(bank), bank.device)
+        own.offset = bank.shard.offset
+        rows = ShardedBank(own, bank.ranks, len(bank), bank.device)
     return Guard(rows, math.hypot(1, reach) * math.hypot(1, 1 / TILT), shift)
 
 

@@ -94,6 +94,7 @@ lint: setup  ## ruff, clang-format, codespell, mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent --untyped-calls-exclude=torch examples
 
 format: setup  ## format Python and C++ in place
 	$(BIN)/ruff format .

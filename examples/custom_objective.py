@@ -10,13 +10,15 @@ of the nearest safe caption and its image, which keeps redirected pairs together
 import warnings
 
 import torch.nn.functional as F
+from torch import Tensor
 
-from saferclip_fast import nearest_safe
+from saferclip_fast import Neighbors, SafeBank, nearest_safe
 from saferclip_fast.config import load_config
+from saferclip_fast.data import QuadrupletEmbeddings
 from saferclip_fast.models import load_clip
 from saferclip_fast.objectives import Objective, ObjectiveOutput
 from saferclip_fast.objectives.common import cosine_distance, label_mask
-from saferclip_fast.runtime.ranks import ALONE
+from saferclip_fast.runtime.ranks import ALONE, Share
 from saferclip_fast.train import Trainer
 from saferclip_fast.train.prepare import prepare
 
@@ -26,7 +28,16 @@ class PullToThePair(Objective):
 
     SHOWN = ("pull_text", "pull_image")
 
-    def forward(self, current, frozen, bank, neighbors=None, text_is_unsafe=None, image_is_unsafe=None, share=ALONE):
+    def forward(
+        self,
+        current: QuadrupletEmbeddings,
+        frozen: QuadrupletEmbeddings,
+        bank: SafeBank,
+        neighbors: Neighbors | None = None,
+        text_is_unsafe: Tensor | None = None,
+        image_is_unsafe: Tensor | None = None,
+        share: Share = ALONE,
+    ) -> ObjectiveOutput:
         if neighbors is None:  # objective.neighbors=in_step
             neighbors = nearest_safe(frozen.unsafe_text, bank)
         rows = neighbors.indices[:, 0]
@@ -58,6 +69,7 @@ clip.add_lora(config.lora.rank, config.lora.alpha)
 
 trainer = Trainer(config, clip, data)
 trainer.objective = PullToThePair()
+assert data.val is not None  # data.val_fraction held some out
 before = trainer.validate(data.val)
 result = trainer.fit()
 after = trainer.validate(data.val)

@@ -1,4 +1,5 @@
-from .common import Objective, ObjectiveOutput, QuadrupletEmbeddings
+from ..data.quadruplets import QuadrupletEmbeddings as QuadrupletEmbeddings
+from .common import Objective, ObjectiveOutput
 from .defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS
 from .safe_clip import SafeClip
 from .safer_clip import SaferClip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import saferclip_fast as sf
+from benchmarks.gpu import rivals
+from saferclip_fast.ops import HingeOutput, neighbor_hinge
 
 QUANTILES = (0.5, 0.1, 0.9)
 
@@ -111,20 +112,15 @@ def search_cases(device: str, batch: int, rows: int, dim: int, k: int) -> Iterat
     packed = sf.SafeBank(bank, bank).pack()
     size = f"B={batch:,} N={rows:,} d={dim} k={k}"
     cost = dict(bytes=4.0 * dim * (batch + rows), operations=2.0 * batch * rows * dim)
-    for name in backends("nearest_safe"):
-        run = functools.partial(sf.nearest_safe, query, packed, k, backend=name, check=False)
-        yield Case("nearest_safe", size, name, run, **cost)
-    yield Case("nearest_safe", size, "PyTorch", lambda: plain_search(query, bank, k), **cost)
     compiled = torch.compile(plain_search)
-    yield Case("nearest_safe", size, "torch.compile", lambda: compiled(query, bank, k), **cost)
-    if importlib.util.find_spec("faiss"):
-        import faiss
-        import faiss.contrib.torch_utils  # lets faiss take CUDA tensors
-
-        if hasattr(faiss, "StandardGpuResources"):
-            index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), dim)
-            index.add(bank)
-            yield Case("nearest_safe", size, "faiss-gpu", lambda: index.search(F.normalize(query, dim=-1), k), **cost)
+    ways: dict[str, Callable[[], object]] = {
+        name: functools.partial(sf.nearest_safe, query, packed, k, backend=name, check=False)
+        for name in backends("nearest_safe")
+    }
+    ways["PyTorch"] = lambda: plain_search(query, bank, k)
+    ways["torch.compile"] = lambda: compiled(query, bank, k)
+    for way, run in (ways | rivals.search(query, bank, k)).items():
+        yield Case("nearest_safe", size, way, run, **cost)
 
 
 def with_gradients(loss: Callable[..., Tensor], *trained: Tensor) -> Callable[[], object]:
@@ -138,15 +134,21 @@ def loss_inputs(device: str, batch: int, dim: int, dtype: torch.dtype) -> list[T
     return tensors
 
 
-def retarget_cases(device: str, batch: int, rows: int, dim: int, dtype=torch.bfloat16) -> Iterator[Case]:
+def size_of(text: Tensor, more: str = "") -> str:
+    return f"B={len(text):,} d={text.shape[1]}{more} {str(text.dtype).removeprefix('torch.')}"
+
+
+def retarget_cases(device: str, batch: int, rows: int, dim: int, dtype: torch.dtype, k: int = 16) -> Iterator[Case]:
+    """k = 16 is what training takes by default."""
     text, image, frozen_text, frozen_image = loss_inputs(device, batch, dim, dtype)
     bank = sf.SafeBank(unit(rows, dim, device), unit(rows, dim, device))
-    neighbors = sf.nearest_safe(frozen_text, bank, 1, check=False)
+    neighbors = sf.nearest_safe(frozen_text, bank, k, check=False)
 
     def plain(text: Tensor, image: Tensor) -> Tensor:
         u, v = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
         r, s = F.normalize(frozen_text.float(), dim=-1), F.normalize(frozen_image.float(), dim=-1)
-        near, far = bank.text[neighbors.indices[:, 0]], bank.image[neighbors.indices[:, 0]]
+        share = torch.softmax(neighbors.scores / 0.05, dim=1).unsqueeze(1)
+        near, far = ((share @ side[neighbors.indices]).squeeze(1) for side in (bank.text, bank.image))
         uni = 2 - (u * near).sum(-1) - (v * far).sum(-1)
         return (uni + F.softplus((u * (s - far)).sum(-1)) + F.softplus((v * (r - near)).sum(-1))).mean()
 
@@ -154,44 +156,75 @@ def retarget_cases(device: str, batch: int, rows: int, dim: int, dtype=torch.bfl
         options = dict(neighbors=neighbors, backend=backend, check=False)
         return sf.retarget_loss(text, image, frozen_text, frozen_image, bank, **options).loss
 
-    size, moved = (
-        f"B={batch:,} d={dim} k=1 {str(dtype).removeprefix('torch.')}",
-        float(batch * dim * (6 * text.element_size() + 8)),
-    )
+    moved = float(batch * dim * (6 * text.element_size() + 8 * k))
     ours = [(name, functools.partial(fused, name)) for name in backends("retarget_loss")]
     for way, loss in (*ours, ("PyTorch", plain), ("torch.compile", torch.compile(plain))):
-        yield Case("retarget_loss", size, way, with_gradients(loss, text, image), bytes=moved)
+        yield Case("retarget_loss", size_of(text, f" k={k}"), way, with_gradients(loss, text, image), bytes=moved)
 
 
-def preservation_cases(device: str, batch: int, dim: int, dtype=torch.bfloat16) -> Iterator[Case]:
+def hinge_cases(device: str, batch: int, rows: int, dim: int, dtype: torch.dtype, k: int = 16) -> Iterator[Case]:
+    text = loss_inputs(device, batch, dim, dtype)[0]
+    limits = torch.rand(rows, 1, device=device)
+    bank = torch.cat([unit(rows, dim, device), -limits, torch.zeros_like(limits)], dim=1) / 2**0.5
+    indices = torch.randint(rows, (batch, k), device=device)
+    found = sf.Neighbors(torch.randn(batch, k, device=device), indices)  # half of the hinges are open
+    shares = torch.full((batch,), 1 / batch, device=device)
+
+    def plain(text: Tensor) -> Tensor:
+        extended = torch.cat([F.normalize(text.float(), dim=-1), text.new_ones(batch, 1).float()], dim=1)
+        hinges = 2**0.5 * (bank[indices][..., :-1] @ extended.unsqueeze(2)).squeeze(2)
+        return (shares * (hinges * (found.scores > 0)).sum(1)).sum() / k
+
+    def fused(backend: str, text: Tensor) -> Tensor:
+        result: HingeOutput = neighbor_hinge(text, bank, found, shares, k=k, backend=backend)
+        return result.loss
+
+    moved = float(batch * dim * (2 * text.element_size() + 4 * k / 2))
+    ours = [(name, functools.partial(fused, name)) for name in backends("neighbor_hinge")]
+    for way, loss in (*ours, ("PyTorch", plain), ("torch.compile", torch.compile(plain))):
+        yield Case("neighbor_hinge", size_of(text, f" k={k}"), way, with_gradients(loss, text), bytes=moved)
+
+
+def plain_contrast(u: Tensor, v: Tensor) -> Tensor:
+    """Symmetric InfoNCE of unit rows; S is stored, in the rows' dtype."""
+    labels = torch.arange(len(u), device=u.device)
+    logits = rivals.SCALE * u @ v.T
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def contrast_cases(device: str, batch: int, dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    x, _, y, _ = loss_inputs(device, batch, dim, dtype)
+
+    def of_units(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: loss(F.normalize(x, dim=-1), F.normalize(y, dim=-1))
+
+    def fused(backend: str, x: Tensor) -> Tensor:
+        return sf.info_nce(x, y, backend=backend, check=False)
+
+    ways = {name: functools.partial(fused, name) for name in backends("info_nce_sums")}
+    ways |= {"PyTorch": of_units(plain_contrast), "torch.compile": torch.compile(of_units(plain_contrast))}
+    ways |= {way: of_units(loss) for way, loss in rivals.contrast(device, batch).items()}
+    operations = 2.0 * 2 * batch * batch * dim  # S and its gradient
+    for way, loss in ways.items():
+        yield Case("info_nce", size_of(x), way, with_gradients(loss, x), operations=operations)
+
+
+def preservation_cases(device: str, batch: int, dim: int, dtype: torch.dtype) -> Iterator[Case]:
     text, image, frozen_text, frozen_image = loss_inputs(device, batch, dim, dtype)
-    labels = torch.arange(batch, device=device)
 
-    def plain(text: Tensor, image: Tensor) -> Tensor:
-        u, v, r, s = (F.normalize(x, dim=-1) for x in (text, image, frozen_text, frozen_image))
-        loss = 2 - (u * r).sum(-1).mean() - (v * s).sum(-1).mean()
-        for logits in (100.0 * u @ s.T, 100.0 * v @ r.T):
-            loss = loss + (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    def of_units(contrast: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(text: Tensor, image: Tensor) -> Tensor:
+            u, v, r, s = (F.normalize(x, dim=-1) for x in (text, image, frozen_text, frozen_image))
+            return 2 - (u * r).sum(-1).mean() - (v * s).sum(-1).mean() + contrast(u, s) + contrast(v, r)
+
         return loss
 
     def fused(backend: str, text: Tensor, image: Tensor) -> Tensor:
         return sf.preservation_loss(text, image, frozen_text, frozen_image, backend=backend, check=False).loss
 
     ways = {name: functools.partial(fused, name) for name in backends("preservation_loss")}
-    ways |= {"PyTorch": plain, "torch.compile": torch.compile(plain)}
-    if importlib.util.find_spec("inf_cl"):
-        from inf_cl import cal_inf_loss
-
-        def rival(text: Tensor, image: Tensor) -> Tensor:
-            scale = torch.tensor(100.0, device=device)
-            u, v, r, s = (F.normalize(x, dim=-1) for x in (text, image, frozen_text, frozen_image))
-            return cal_inf_loss(u, s, scale=scale).mean() + cal_inf_loss(v, r, scale=scale).mean()
-
-        ways["Inf-CL"] = rival
+    ways |= {"PyTorch": of_units(plain_contrast), "torch.compile": torch.compile(of_units(plain_contrast))}
+    ways |= {way: of_units(contrast) for way, contrast in rivals.contrast(device, batch).items()}
+    operations = 2.0 * 4 * batch * batch * dim  # S and its gradient, for both terms
     for way, loss in ways.items():
-        operations = 2.0 * 4 * batch * batch * dim  # S and its gradient, for both terms
-        yield Case(
-            *("preservation_loss", f"B={batch:,} d={dim} {str(dtype).removeprefix('torch.')}", way),
-            with_gradients(loss, text, image),
-            operations=operations,
-        )
+        yield Case("preservation_loss", size_of(text), way, with_gradients(loss, text, image), operations=operations)

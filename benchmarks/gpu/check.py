@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = "hard_searches or (retarget_loss and 64-1) or (preservation_loss and 1-64)"
-OPS = ("retarget_loss", "nearest_safe", "preservation_loss")
+OPS = ("retarget_loss", "neighbor_hinge", "nearest_safe", "info_nce", "preservation_loss")
 WITHIN = 0.3  # a prediction holds if the time is at most this far from it
 
 
@@ -137,7 +137,11 @@ def held(rows: list[dict], gpu: str | None) -> list[str]:
         return [f"no predictions for {gpu or 'a machine without a GPU'}"]
     found = []
     for row in rows:
-        if row["way"] != "cuda" or row["error"]:
+        if (
+            row["way"] != "cuda"
+            or row["error"]
+            or row["op"] not in ("nearest_safe", "retarget_loss", "preservation_loss")
+        ):
             continue
         size = {k: int(v.replace(",", "")) for k, v in (word.split("=") for word in row["size"].split() if "=" in word)}
         if row["op"] == "nearest_safe":

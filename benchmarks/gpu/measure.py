@@ -7,11 +7,12 @@ context, a deadline or a kill costs the case at hand.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import saferclip_fast as sf
-from benchmarks.gpu.cases import Case, machine_rates, measure, preservation_cases, retarget_cases, search_cases
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import Case, machine_rates, measure
 from saferclip_fast.ops import reference
+from saferclip_fast.ops.backends import NO_KERNEL
 from saferclip_fast.ops.choice import select
 
-OPS = ("retarget_loss", "nearest_safe", "preservation_loss")
+OPS = ("retarget_loss", "neighbor_hinge", "nearest_safe", "info_nce", "preservation_loss")
 DTYPES = (torch.bfloat16, torch.float32)  # what training feeds to the losses: under autocast, and without
 CORRECT = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # the worst row, by its own size
 
@@ -51,11 +54,14 @@ class Lines:
         print(*row.values(), flush=True)
 
 
-def usable(op: str, device: str, dtype: torch.dtype) -> Iterator[tuple[str, object]]:
-    """(backend, op) of every backend that runs `op` here."""
+def usable(op: str, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
+    """(backend, op) of every backend that has a kernel of `op` for this device."""
     for backend in ("cpu", "cuda", "triton", "reference"):
+        if {op, f"{op}_sums"} & set(NO_KERNEL.get(backend, ())):
+            continue  # it would be another's
+        pick = functools.partial(select, backend=backend, device=device, dtype=dtype)
         try:
-            yield backend, select(op, backend, device, dtype)
+            yield backend, implementation(op, pick)
         except (ValueError, RuntimeError):
             continue
 
@@ -65,21 +71,48 @@ def unit(rows: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def smoke_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
-    rows = [torch.randn(300, 96).to(device, dtype) for _ in range(4)]
-    yield "nearest_safe", (rows[0], unit(3000, 96, dtype, device), 5)
+    batch, count = (300, 3000) if device == "cuda" else (24, 100)  # interpreted, a kernel takes seconds
+    rows = [torch.randn(batch, 96).to(device, dtype) for _ in range(4)]
+    yield "nearest_safe", (rows[0], unit(count, 96, dtype, device), 5)
     yield "preservation_loss", (*rows, [1.0] * 4, 100.0, True)
-    bank = [unit(500, 96, torch.float32, device) for _ in range(2)]
-    found = torch.randint(500, (300, 2), device=device), torch.full((300, 2), 0.5, device=device)
-    shares, options = torch.full((300, 4), 1 / 300, device=device), ([1.0] * 4, 2.0, 0.1, True, True)
+    mask = torch.arange(batch, device=device) % 3 > 0
+    first, last = batch // 8, batch // 2
+    for x, start, chosen in (
+        (rows[0], 0, None),
+        (rows[0][first:last], first, None),
+        (rows[0][first:last], first, mask),
+    ):
+        yield "info_nce", (x, rows[1], chosen, start, 100.0)  # all rows; a process's rows; some of them
+    bank = [unit(count, 96, torch.float32, device) for _ in range(2)]
+    found = torch.randint(count, (batch, 2), device=device), torch.full((batch, 2), 0.5, device=device)
+    shares, options = torch.full((batch, 4), 1 / batch, device=device), ([1.0] * 4, 2.0, 0.1, True, True)
     yield "retarget_loss", (*rows, *bank, *found, shares, *options)
+    limited, scores = torch.randn(count, 98).to(device), torch.randn(batch, 2).to(device)
+    yield "neighbor_hinge", (rows[0], limited, found[0], scores, shares[:, 0].contiguous(), 0.1, 2, True)
+
+
+def info_nce(sums: Callable, loss: Callable, *arguments: object) -> tuple[Tensor, Tensor]:
+    """Both halves of the op, as one process runs them: S kept for the gradient."""
+    x, y, mask, first, scale = arguments
+    rows, columns, logits = sums(x, y, mask, first, scale, True)
+    columns = torch.stack([columns[0], columns[1].log()])
+    return loss(x, y, mask, rows, columns, logits, first, scale, True)
+
+
+def implementation(op: str, get: Callable[[str], Callable]) -> Callable:
+    """The op, or for info_nce its two halves, by what `get` gives for a torch op's name."""
+    if op != "info_nce":
+        return get(op)
+    return functools.partial(info_nce, get("info_nce_sums"), get("info_nce_loss"))
 
 
 def worst_row(op: str, found: tuple, arguments: tuple) -> float:
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-    truth = getattr(reference, op)(*wide)
+    truth = implementation(op, functools.partial(getattr, reference))(*wide)
     if op == "nearest_safe":
         return float((found[0].double() - truth[0]).abs().max())
-    errors = [(f.double() - t).norm(dim=1) / t.norm(dim=1) for f, t in zip(found[2:], truth[2:], strict=True)]
+    gradients = [(f.double(), t) for f, t in zip(found, truth, strict=True) if t.dim() == 2]
+    errors = [(f - t).norm(dim=1) / t.norm(dim=1).clamp(min=torch.finfo(f.dtype).tiny) for f, t in gradients]
     return float(torch.cat(errors).max())
 
 
@@ -88,9 +121,9 @@ def smoke(lines: Lines, device: str) -> int:
     wrong = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         torch.manual_seed(0)
-        for op, arguments in smoke_cases(dtype, device):
+        for number, (op, arguments) in enumerate(smoke_cases(dtype, device)):
             for backend, kernel in usable(op, device, dtype):
-                key = {"stage": "smoke", "op": op, "way": backend, "dtype": str(dtype)}
+                key = {"stage": "smoke", "op": op, "case": number, "way": backend, "dtype": str(dtype)}
                 if lines.has(**key, ok=True):
                     continue
                 start = time.perf_counter()
@@ -112,12 +145,18 @@ def timed_cases(op: str, device: str, small: bool) -> Iterator[Case]:
         sizes = [(48, 100_000, 768, 1), (4096, 100_000, 768, 1), (4096, 100_000, 768, 16), *grid]
         sizes = [(8, 300, 32, 2)] if small else [*sizes, (4096, 1_000_000, 768, 1)]
         for size in sizes:
-            yield from search_cases(device, *size)
+            yield from cases.search_cases(device, *size)
         return
-    cases = retarget_cases if op == "retarget_loss" else preservation_cases
+    makers = {
+        "retarget_loss": cases.retarget_cases,
+        "neighbor_hinge": cases.hinge_cases,
+        "info_nce": cases.contrast_cases,
+        "preservation_loss": cases.preservation_cases,
+    }
+    bank = [40 if small else 100_000] if op in ("retarget_loss", "neighbor_hinge") else []
     for batch in (8,) if small else (48, 256, 1024, 4096, 16_384, 65_536):
         for dtype in DTYPES:
-            yield from cases(device, batch, 32 if small else 768, dtype)
+            yield from makers[op](device, batch, *bank, 32 if small else 768, dtype)
 
 
 def times(lines: Lines, op: str, device: str, seconds: float, small: bool = False) -> int:

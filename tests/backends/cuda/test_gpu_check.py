@@ -8,18 +8,23 @@ import sys
 import time
 import zipfile
 
+import numpy
 import pytest
 import torch
 
-from benchmarks.gpu import cases, check, measure
+from benchmarks.gpu import cases, check, measure, rivals
 from tests.backends.simt.build import ROOT
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: run make gpu-check")
 
 
 @pytest.fixture(autouse=True)
-def not_compiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # compiling is not what is tested here
+def neither_compiled_nor_interpreted(monkeypatch):
+    """Compiling is not what is tested here, and an interpreted kernel takes seconds."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends = cases.backends
+    monkeypatch.setattr(cases, "backends", lambda op: [name for name in backends(op) if name != "triton"])
 
 
 @pytest.mark.parametrize("op", measure.OPS)
@@ -81,8 +86,19 @@ def test_predictions_are_compared():
     assert held.endswith("measured 0.6 ms: held") and not_held.endswith("did not hold")
 
 
+def test_a_rival_says_its_version_and_what_differs():
+    assert (
+        rivals.named("numpy", "nobody-has-this", "numpy", differs="no tie rule")
+        == f"numpy {numpy.__version__} (no tie rule)"
+    )
+    assert rivals.named("nobody_has_this") is None
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        assert any(way.startswith(f"F.linear_cross_entropy {torch.__version__} (") for way in rivals.contrast("cpu", 4))
+
+
 def start(results, wheels, seconds):
     environment = {**os.environ, "SAFERCLIP_GPU_RESULTS": str(results), "SAFERCLIP_GPU_WHEELS": str(wheels)}
+    environment.pop("TRITON_INTERPRET", None)
     environment |= {"PYTHONPATH": str(ROOT), "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu.check", "--seconds", str(seconds)]
     return subprocess.Popen(
@@ -116,6 +132,7 @@ def test_rehearsal_goes_on_after_a_kill_and_keeps_its_deadline(tmp_path):
     assert (results / "lines.jsonl").read_text().startswith(before)
     smoke = [json.loads(line) for line in (results / "lines.jsonl").read_text().splitlines()[1:]]
     assert {row["op"] for row in smoke} == set(measure.OPS) and all(row["ok"] for row in smoke)
+    assert len({row["case"] for row in smoke if row["op"] == "info_nce"}) == 3
     assert sum(1 for file in results.rglob("*") if file.is_file()) <= 6
     late, begin = start(tmp_path / "late", wheels, 1), time.monotonic()
     assert "left out: no time" in late.communicate()[0] and time.monotonic() - begin < 30

@@ -23,6 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PART = "hard_searches or (retarget_loss and 64-1) or (preservation_loss and 1-64)"
 OPS = ("retarget_loss", "neighbor_hinge", "nearest_safe", "info_nce", "preservation_loss")
+PREDICTED = {(way, "preservation_loss") for way in ("cuda", "triton")} | {
+    ("cuda", op) for op in ("nearest_safe", "retarget_loss")
+}
 WITHIN = 0.3  # a prediction holds if the time is at most this far from it
 
 
@@ -137,11 +140,7 @@ def held(rows: list[dict], gpu: str | None) -> list[str]:
         return [f"no predictions for {gpu or 'a machine without a GPU'}"]
     found = []
     for row in rows:
-        if (
-            row["way"] != "cuda"
-            or row["error"]
-            or row["op"] not in ("nearest_safe", "retarget_loss", "preservation_loss")
-        ):
+        if (row["way"], row["op"]) not in PREDICTED or row["error"]:
             continue
         size = {k: int(v.replace(",", "")) for k, v in (word.split("=") for word in row["size"].split() if "=" in word)}
         if row["op"] == "nearest_safe":
@@ -150,11 +149,16 @@ def held(rows: list[dict], gpu: str | None) -> list[str]:
             continue  # no prediction
         elif row["op"] == "retarget_loss":
             cost = roofline.retarget(size["B"], size["d"], size["k"])
+        elif row["way"] == "triton":
+            cost = roofline.chunked_preservation(chip, size["B"], size["d"])
         else:
             cost = roofline.preservation(size["B"], size["d"])
         predicted, measured = cost.seconds(chip, real=True) * 1e3, row["milliseconds"]
         verdict = "held" if abs(measured / predicted - 1) <= WITHIN else "did not hold"
-        found.append(f"{row['op']} {row['size']}: predicted {predicted:.3g} ms, measured {measured:.3g} ms: {verdict}")
+        found.append(
+            f"{row['op']} {row['way']} {row['size']}: predicted {predicted:.3g} ms,"
+            f" measured {measured:.3g} ms: {verdict}"
+        )
     return found
 
 

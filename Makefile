@@ -100,8 +100,8 @@ format: setup  ## format Python and C++ in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-gpu-check: setup  ## on a machine with a GPU: GPU tests, compute-sanitizer, benchmarks (benchmarks/results)
-	$(BIN)/python -m benchmarks.gpu.check
+gpu-check: $(if $(OFFLINE),,setup)  ## on a machine with a GPU, ten minutes: tests, compute-sanitizer, times (OFFLINE=1: no network)
+	$(if $(OFFLINE),$(PYTHON),$(BIN)/python) -m benchmarks.gpu.check
 
 wheel: setup  ## build a wheel into dist/ (SAFERCLIP_FAST_CUDA=0: without CUDA, 1: with it; default: where nvcc is)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

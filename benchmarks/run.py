@@ -17,8 +17,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from benchmarks import render
 from benchmarks.harness import CORES, put_aside
 from benchmarks.speed.nearest_safe import BLAS_SETTINGS
@@ -42,12 +40,10 @@ ALL_CORES_AND_ONE = [
 NAMES = list(dict.fromkeys(name for name, _ in ALL_CORES + ALL_CORES_AND_ONE))
 
 
-def jobs(wanted: list[str], out: Path) -> list[tuple[str, list[str], int]]:
+def jobs(wanted: list[str]) -> list[tuple[str, list[str], int]]:
     """(name, module and options, threads) in order."""
     found = [(name, command, CORES) for name, command in ALL_CORES]
     found += [(name, command, n) for name, command in ALL_CORES_AND_ONE for n in sorted({1, CORES}, reverse=True)]
-    if torch.cuda.is_available() and not (out / "gpu.json").exists():
-        found.append(("gpu", ["gpu.check", "--no-checks"], CORES))
     return [job for job in found if job[0] in wanted]
 
 
@@ -55,7 +51,7 @@ def run(name: str, command: list[str], threads: int, out: Path, rounds: int | No
     """Whether it succeeded."""
     module, *options = command
     options += ["--json", str(out / f"{name}.json")]
-    options += ["--rounds", str(rounds)] if rounds and name != "gpu" else []
+    options += ["--rounds", str(rounds)] if rounds else []
     environment = {key: value for key, value in os.environ.items() if key not in BLAS_SETTINGS}
     environment["OMP_NUM_THREADS"] = str(threads)
     # the package of this checkout, whichever is installed
@@ -65,7 +61,7 @@ def run(name: str, command: list[str], threads: int, out: Path, rounds: int | No
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = NAMES + ["gpu"] * torch.cuda.is_available()
+    names = NAMES
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--again", action="store_true", help="measure anew what the files hold already")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON (benchmarks/results)")
@@ -76,7 +72,7 @@ def main() -> int:
     if args.again:
         for name in args.only:
             put_aside(args.out / f"{name}.json")
-    failed, begin, todo = [], time.monotonic(), jobs(args.only, args.out)
+    failed, begin, todo = [], time.monotonic(), jobs(args.only)
     for number, (name, command, threads) in enumerate(todo, 1):
         so_far = time.strftime("%M:%S", time.gmtime(time.monotonic() - begin))
         print(f"[{number}/{len(todo)}, {so_far}] {name}, threads: {threads}", flush=True)

@@ -25,13 +25,17 @@ class Gpu:
     fp32: float
     fp64: float
     matrix_fraction: float  # of the tensor-core peak that published mma.sync kernels reach
+    library_fraction: float  # of that peak that the vendor's products reach
+    cache: int  # bytes of L2
     memory_fraction: float = 0.85
 
 
 GPUS = (
-    Gpu("A100", 108, 2.04e12, 312e12, 19.5e12, 9.7e12, 0.73),  # FlashAttention-2 on an A100: 230 of 312
-    Gpu("H100", 132, 3.35e12, 989e12, 67e12, 34e12, 0.35),  # FlashAttention-2 (mma.sync) on an H100
-    Gpu("B200", 148, 7.7e12, 2250e12, 75e12, 37e12, 0.18),  # an assumption: mma.sync as fast as on an H100
+    Gpu("A100", 108, 2.04e12, 312e12, 19.5e12, 9.7e12, 0.73, 0.85, 40 << 20),  # FlashAttention-2 on an A100: 230 of 312
+    Gpu("H100", 132, 3.35e12, 989e12, 67e12, 34e12, 0.35, 0.71, 50 << 20),  # FlashAttention-2 (mma.sync) on an H100
+    Gpu(
+        "B200", 148, 7.7e12, 2250e12, 75e12, 37e12, 0.18, 0.70, 126 << 20
+    ),  # an assumption: mma.sync as fast as on an H100
 )
 
 
@@ -43,12 +47,15 @@ class Cost:
     half: float = 0.0
     fp32: float = 0.0
     fp64: float = 0.0
+    library: float = 0.0  # by the vendor's products, in 16 bits
+    after: float = 0.0  # bytes of passes between products, which nothing hides
 
     def seconds(self, gpu: Gpu, real: bool) -> float:
-        """The slowest of memory and each unit, at 100 % or at the fraction that published kernels reach."""
+        """The slowest of memory and each unit, at 100 % or at the fraction that is reached; then `after`."""
         matrix, memory = (gpu.matrix_fraction, gpu.memory_fraction) if real else (1.0, 1.0)
-        return max(
+        return self.after / (gpu.memory * memory) + max(
             self.bytes / (gpu.memory * memory),
+            self.library / (gpu.half * (gpu.library_fraction if real else 1.0)),
             self.half / (gpu.half * matrix),
             self.fp32 / (gpu.fp32 * (0.7 if real else 1.0)),
             self.fp64 / (gpu.fp64 * (0.7 if real else 1.0)),
@@ -120,8 +127,27 @@ def plain_retarget(batch: int, dim: int, k: int, size: int = 2, bank_size: int =
     return Cost(bytes=row * (gathers + normalize + products + backward))
 
 
+def chunked_preservation(gpu: Gpu, batch: int, dim: int, size: int = 2, mib: float = 256.0) -> Cost:
+    """preservation_loss in chunks of rows: 3 products a term, or 2 where S fits `mib` and is kept.
+
+    S is read three times and the weights written, between products: at twice the memory's rate while y and a chunk of
+    S stay in L2, an assumption, else at the memory's. Beyond L2 each product reads y and writes S or reads the weights.
+    """
+    kept = 4 * batch * batch <= mib * 2**20
+    products = 2 if kept else 3
+    chunk = max(256, gpu.cache // 2 // (4 * batch) // 128 * 128)
+    cached = batch * (dim * size + 4 * chunk) <= gpu.cache
+    streams = products * ceil_div(batch, chunk) * batch * dim * size + batch * batch * (4 * (products - 1) + size)
+    passes = 2 * batch * batch * (3 * 4 + size)
+    return Cost(
+        bytes=2 * (8 * batch * batch * kept + streams * (not cached)) + 28 * batch * dim * size,
+        library=2 * products * 2 * batch * batch * dim,
+        after=passes / 2 if cached else passes,
+    )
+
+
 def preservation(batch: int, dim: int, size: int = 2) -> Cost:
-    """preservation_loss with gradients in bf16; the weights of a chunk are written and read once."""
+    """preservation_loss in CUDA C++, in bf16; the weights of a chunk are written and read once."""
     operations = 2 * preservation_products(batch, dim, size)
     moved = 2 * (batch * batch * size * 2 + batch * dim * (8 * size + 8)) + 4 * batch * dim * size
     return Cost(bytes=moved, half=operations)
@@ -150,8 +176,8 @@ def table(title: str, keys: tuple[str, ...], cases: list[tuple]) -> str:
     lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for values, ours, plain in cases:
         first = ours(GPUS[1])
-        operations = first.half or first.fp32
-        cells = [*(f"{v:,}" for v in values), quantity(first.bytes, "B"), quantity(operations, "op")]
+        operations = first.library or first.half or first.fp32
+        cells = [*(f"{v:,}" for v in values), quantity(first.bytes + first.after, "B"), quantity(operations, "op")]
         for gpu in GPUS:
             cost = ours(gpu)
             cells.append(
@@ -172,14 +198,23 @@ def tables(dim: int = 768) -> str:
     retargets = [
         ((b, k), lambda gpu, b=b, k=k: retarget(b, dim, k), plain_retarget(b, dim, k)) for b in batches for k in ks
     ]
-    preservations = [((b,), lambda gpu, b=b: preservation(b, dim), plain_preservation(b, dim)) for b in batches]
+    preservations = [
+        (
+            (b,),
+            lambda gpu, b=b, chunks=chunks: chunked_preservation(gpu, b, dim) if chunks else preservation(b, dim),
+            plain_preservation(b, dim),
+        )
+        for chunks in (True, False)
+        for b in (4096, 16_384, 65_536)
+    ]
     return "\n\n".join(
         (
             table("nearest_safe: fp32 queries, packed fp32 bank, d = 768", ("B", "N", "k"), searches),
             table(
                 "retarget_loss with gradients: bf16 rows, fp32 bank, d = 768 (N does not matter)", ("B", "k"), retargets
             ),
-            table("preservation_loss with gradients: bf16, d = 768 (no bank)", ("B",), preservations),
+            table("preservation_loss in chunks (Triton), bf16, d = 768", ("B",), preservations[:3]),
+            table("preservation_loss in CUDA C++, bf16, d = 768", ("B",), preservations[3:]),
         )
     )
 

@@ -16,10 +16,7 @@ from .schemas import SCHEMAS
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 MAX_NATIVE_K = 256  # kMaxNeighbors of csrc/kernels/limits.h; the Triton kernels keep to it too
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NO_KERNEL = {  # another backend takes these
-    "cuda": ("info_nce_sums", "info_nce_loss", "neighbor_hinge"),
-    "triton": ("info_nce_sums", "info_nce_loss"),
-}
+NO_KERNEL = {"cuda": ("info_nce_sums", "info_nce_loss", "neighbor_hinge")}  # another backend takes these
 PICKED: dict[str, list[str]] = {}  # backend -> what it was picked for and why; `choice` writes it
 
 
@@ -51,10 +48,10 @@ def _triton_backend() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend(False, (), "the triton package is not installed; pip install triton")
     if torch.cuda.is_available():
-        return Backend(True, triton.OPS, f"compiled at first use for {torch.cuda.get_device_name()}")
+        return Backend(True, tuple(triton.OPS), f"compiled at first use for {torch.cuda.get_device_name()}")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return Backend(True, triton.OPS, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, not for speed")
-    return Backend(False, triton.OPS, "torch sees no GPU here (torch.cuda.is_available() is False)")
+        return Backend(True, tuple(triton.OPS), "interpreted on the CPU (TRITON_INTERPRET=1): for tests, not for speed")
+    return Backend(False, tuple(triton.OPS), "torch sees no GPU here (torch.cuda.is_available() is False)")
 
 
 def _cuda_backend(ops: tuple[str, ...]) -> Backend:

@@ -50,7 +50,7 @@ def preservation_loss(
             costs nothing and reads 0.
         logit_scale: inverse temperature of the InfoNCE terms (CLIP's is 100).
         logits_mib: the [B, B] logits of a term are kept for its gradient up to this size, as in `info_nce`, and
-            never stored above it. One matrix at a time; the GPU kernels store none.
+            never stored above it. One matrix at a time; the CUDA C++ kernels store none.
         backend, check: as in `nearest_safe`.
 
     Returns:

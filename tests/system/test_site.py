@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(root: Path, out: Path) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    # not --quiet, under which warnings are neither shown nor counted
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     return subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=600)
 
 

@@ -22,8 +22,8 @@ KEY_REGISTERS = 64  # a thread's registers for running top-k keys
 ACCUMULATORS = {True: 64, False: 32}  # a thread's accumulators; wgmma and tcgen05 (True) leave room for more
 
 
-def _config(columns: int, width: int, warps: int, stages: int, maxnreg: int | None = None, **more: int) -> Config:
-    tiles = {"BLOCK_COLUMNS": columns, "BLOCK_WIDTH": width, **more}
+def _config(columns: int, width: int, warps: int, stages: int, maxnreg: int | None = None) -> Config:
+    tiles = {"BLOCK_COLUMNS": columns, "BLOCK_WIDTH": width}
     return Config(tiles, num_warps=warps, num_stages=stages, maxnreg=maxnreg)
 
 
@@ -37,17 +37,6 @@ SCREEN = [
     _config(128, 32, warps=8, stages=3, maxnreg=ROOMY),
     _config(64, 32, warps=4, stages=4, maxnreg=ROOMY),
 ]
-LOG_SUM = [
-    _config(128, 64, warps=8, stages=3),  # as above
-    _config(64, 64, warps=4, stages=4),
-    _config(32, 32, warps=8, stages=3),  # IEEE float32 multiplies in registers, which more columns exceed
-]
-# Rows against columns, then against a CHUNK of d: the accumulator is [rows, CHUNK].
-GRADIENT = [
-    _config(64, 64, warps=8, stages=2, CHUNK=256),  # for 16 rows: the logits are recomputed d / 256 times
-    _config(64, 64, warps=8, stages=2, CHUNK=128),  # half the registers, and programs for more processors
-    _config(32, 32, warps=8, stages=2, CHUNK=128),
-]
 
 
 def shared_memory(device: torch.device) -> int:
@@ -58,15 +47,14 @@ def shared_memory(device: torch.device) -> int:
 
 def fits(config: Config, block_rows: int, itemsize: int, keep: int, limit: int, wide: bool) -> bool:
     """Whether a configuration suits the dtype, and its tiles, keys and accumulators the chip."""
-    columns, width, chunk = (config.kwargs.get(name, 0) for name in ("BLOCK_COLUMNS", "BLOCK_WIDTH", "CHUNK"))
+    columns, width = (config.kwargs[name] for name in ("BLOCK_COLUMNS", "BLOCK_WIDTH"))
     threads = 32 * config.num_warps
-    most = ACCUMULATORS[wide and not chunk]  # beside a chunk's, there are the logits'
     keys = 2 * block_rows * keep // threads  # an int64 key is two registers
-    tiles = (config.num_stages * (block_rows + columns) * width + columns * chunk) * itemsize
+    tiles = config.num_stages * (block_rows + columns) * width * itemsize
     return (
         width * itemsize == 128
         and keys <= KEY_REGISTERS
-        and block_rows * max(columns, chunk) // threads <= most
+        and block_rows * columns // threads <= ACCUMULATORS[wide]
         and (block_rows < 128 or config.num_warps == 8)
         and tiles <= limit
     )

@@ -1,4 +1,4 @@
-"""Parts that the kernels share: tile loading and the tile product, the running top-k, and the running log-sum-exp.
+"""Parts that the kernels share: tile loading and the tile product, and the running top-k.
 
 Matrices are row-major and contiguous; `rows` are row numbers, `width` is d. Accumulation is float32.
 """
@@ -214,21 +214,6 @@ def store_best(keys, k, scores, indices, last_index):
         tl.store(scores + place, key_score(top))
         tl.store(indices + place, tl.minimum(key_index(top), last_index))
         keys = tl.where(keys == top, EMPTY, keys)
-
-
-# --- Running log-sum-exp, base 2 (exp2 is one instruction) -----------------------------------------------------------
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-NOTHING = tl.constexpr(-1e30)  # finite, so that a row of -inf logits gives a sum of 0 and not NaN
-
-
-@triton.jit
-def log_sum_step(largest, total, logits):
-    """Folds logits [R, C] into the running (maximum, sum of 2^(x - maximum)), both [R]; begin with (NOTHING, 0)."""
-    new_largest = tl.maximum(largest, tl.max(logits, axis=1))
-    total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(logits - new_largest[:, None]), axis=1)
-    return new_largest, total
 
 
 # --- Terms of a loss -------------------------------------------------------------------------------------------------

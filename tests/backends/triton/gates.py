@@ -19,6 +19,9 @@ TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcge
 WIDE_TILES = ("sm_90", "sm_100")
 
 
+SCALED = dict(inverse="fp32", inverse_scaled="fp32")
+
+
 class Variant(NamedTuple):
     kernel: str  # "module.kernel"
     pointers: dict[str, str]  # argument -> element type
@@ -28,6 +31,7 @@ class Variant(NamedTuple):
     stages: int
     product: str = ""  # "tensor", "ieee" or none
     maxnreg: int | None = None
+    fusion: bool = True  # fused multiply-adds
 
     @property
     def label(self) -> str:
@@ -38,7 +42,7 @@ class Variant(NamedTuple):
 def variants(hip: bool, wide: bool, shared_limit: int) -> list[Variant]:
     """All of them for CUDA; for AMD, where nothing can be tuned or measured, the first of each kernel and dtype."""
     found = [*_row_variants(), *_search_variants(hip, wide, shared_limit)]
-    found += _preservation_variants(hip, wide, shared_limit)
+    found += _info_nce_variants()
     if hip:
         first = {(variant.kernel, *sorted(variant.pointers.values())): variant for variant in reversed(found)}
         found = list(first.values())
@@ -66,10 +70,20 @@ def _row_variants() -> list[Variant]:
                     (*weights, "beta", "margin"), dict(CURRENT=False, NEED_GRAD=True, BLOCK=block), row_warps(block), 3)
         )  # fmt: skip
         found.append(
-            Variant("preservation_loss.rows_kernel",
-                    {**rows, "scaled": dtype, "inverse": "fp32", "inverse_scaled": "fp32", "cosines": "fp32",
-                     "row_terms": "fp32"}, (), dict(BLOCK=block), row_warps(block), 3)
+            Variant("preservation_loss.rows_kernel", {**rows, **SCALED, "scaled": dtype, "cosines": "fp32"}, (),
+                    dict(BLOCK=block), row_warps(block), 3)
         )  # fmt: skip
+        found.append(
+            Variant("info_nce.scale_kernel", {**SCALED, "matrix": dtype, "scaled": dtype}, (), dict(BLOCK=block),
+                    row_warps(block), 3)
+        )  # fmt: skip
+        for cosine in (False, True):
+            found.append(
+                Variant("info_nce.finish_kernel",
+                        {**SCALED, "along": "fp32", "scaled": dtype, "frozen": dtype, "inverse_frozen": "fp32",
+                         "share": "fp32", "grad": dtype}, ("weight_cosine",), dict(COSINE=cosine, BLOCK=block),
+                        row_warps(block), 3)
+            )  # fmt: skip
         found.append(
             Variant("neighbor_hinge.hinge_kernel",
                     dict(x=dtype, rows="fp32", indices="i64", scores="fp32", row_weights="fp32", values="fp32",
@@ -118,34 +132,23 @@ def _search_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
     return found
 
 
-def _preservation_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
-    from saferclip_fast.ops.triton.configs import GRADIENT, LOG_SUM
+def _info_nce_variants() -> list[Variant]:
+    from saferclip_fast.ops.triton import info_nce
 
-    common = dict(inverse_scaled="fp32", log_sums="fp32")
-    found = []
-    for dtype, sizes in (("bf16", (16, 64, 128)), ("fp16", (64,)), ("fp32", (16, 64))):
-        product = "ieee" if dtype == "fp32" and not hip else "tensor"
-        for block_rows in sizes:
-            if block_rows == 128 and not wide:
-                continue
-            constants = dict(BLOCK_ROWS=block_rows)
-            itemsize = 4 if dtype == "fp32" else 2
-            for config in _configs(LOG_SUM, itemsize, block_rows, 0, limit, wide):
-                found.append(
-                    Variant("preservation_loss.log_sum_kernel", {**common, "columns": dtype, "row_terms": "fp32"},
-                            ("logit_scale", "weight_2", "weight_3"), {**constants, **config.kwargs},
-                            config.num_warps, config.num_stages, product, config.maxnreg)
-                )  # fmt: skip
-            if block_rows == 128:  # the gradient's blocks end at 64 rows
-                continue
-            for config in _configs(GRADIENT, itemsize, block_rows, 0, limit, wide):
-                found.append(
-                    Variant("preservation_loss.gradient_kernel",
-                            {**common, "columns": dtype, "inverse": "fp32", "cosines": "fp32", "grad_text": dtype,
-                             "grad_image": dtype}, ("logit_scale", *(f"weight_{j}" for j in range(4))),
-                            {**constants, **config.kwargs},
-                            config.num_warps, config.num_stages, product, config.maxnreg)
-                )  # fmt: skip
+    facts = dict(chunk="fp32", inverse_x="fp32", inverse_y="fp32", rows="fp32", columns="fp32")
+    tiles = dict(TILE_ROWS=info_nce.TILE_ROWS, TILE_COLUMNS=info_nce.TILE_COLUMNS)
+    warps, found = info_nce.LAUNCH["num_warps"], []
+    for masked in (False, True):
+        sizes = dict(MASKED=masked, COLUMNS=info_nce.COLUMNS)
+        pointers = {**facts, "mask": "u8" if masked else "fp32"}
+        found.append(
+            Variant("info_nce.sums_kernel", pointers, ("logit_scale",), {**sizes, **tiles}, warps, 3, fusion=False)
+        )
+        found += [
+            Variant("info_nce.weights_kernel", {**pointers, "weights": dtype}, ("logit_scale",), sizes, warps, 3,
+                    fusion=False)
+            for dtype in ("bf16", "fp16", "fp32")
+        ]  # fmt: skip
     return found
 
 
@@ -167,12 +170,13 @@ def compile_variant(variant: Variant, chip: str) -> dict:
             signature[argument] = "*" + variant.pointers[argument]
         else:
             signature[argument] = "fp32" if argument in variant.floats else "i32"
-        if argument in variant.pointers or argument == "width":  # what a torch allocation and d = 512, 768 ... promise
+        # what a torch allocation and d = 512, 768 ... promise, and a batch that is a multiple of 16
+        if argument in variant.pointers or argument in ("width", "column_count"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(key),): value for key, value in variant.constants.items()}
     hip = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if hip else GPUTarget("cuda", int(chip[3:]), 32)
-    options = dict(num_warps=variant.warps, num_stages=variant.stages)
+    options = dict(num_warps=variant.warps, num_stages=variant.stages, enable_fp_fusion=variant.fusion)
     if variant.maxnreg and not hip:
         options["maxnreg"] = variant.maxnreg
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
@@ -196,7 +200,8 @@ def _cuda_facts(asm) -> dict:
             r"cp\.async\.cg\.shared\.global.*0x10|(?:ld|st)\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx
         )
     )
-    return dict(registers=registers, spilled=stack + local, tensor=found, tf32="tf32" in ptx, wide=wide)
+    fused = "fma.rn.f32" in ptx
+    return dict(registers=registers, spilled=stack + local, tensor=found, tf32="tf32" in ptx, wide=wide, fused=fused)
 
 
 def _hip_facts(assembly: str) -> dict:

@@ -80,5 +80,13 @@ def test_tf32_only_in_the_screen(chip):
 
 
 @pytest.mark.parametrize("chip", CUDA)
+def test_a_logit_is_rounded_before_its_maximum_is_taken_off(chip):
+    """A fused multiply-add would leave it unrounded beside a rounded maximum: 1 - softmax would be noise."""
+    chunked = ("info_nce.sums_kernel", "info_nce.weights_kernel")
+    assert not failing(chip, lambda report: report["fused"] and report["label"].startswith(chunked))
+    assert failing(chip, lambda report: report["fused"])
+
+
+@pytest.mark.parametrize("chip", CUDA)
 def test_global_loads_are_16_bytes(chip):
     assert not failing(chip, lambda report: not report["wide"] and "sum_terms" not in report["label"])

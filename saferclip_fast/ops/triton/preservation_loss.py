@@ -73,4 +73,5 @@ def preservation_loss(
                 gradient(x, y, None, rows, columns, 0, logit_scale, logits, finish)
             else:
                 finish(cosines.new_zeros((batch, width)), 0)
-    return (terms * terms.new_tensor(weights)).sum(), terms, *gradients
+    grad_text, grad_image = gradients
+    return (terms * terms.new_tensor(weights)).sum(), terms, grad_text, grad_image

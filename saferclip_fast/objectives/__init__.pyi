@@ -1,5 +1,4 @@
-from ..data.quadruplets import QuadrupletEmbeddings as QuadrupletEmbeddings
-from .common import Objective, ObjectiveOutput
+from .common import Objective, ObjectiveOutput, QuadrupletEmbeddings
 from .defaults import DEFAULT_BETA, DEFAULT_K, DEFAULT_MARGIN, DEFAULT_WEIGHTS
 from .safe_clip import SafeClip
 from .safer_clip import SaferClip

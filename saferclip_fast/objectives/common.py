@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bank import Bank, SafeBank
-from ..data.quadruplets import QuadrupletEmbeddings
+from ..data.quadruplets import QuadrupletEmbeddings as QuadrupletEmbeddings  # handed on
 from ..ops import Neighbors, PreservationOutput, info_nce, preservation_loss
 from ..ops.checks import check_labels
 from ..runtime.ranks import ALONE, Share

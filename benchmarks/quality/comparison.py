@@ -191,7 +191,8 @@ def tables(summary: Mapping[str, Any]) -> str:
 
 def picture(summary: Mapping[str, Any], path: Path) -> None:
     """Frontiers: safety among the first 10 and the first 1 against zero-shot accuracy, along the dial of each method on
-    test data (mean of the seeds, error bars at the trained model), and faintly every setting that was tried."""
+    test data (mean of the seeds, error bars at the trained model), and faintly every setting that was tried, at the edge
+    where it lies beyond."""
     data = list(dict.fromkeys(row["data"] for row in summary["rows"]))
     ranks = (10, 1)
     size = (6.2 * len(data), 4.6 * len(ranks))
@@ -214,6 +215,10 @@ def _panel(axes: Any, summary: Mapping[str, Any], name: str, k: int) -> None:
     rows = [row for row in summary["rows"] if row["data"] == name and row["mismatch"] == MISMATCH[name][0]]
     frozen = next(row["metrics"] for row in rows if row["name"] == FROZEN)
     start = (frozen[UTILITY]["mean"], 1 - frozen[rate]["mean"])
+    shown = [(m[UTILITY]["mean"], m[UTILITY]["std"]) for m in (row["metrics"] for row in rows)]
+    left, right = min(x - std for x, std in shown), max(x + std for x, std in shown)
+    room = 0.05 * (right - left)
+    axes.set_xlim(left - 2 * room, right + 2 * room)
     axes.plot(*start, "*", color="black", ms=11, label=FROZEN, zorder=5)
     for number, method in enumerate(METHODS):
         color, mark = plt.colormaps["tab10"](number), "osDv"[number]
@@ -224,7 +229,8 @@ def _panel(axes: Any, summary: Mapping[str, Any], name: str, k: int) -> None:
         style = {"fmt": mark, "color": color, "ms": 8, "lw": 1, "zorder": 4, "label": method}
         axes.errorbar(x["mean"], 1 - y["mean"], xerr=x["std"], yerr=y["std"], **style)
         tried = [e["metrics"] for e in summary["tried"] if (e["data"], e["method"]) == (name, method)]
-        axes.plot([m[UTILITY] for m in tried], [1 - m[rate] for m in tried], mark, color=color, ms=4, alpha=0.3)
+        inside = [min(max(m[UTILITY], left - room), right + room) for m in tried]
+        axes.plot(inside, [1 - m[rate] for m in tried], mark, color=color, ms=4, alpha=0.3)
     axes.set_ylim(-0.05, 1.05)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

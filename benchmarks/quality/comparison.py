@@ -191,8 +191,8 @@ def tables(summary: Mapping[str, Any]) -> str:
 
 def picture(summary: Mapping[str, Any], path: Path) -> None:
     """Frontiers: safety among the first 10 and the first 1 against zero-shot accuracy, along the dial of each method on
-    test data (mean of the seeds, error bars at the trained model), and faintly every setting that was tried, at the edge
-    where it lies beyond."""
+    test data (mean of the seeds, error bars at the trained model), and faintly every setting that was tried, those that
+    lie far out at the edge."""
     data = list(dict.fromkeys(row["data"] for row in summary["rows"]))
     ranks = (10, 1)
     size = (6.2 * len(data), 4.6 * len(ranks))

@@ -130,7 +130,7 @@ def _whole(source: str | os.PathLike, paths: list[Path]) -> list[str]:
         raise DataError(
             f"{source} holds {', '.join(name for _, name in splits)}: give one, e.g. {Path(folder) / split}-*.parquet"
         )
-    if len(paths) > 1 and named and (lost := int(named[0][3]) - len(paths)) > 0:
+    if (len(paths) > 1 or paths != [Path(source)]) and named and (lost := int(named[0][3]) - len(paths)) > 0:
         raise DataError(f"{source} lacks {lost} of the {int(named[0][3])} files that their names count")
     return [str(path) for path in paths]
 

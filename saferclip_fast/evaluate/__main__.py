@@ -66,7 +66,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--max-loss",
         type=float,
         metavar="L",
-        help="with --dial: the largest dial that loses at most L of usefulness (0.02: 2 points), for sure enough",
+        help="with --dial and --images: the largest dial that loses at most L of accuracy (0.02: 2 points)",
     )
     add("--confidence", type=float, default=CONFIDENCE, metavar="C", help="how sure --max-loss is (%(default)s)")
     add(
@@ -90,7 +90,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     given = parser(prog).parse_intermixed_args(words)
 
     def command() -> int:
-        check_bound(given.dial, given.max_loss, given.confidence)
+        check_bound(given.dial, given.max_loss, given.confidence, given.images)
         check_words(given.model, given.frozen, given.data, given.images, given.caption_images)
         from .command import run  # torch and open_clip take seconds to import, and --help needs none of them
 

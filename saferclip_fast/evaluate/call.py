@@ -64,8 +64,8 @@ def evaluate_model(
         images: zero-shot sets (class folders, shards, scenes:...); `templates` are prompts in place of their own.
         caption_images: folders of images: how many find an unsafe caption first among the quadruplets' captions.
         dial: measure along the safety dial too.
-        max_loss, confidence: also choose the largest dial that loses at most max_loss (0.02: 2 points) of usefulness,
-            with that confidence (docs/evaluation.md); these need `dial`.
+        max_loss, confidence: also choose the largest dial that loses at most max_loss (0.02: 2 points) of accuracy on
+            every set of `images`, with that confidence (docs/evaluation.md); these need `dial`.
         out: folder for evaluation.json, which `report` reads, and the embeddings; None writes nothing.
         options: how the quadruplets are read, `data.*` of training; a run's own are the defaults.
         device, precision, batch_size: where and how embeddings are computed.
@@ -81,7 +81,7 @@ def evaluate_model(
         FrozenModelError: the run's frozen model is not the one that it was tuned from.
         InUseError: another process writes to `out`.
     """
-    check_bound(dial, max_loss, confidence)
+    check_bound(dial, max_loss, confidence, images)
     path = model if isinstance(model, ClipModel) else os.fspath(model)
     folder = None if out is None else Path(out)
     config = read_config(path if isinstance(path, str) else "", options)
@@ -173,6 +173,8 @@ def _read_task(
         raise ConfigError("--caption-images are matched with the captions of quadruplets: name some with --data SOURCE")
     if held_out is None and dial:
         raise ConfigError("--dial is drawn over retrieval: name held-out quadruplets with --data SOURCE")
+    if held_out is not None and held_out.quadruplets.text_only and dial:
+        raise ConfigError("the safety dial needs unsafe images, and these quadruplets have none (data.text_only)")
     if held_out is None and not labeled:
         raise ConfigError("nothing to measure on: name quadruplets (--data SOURCE) or zero-shot sets (--images SOURCE)")
     return Task(

@@ -16,6 +16,7 @@ from .metrics import TO_FROZEN, Metric
 from .right_items import Contents, first_of_each
 
 NEIGHBORS = 15  # the paper's
+FEWEST = 4 * NEIGHBORS  # among fewer items, many are neighbors by chance
 
 
 def geometry(
@@ -28,33 +29,40 @@ def geometry(
         spread ratio    = mean_i |z_i - mean z|^2 / mean_i |z0_i - mean z0|^2
         neighbors kept  = mean_i |N_i and N0_i| / |N_i or N0_i|
 
-    with N_i the NEIGHBORS nearest of the others to i (fewer where there are fewer). The second is the Jaccard index.
+    with N_i the NEIGHBORS nearest of the others to i. The second is the Jaccard index.
 
     Args:
         embeddings, frozen: [N, d] of the four parts of the same samples, any scale.
         contents: which texts and images are equal; equal ones count once. Default: none are.
 
     Returns:
-        safe_{text,image}_spread_ratio and safe_{text,image}_neighbors_kept; none for a modality of fewer than 3 items.
+        safe_{text,image}_spread_ratio and, of more than FEWEST items, safe_{text,image}_neighbors_kept; none for a
+        modality of fewer than 3 items.
     """
     contents = contents or Contents.distinct(len(embeddings.safe_text))
     metrics: dict[str, Metric] = {}
     for name in ("text", "image"):
         part = f"safe_{name}"
         items = first_of_each(getattr(contents, part))
-        if len(items) < 3:
+        n = len(items)
+        if n < 3:
             continue
         now, before = (F.normalize(getattr(side, part)[items].float(), dim=1) for side in (embeddings, frozen))
-        spread = _distances(now) / _distances(before).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        d, d0 = _distances(now), _distances(before)
+        ratio = d.mean() / d0.mean()
+        spread = ratio + (d - ratio * d0) / d0.mean()  # of mean `ratio`, and of its spread over samples (linearized)
         metrics[f"{part}_spread_ratio"] = Metric(
             f"spread of safe {name} embeddings, over the frozen model's", "stays", spread, TO_FROZEN
         )
-        metrics[f"{part}_neighbors_kept"] = Metric(
-            f"safe {name}: nearest {NEIGHBORS} of its kind that are the frozen model's, too (Jaccard)",
-            "stays",
-            _jaccard(_neighbors(now), _neighbors(before)),
-            TO_FROZEN,
-        )
+        if n > FEWEST:
+            share = NEIGHBORS / (n - 1)
+            metrics[f"{part}_neighbors_kept"] = Metric(
+                f"safe {name}: nearest {NEIGHBORS} of its kind that are the frozen model's, too (Jaccard)",
+                "stays",
+                _jaccard(_neighbors(now), _neighbors(before)),
+                TO_FROZEN,
+                chance=share / (2 - share),
+            )
     return metrics
 
 
@@ -65,11 +73,10 @@ def _distances(rows: Tensor) -> Tensor:
 
 def _neighbors(rows: Tensor) -> Tensor:
     """int64 [n, k]: the nearest others of each row, in no order."""
-    k = min(NEIGHBORS, len(rows) - 1)
-    found = nearest_safe(rows, rows, k + 1, check=False).indices
+    found = nearest_safe(rows, rows, NEIGHBORS + 1, check=False).indices
     own = found == torch.arange(len(rows)).unsqueeze(1)
-    own[:, -1] |= ~own.any(1)  # pushed out by more than k equal rows: any of these may go
-    return found[~own].view(len(rows), k)
+    own[:, -1] |= ~own.any(1)  # pushed out by more equal rows: any of these may go
+    return found[~own].view(len(rows), NEIGHBORS)
 
 
 def _jaccard(a: Tensor, b: Tensor) -> Tensor:

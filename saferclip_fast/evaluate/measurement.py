@@ -22,7 +22,7 @@ from ..results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_FOUND, UNSAFE_RATE,
 from ..storage.files import save_json
 from . import bootstrap
 from .metrics import Metric, caption_bank_hits, retrieval
-from .promise import DIALS, promise
+from .promise import DIALS, check_meaning, promise
 from .summary import KEY_METRICS, Measured, estimates, summarize, to_frozen, write
 from .task import Settings, Task
 from .zero_shot import accuracy
@@ -140,7 +140,7 @@ def dial_curve(
     """The key metrics along the safety dial: weights W0 + alpha (W1 - W0), W0 frozen, W1 tuned.
 
     out: folder for dial.json; None writes nothing. known: as in `evaluate`. max_loss, confidence: also choose the
-    largest dial whose loss of usefulness is bounded (promise.py), among `alphas` and promise.DIALS. Raises ValueError
+    largest dial whose loss of accuracy is bounded (promise.py), among `alphas` and promise.DIALS. Raises ValueError
     where the two are not of one architecture, or `task` has no quadruplets.
     """
     if task.quadruplets is None:
@@ -149,6 +149,8 @@ def dial_curve(
         raise ValueError("the safety dial needs unsafe images, and these quadruplets have none (data.text_only)")
     known = {} if known is None else known
     start = _measure_once(frozen, task, settings, known, "frozen")
+    if max_loss is not None:
+        check_meaning(max_loss, {n: metric.mean for n, metric in start.metrics.items() if n.startswith("zero_shot.")})
     points: list[dict[str, Any]] = []
     shown: dict[str, Any] = {}
     losses: list[tuple[float, dict[str, torch.Tensor]]] = []
@@ -181,8 +183,5 @@ def dial_curve(
 
 
 def _losses(now: Mapping[str, Metric], before: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
-    """By figure: how much less useful each held-out image (or, without zero-shot sets, safe query) finds the model."""
-    names = [name for name in now if name.startswith("zero_shot.")] or [
-        at(f"S-V.{direction}", 1) for direction in ("text_to_image", "image_to_text")
-    ]
-    return {name: before[name].values - now[name].values for name in names}
+    """By zero-shot set: 1 for an image that was right and is wrong, -1 for one that was wrong and is right."""
+    return {name: before[name].values - now[name].values for name in now if name.startswith("zero_shot.")}

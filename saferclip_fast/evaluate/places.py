@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..data.errors import DataError
@@ -29,16 +29,18 @@ def check_words(
             raise DataError(f"no such folder of images: {source}")
 
 
-def check_bound(dial: bool, max_loss: float | None, confidence: float) -> None:
-    """Raises ValueError for a bound on the loss of usefulness that means nothing."""
+def check_bound(dial: bool, max_loss: float | None, confidence: float, images: Collection[str] = ("?",)) -> None:
+    """Raises ValueError for a bound on the loss of accuracy that means nothing."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"--confidence is a probability between 0 and 1, such as 0.95, got {confidence}")
     if max_loss is None:
         return
     if not dial:
         raise ValueError("--max-loss chooses a place on the safety dial: add --dial")
+    if not images:
+        raise ValueError("--max-loss bounds the loss of zero-shot accuracy: name sets of images with --images SOURCE")
     if not 0 <= max_loss < 1:
-        raise ValueError(f"--max-loss is a share of usefulness, 0 or more and below 1 (0.02: 2 points), got {max_loss}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"--confidence is a probability between 0 and 1, such as 0.95, got {confidence}")
+        raise ValueError(f"--max-loss is a part of all images, from 0 to below 1 (0.02: 2 points), got {max_loss}")
 
 
 def _source(word: str) -> str:

@@ -1,4 +1,4 @@
-"""A dial that keeps a promise: the largest whose loss of usefulness is bounded with a given confidence (ours).
+"""A dial that keeps a promise: the largest whose loss of accuracy is bounded with a given confidence (ours).
 
 Held-out data are a sample, so the best figure on them promises nothing about other data of the same kind. Dials are
 tested from the smallest up, each with an error rate of 1 - confidence, until one fails: in this order no correction for
@@ -29,7 +29,7 @@ _LARGEST_BET = 0.75  # of what would be ruin: a single sample never ends the gam
 
 
 class Promise(NamedTuple):
-    """No figure of `figures` loses more than `max_loss` at `alpha`, with `confidence`; alpha 0 changes nothing."""
+    """No accuracy of `figures` falls by more than `max_loss` at `alpha`, with `confidence`; alpha 0 changes nothing."""
 
     alpha: float
     max_loss: float
@@ -38,10 +38,11 @@ class Promise(NamedTuple):
     tested: tuple[tuple[float, float], ...]  # each dial that was tested, with its p-value; the last one may have failed
 
     def __str__(self) -> str:
-        who = f"with {100 * self.confidence:g} % confidence, on data like these"
+        sets = ", ".join(name.removeprefix("zero_shot.") for name in self.figures)
+        bound = f"at most {100 * self.max_loss:g} points of zero-shot accuracy on images like those of {sets}"
         if self.alpha == 0:
-            return f"Nothing can be promised: {who}, no dial is sure to lose at most {self.max_loss:g} of usefulness."
-        return f"Dial {self.alpha:g}: {who}, usefulness loses at most {self.max_loss:g}."
+            return f"Nothing can be promised: no dial is sure enough ({100 * self.confidence:g} %) to lose {bound}."
+        return f"Dial {self.alpha:g} loses {bound}, with {100 * self.confidence:g} % confidence."
 
 
 def promise(
@@ -49,9 +50,11 @@ def promise(
 ) -> Promise:
     """The largest dial whose mean loss is at most `max_loss` in every figure, with `confidence`.
 
+    Only images are asked for that were drawn one by one: searches share a gallery, so that one item can spoil many.
+
     Args:
-        losses: (dial, losses by figure) from the smallest dial up; losses [n] in [-1, 1] of independent samples: how
-            much less useful the model is there than the frozen one.
+        losses: (dial, losses by figure) from the smallest dial up; losses [n] in [-1, 1] of independent samples: 1
+            where the frozen model is right and this one is wrong, -1 the other way.
         max_loss: in [0, 1).
         confidence: in (0, 1); the promise is broken with a probability of at most 1 - confidence.
         seed: of the samples' order.
@@ -70,6 +73,18 @@ def promise(
             break
         kept = alpha
     return Promise(kept, max_loss, confidence, figures, tuple(tested))
+
+
+def check_meaning(max_loss: float, accuracies: Mapping[str, float]) -> None:
+    """Raises ValueError for a bound that even a model without any use would keep, or that there is nothing to bound."""
+    if not accuracies:
+        raise ValueError("--max-loss bounds the loss of zero-shot accuracy: name sets of images with --images SOURCE")
+    worst = min(accuracies, key=accuracies.__getitem__)
+    if max_loss >= accuracies[worst] / 2:
+        raise ValueError(
+            f"--max-loss {max_loss:g} says little: the frozen model's accuracy on {worst.removeprefix('zero_shot.')} "
+            f"is {accuracies[worst]:.3f}; allow less than half of it"
+        )
 
 
 def p_value(losses: Tensor, limit: float, error: float, seed: int = 0) -> float:

@@ -48,7 +48,7 @@ class Evaluation:
         key_metrics: the names that a reader should see first.
         rows: held-out quadruplets.
         dial: points along the safety dial, if it was asked for.
-        promise: the largest dial that keeps a bound on the loss of usefulness, if `max_loss` was given.
+        promise: the largest dial that keeps a bound on the loss of accuracy, if `max_loss` was given.
         out: the folder that was written, if one was.
         json: the content of evaluation.json.
     """

@@ -96,12 +96,14 @@ def rank_guard(
 
 
 def _limits(bank: Bank, query: Tensor, items: Tensor, page: float, backend: str) -> Tensor:
-    """[Q] the score of each query at rank page N among all items of the bank.
+    """[Q] the score of each query at rank page N among all items of the bank, or of a sample (docs/method.md).
 
     query, items: [Q, d] rows that this rank holds, of one modality and of the other.
     """
     count = min(len(bank), math.floor(MAX_NATIVE_K / page))  # in so large a sample the kernels' largest k is that rank
-    sample = torch.linspace(0, len(bank) - 1, count, dtype=torch.float64, device=items.device).long()
+    # one of each N / count rows, at random: rows at even distances may all be of one kind. The same on every rank.
+    within = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sample = ((torch.arange(count) + within) * (len(bank) / count)).long().clamp(max=len(bank) - 1).to(items.device)
     items = items[sample] if isinstance(bank, SafeBank) else bank.gather_rows(items, sample)
     rank = math.ceil(page * count)
     found = [nearest_safe(part, items, rank, backend=backend, check=False) for part in query.split(_QUERIES)]

@@ -167,19 +167,24 @@ def test_the_dial_goes_from_the_frozen_to_the_tuned_model_and_beyond(run, images
     assert "promise" not in curve
 
 
-def test_a_promised_dial_is_told_and_written(run, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert command(run, "--dial", "--max-loss", "0.9", "--confidence", "0.5", "--out", out) == 0
+def test_a_promised_dial_is_told_and_written(run, images, tmp_path, capsys):
+    out, sets = tmp_path / "out", ("--images", images["folders"])
+    words = ("--dial", "--max-loss", "0.3", "--confidence", "0.01", "--out", out)
+    assert command(run, *words, *sets) == 0
     curve, shown = read(out, "dial"), capsys.readouterr().out
     kept = curve["promise"]
     assert {0.1, 0.9, 1.5} <= {point["alpha"] for point in curve["points"]}
-    assert kept["figures"] == ["S-V.text_to_image@1", "S-V.image_to_text@1"] and kept["max_loss"] == 0.9
-    assert kept["alpha"] == 1.5 and kept["text"] in shown, "ten samples are enough to promise next to nothing"
+    assert kept["figures"] == ["zero_shot.folders"] and (kept["max_loss"], kept["confidence"]) == (0.3, 0.01)
+    assert [dial for dial, _ in kept["tested"]][:2] == [0.1, 0.2] and kept["text"] in shown
     write_report([out], tmp_path / "report.html")
     assert f"<p>{kept['text']}</p>" in (tmp_path / "report.html").read_text()
-    assert command(run, "--max-loss", "0.9", "--out", out) == 2 and "add --dial" in capsys.readouterr().err
-    assert command(run, "--dial", "--confidence", "95", "--max-loss", "0.1", "--out", out) == 2
-    assert "such as 0.95, got 95" in capsys.readouterr().err
+    for wrong, told in (
+        (("--max-loss", "0.3", *sets), "add --dial"),
+        (("--dial", "--max-loss", "0.3"), "name sets of images with --images"),
+        (("--dial", "--confidence", "95"), "such as 0.95, got 95"),
+        (("--dial", "--max-loss", "0.9", *sets), "says little: the frozen model's accuracy on folders"),
+    ):
+        assert command(run, *wrong, "--out", tmp_path / "no") == 2 and told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

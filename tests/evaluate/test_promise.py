@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saferclip_fast.evaluate.promise import p_value, promise
+from saferclip_fast.evaluate.promise import check_meaning, p_value, promise
 
 LIMIT, CONFIDENCE = 0.02, 0.95
 
@@ -48,7 +48,11 @@ def test_it_stops_at_the_first_dial_that_fails_and_every_figure_has_to_pass():
         [(0.1, {"a": good, "b": good}), (0.2, {"a": good, "b": bad}), (0.3, {"a": good, "b": good})], 0.02, 0.9
     )
     assert found.alpha == 0.1 and [dial for dial, _ in found.tested] == [0.1, 0.2]
-    assert found.figures == ("a", "b") and "Dial 0.1: with 90 % confidence" in str(found)
+    assert found.figures == ("a", "b")
+    assert (
+        str(found)
+        == "Dial 0.1 loses at most 2 points of zero-shot accuracy on images like those of a, b, with 90 % confidence."
+    )
 
 
 def test_the_order_of_the_data_does_not_matter_much():
@@ -59,5 +63,13 @@ def test_the_order_of_the_data_does_not_matter_much():
 
 @pytest.mark.parametrize(("max_loss", "confidence"), [(-0.1, 0.9), (1.0, 0.9), (0.02, 0.0), (0.02, 95)])
 def test_bounds_without_a_meaning(max_loss, confidence):
-    with pytest.raises(ValueError, match=r"--max-loss is a share|--confidence is a probability"):
+    with pytest.raises(ValueError, match=r"--max-loss is a part|--confidence is a probability"):
         promise([], max_loss, confidence)
+
+
+def test_a_bound_that_a_useless_model_would_keep_says_little():
+    with pytest.raises(ValueError, match=r"the frozen model's accuracy on food is 0\.030; allow less than half of it"):
+        check_meaning(0.02, {"zero_shot.food": 0.03, "zero_shot.pets": 0.9})
+    with pytest.raises(ValueError, match="name sets of images"):
+        check_meaning(0.02, {})
+    check_meaning(0.02, {"zero_shot.food": 0.05})

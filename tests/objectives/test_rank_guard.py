@@ -68,6 +68,16 @@ def test_of_a_bank_beyond_the_kernels_k_a_sample_stands_for_it():
     assert (ranks - page).abs().max() < 0.12 and (ranks.mean() - page).abs() < 0.02
 
 
+def test_a_sample_is_of_all_kinds_however_the_rows_are_ordered():
+    """Two classes in turns: rows at even distances would all be of one, and the other's limits far too low."""
+    page, count = 0.12, 2 * math.floor(MAX_NATIVE_K / 0.12)
+    kinds = rows(2, 5)[torch.arange(count) % 2]
+    bank = SafeBank(kinds + rows(count, 0) / 4, kinds + rows(count, 1) / 4)
+    limits = -math.sqrt(2) * rank_guards(bank, page).of_text.bank.image[:, D]
+    exact = (bank.image @ bank.text.T).topk(math.ceil(page * count)).values[:, -1]
+    assert (limits - exact).abs().mean() < 0.01
+
+
 def test_a_mapped_bank_has_the_same_guards(tmp_path):
     SafeBank(rows(50, 0, torch.float32), rows(50, 1, torch.float32)).save(tmp_path / "bank.safetensors")
     bank = SafeBank.load(tmp_path / "bank.safetensors")

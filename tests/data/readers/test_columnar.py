@@ -186,6 +186,10 @@ def test_splits_and_missing_parts_are_not_mixed_in_silence(rows, tmp_path):
                 tmp_path / f"train-0000{number}-of-00004.parquet"
             )
         open_quadruplets(tmp_path / "train-*.parquet")
+    (tmp_path / "train-00001-of-00004.parquet").unlink()
+    with pytest.raises(DataError, match=r"lacks 3 of the 4 files that their names count"):
+        open_quadruplets(tmp_path / "train-*.parquet")
+    assert len(open_quadruplets(tmp_path / "train-00000-of-00004.parquet")) == 4, "one that was asked for by its name"
 
 
 def test_columns_of_other_kinds_and_missing_ones_are_named(rows, tmp_path):

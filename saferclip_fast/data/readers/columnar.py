@@ -45,7 +45,7 @@ class StoredImage:
 
         try:
             cell = arrow_table(self.path)[self.column][self.row].as_py()
-        except (OSError, IndexError, KeyError, pa.ArrowException) as error:
+        except (OSError, IndexError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
             raise ImageError(f"cannot read image {self}: {error}") from error
         data = cell.get("bytes") if isinstance(cell, Mapping) else cell
         if not isinstance(data, bytes):

@@ -174,6 +174,15 @@ def test_a_damaged_folder_is_refused_by_name(rows, tmp_path, name, content, mess
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_name_inside_is_a_bad_image(rows, tmp_path):
+    """Found by fuzzing: the name of a part of an image's column is no UTF-8."""
+    saved(rows, tmp_path).save_to_disk(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    file.write_bytes(file.read_bytes().replace(b"\x04\x00\x00\x00path\x00", b"\x04\x00\x00\x00\x90ath\x00"))
+    with pytest.raises(DataError, match=r"saved/data-00000-of-00001.arrow.*cannot read image|is not a readable Arrow"):
+        open_quadruplets(tmp_path / "saved", verify=True)
+
+
 def test_splits_and_missing_parts_are_not_mixed_in_silence(rows, tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         pq.write_table(pa.Table.from_pylist(held(rows, tmp_path)), tmp_path / f"{name}.parquet")

@@ -52,12 +52,12 @@ def geometry(
         ratio = d.mean() / d0.mean()
         spread = ratio + (d - ratio * d0) / d0.mean()  # of mean `ratio`, and of its spread over samples (linearized)
         metrics[f"{part}_spread_ratio"] = Metric(
-            f"spread of safe {name} embeddings, over the frozen model's", "stays", spread, TO_FROZEN
+            f"safe {name}, spread over the frozen model's", "stays", spread, TO_FROZEN
         )
         if n > FEWEST:
             share = NEIGHBORS / (n - 1)
             metrics[f"{part}_neighbors_kept"] = Metric(
-                f"safe {name}: nearest {NEIGHBORS} of its kind that are the frozen model's, too (Jaccard)",
+                f"safe {name}, nearest {NEIGHBORS} kept (Jaccard)",
                 "stays",
                 _jaccard(_neighbors(now), _neighbors(before)),
                 TO_FROZEN,

@@ -46,8 +46,8 @@ class Guard(NamedTuple):
     """
 
     bank: Bank
-    scale: float
-    shift: float
+    scale: Tensor  # scalars on the bank's device: no value is waited for
+    shift: Tensor
 
 
 class RankGuards(NamedTuple):
@@ -114,10 +114,11 @@ def _guard(bank: Bank, query: Tensor, limit: Tensor) -> Guard:
     """The guard of queries [Q, d] and their limits [Q], which this rank holds, over the same ranks as the bank."""
     lowest, highest = _extremes(bank, limit)
     shift, reach = (highest + lowest) / 2, TILT * (highest - lowest) / 2
+    length = (1 + reach.square()).sqrt()
     tilted = TILT * (limit - shift).unsqueeze(1)
     pad = (reach**2 - tilted.square()).clamp(min=0).sqrt()
     extra = torch.cat([-tilted.expand(-1, PARTS), pad.expand(-1, PARTS)], dim=1) / math.sqrt(PARTS)
-    searched = torch.cat([query, extra], dim=1) / math.hypot(1, reach)
+    searched = torch.cat([query, extra], dim=1) / length
     limit = limit.clamp(-1, 1).unsqueeze(1)
     hinged = torch.cat([query, -limit, (1 - limit.square()).sqrt()], dim=1) / math.sqrt(2)
     own = SafeBank.from_unit(searched, hinged, {}).pack()
@@ -125,11 +126,13 @@ def _guard(bank: Bank, query: Tensor, limit: Tensor) -> Guard:
     if isinstance(bank, ShardedBank):
         own.offset = bank.shard.offset
         rows = ShardedBank(own, bank.ranks, len(bank), bank.device)
-    return Guard(rows, math.hypot(1, reach) * math.hypot(1, 1 / TILT), shift)
+    return Guard(rows, (length * math.hypot(1, 1 / TILT)).to(bank.device), shift.to(bank.device))
 
 
-def _extremes(bank: Bank, limit: Tensor) -> tuple[float, float]:
-    """The smallest and the largest limit of all ranks."""
-    found = torch.stack([limit.min(), limit.max()]).cpu()
-    every = bank.ranks.stack(found) if isinstance(bank, ShardedBank) else found.unsqueeze(0)
-    return float(every[:, 0].min()), float(every[:, 1].max())
+def _extremes(bank: Bank, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest limit of all ranks, as scalars where the limits are."""
+    lowest, highest = limit.min(), limit.max()
+    if isinstance(bank, ShardedBank) and bank.ranks.world > 1:
+        every = bank.ranks.stack(torch.stack([lowest, highest]).cpu()).to(limit.device)
+        lowest, highest = every[:, 0].min(), every[:, 1].max()
+    return lowest, highest

@@ -213,6 +213,15 @@ def test_so_does_one_that_is_told_of_a_validation(clip, rows, options, tmp_path)
     assert stopped.metrics["step"] == 2 and (tmp_path / "run" / "final").is_dir()
 
 
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: tests that run in the background inherit that the signal is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_saves_the_step_and_the_run_goes_on_to_the_same_weights(clip, rows, options, tuned, tmp_path):
     def on_step(info):
         if info.step == 3:

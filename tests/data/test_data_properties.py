@@ -214,7 +214,7 @@ def test_photographs_are_those_of_their_seed_and_unsafe_ones_carry_a_sign(n, see
 def test_everything_public_is_here():
     """A name that is exported, but in no test of this file, has no property tested."""
     text = Path(__file__).read_text()
-    # tests/system/test_properties.py and test_pipeline_properties.py; modules, whose data sets are here
-    elsewhere = ("ImageError", "QuadrupletEmbeddings", "photos", "scenes")
+    # tests/system/test_properties.py, test_pipeline_properties.py, test_memory.py; modules, whose data sets are here
+    elsewhere = ("ImageError", "QuadrupletEmbeddings", "open_rows", "photos", "scenes")
     for name in data.__all__:
         assert name in elsewhere or f"data.{name}" in text, name

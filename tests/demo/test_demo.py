@@ -37,11 +37,12 @@ def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):
     assert baseline["models"]["tuned"] != evaluation["models"]["tuned"]
     assert baseline["settings"]["data_hash"] == evaluation["settings"]["data_hash"]
     assert "name: safeclip" in (run_dir / "safe-clip" / "config.yaml").read_text()
-    assert set(KEY_METRICS) == set(evaluation["key_metrics"]) <= set(metrics)
-    for name in KEY_METRICS:
+    many = {name for name in KEY_METRICS if name.endswith("neighbors_kept")}  # of more items than these
+    assert set(KEY_METRICS) - many == set(evaluation["key_metrics"]) - many <= set(metrics)
+    for name in evaluation["key_metrics"]:
         for side in ("frozen", "tuned"):
-            estimate = metrics[name][side]
-            assert 0 <= estimate["low"] <= estimate["value"] + 1e-6 <= estimate["high"] + 2e-6 <= 1.0001
+            estimate, most = metrics[name][side], 2 if name.endswith("spread_ratio") else 1.0001
+            assert 0 <= estimate["low"] <= estimate["value"] + 1e-6 <= estimate["high"] + 2e-6 <= most
         change = metrics[name]["tuned"]["value"] - metrics[name]["frozen"]["value"]
         assert metrics[name]["change"]["value"] == pytest.approx(change)
     assert metrics["safe_text_cosine_to_frozen"]["frozen"]["value"] == pytest.approx(1, abs=1e-5)

@@ -52,7 +52,7 @@ def geometry(
         ratio = d.mean() / d0.mean()
         spread = ratio + (d - ratio * d0) / d0.mean()  # of mean `ratio`, and of its spread over samples (linearized)
         metrics[f"{part}_spread_ratio"] = Metric(
-            f"safe {name}, spread over the frozen model's", "stays", spread, TO_FROZEN
+            f"safe {name}, spread over frozen", "stays", spread, TO_FROZEN
         )
         if n > FEWEST:
             share = NEIGHBORS / (n - 1)

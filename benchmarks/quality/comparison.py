@@ -137,7 +137,7 @@ def tune(plan: Plan, data: Sequence[str], workers: int) -> list[dict[str, Any]]:
 
 
 def report(
-    plan: Plan, tried: Iterable[Mapping[str, Any]], seeds: int, workers: int, mismatch: Collection[float]
+    plan: Plan, tried: Iterable[Mapping[str, Any]], seeds: Sequence[int], workers: int, mismatch: Collection[float]
 ) -> list[dict[str, Any]]:
     """The chosen settings on test data: a row for each data set, mismatch and method, frozen first."""
     chosen = {(entry["data"], entry["method"]): entry["setting"] for entry in tried if entry["chosen"]}
@@ -148,12 +148,10 @@ def report(
     for number, name, share in sorted(shares, key=lambda item: item[0]):  # what the README shows comes first
         if (name, OURS) not in chosen:
             continue
-        runs[name, share, FROZEN] = [Run(name, FROZEN, seed) for seed in range(seeds)]
+        runs[name, share, FROZEN] = [Run(name, FROZEN, seed) for seed in seeds]
         for method in METHODS:
             setting, dial = chosen[name, method], number == 0
-            runs[name, share, method] = [
-                run_of(plan, name, method, setting, seed, share, dial) for seed in range(seeds)
-            ]
+            runs[name, share, method] = [run_of(plan, name, method, setting, seed, share, dial) for seed in seeds]
     results = perform_all(plan, dict.fromkeys(run for part in runs.values() for run in part), workers)
     rows = []
     for (name, share, method), part in runs.items():
@@ -244,7 +242,8 @@ def arguments() -> argparse.Namespace:
     add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
     shares = sorted({share for found in MISMATCH.values() for share in found})
     add("--mismatch", nargs="+", type=float, choices=shares, default=shares, help="only these (default: %(default)s)")
-    add("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    add("--seeds", type=int, default=3, help="how many, on test data (default: 3)")
+    add("--first-seed", type=int, default=0, help="the first of them; others than 0 to 2 are new data (default: 0)")
     add("--quadruplets", type=int, default=QUADRUPLETS, help="to fine-tune on (default: %(default)s)")
     add("--epochs", type=int, default=EPOCHS, help="of a fine-tuning (default: %(default)s)")
     add("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
@@ -255,6 +254,8 @@ def arguments() -> argparse.Namespace:
         )
     if min(given.seeds, given.quadruplets, given.epochs, given.workers) < 1:
         parser.error("--seeds, --quadruplets, --epochs and --workers must be at least 1")
+    if not 0 <= given.first_seed <= VALIDATION_SEED - given.seeds:
+        parser.error(f"--first-seed {given.first_seed}: from {VALIDATION_SEED} on, seeds are those of validation data")
     return given
 
 
@@ -264,7 +265,8 @@ def main() -> int:
     data = ["scenes"] + (["photos"] if given.photos is not None else [])
     try:
         tried = tune(plan, data, given.workers)
-        rows = report(plan, tried, given.seeds, given.workers, given.mismatch)
+        seeds = range(given.first_seed, given.first_seed + given.seeds)
+        rows = report(plan, tried, seeds, given.workers, given.mismatch)
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -282,6 +284,7 @@ def main() -> int:
         "epochs": plan.epochs,
         "batch_size": BATCH,
         "settings": SETTINGS,
+        "seeds": list(seeds),
         "torch": torch.__version__,
         "tried": tried,
         "rows": rows,

@@ -139,7 +139,7 @@ def test_comparison_chooses_by_validation_and_reports_means(tmp_path, monkeypatc
     assert chosen == {method: list(comparison.SETTINGS[method])[number] for method, number in best.items()}
     assert {run.seed for run in asked} == {runs.VALIDATION_SEED}
     asked.clear()
-    rows = comparison.report(plan, tried, 3, 1, (0.7, 0.0))
+    rows = comparison.report(plan, tried, range(3), 1, (0.7, 0.0))
     assert {run.seed for run in asked} == {0, 1, 2}
     ours = next(row for row in rows if row["name"] == comparison.OURS)
     assert ours["metrics"]["unsafe_rate@10"]["seeds"] == pytest.approx([0.1, 0.12, 0.14])

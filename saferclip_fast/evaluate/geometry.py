@@ -51,9 +51,7 @@ def geometry(
         d, d0 = _distances(now), _distances(before)
         ratio = d.mean() / d0.mean()
         spread = ratio + (d - ratio * d0) / d0.mean()  # of mean `ratio`, and of its spread over samples (linearized)
-        metrics[f"{part}_spread_ratio"] = Metric(
-            f"safe {name}, spread over frozen", "stays", spread, TO_FROZEN
-        )
+        metrics[f"{part}_spread_ratio"] = Metric(f"safe {name}, spread over frozen", "stays", spread, TO_FROZEN)
         if n > FEWEST:
             share = NEIGHBORS / (n - 1)
             metrics[f"{part}_neighbors_kept"] = Metric(

@@ -156,8 +156,8 @@ def _configs(model: str, options: Given, given: Mapping[str, Mapping[str, Any]],
     """By set of quadruplets, and under "" for the rest: how it is read. Of a run's own options those of READING go."""
     plain, configs = DataOptions(), {}
     for name in ("", *(name for name in given if _kind(name) == "quadruplets")):
-        entry = {"source": "", **dict.fromkeys(READING)} | given.get(name, {})
-        places = {key: getattr(plain, key) if entry[key] is None else entry[key] for key in READING}
+        entry = given.get(name, {"source": ""})
+        places = {key: entry.get(key, getattr(plain, key)) for key in READING}
         chosen = {f"data.{key}": value for key, value in places.items()} | {"data.val": entry["source"]}
         configs[name] = read_config(model, dict(pairs(options)) | chosen)
         configs[name].log.progress = progress
@@ -180,7 +180,8 @@ def _open_images(
     table: Table, given: Mapping[str, Mapping[str, Any]], missing: dict[str, str], config: Config, progress: bool
 ) -> tuple[list[LabeledImages], dict[str, Sequence[ImageFile]]]:
     """Labeled sets, and folders of images by name. A set that clip_benchmark does not find is added to `missing`."""
-    labeled, images = [], {}
+    labeled: list[LabeledImages] = []
+    images: dict[str, Sequence[ImageFile]] = {}
     for name in _wanted(table, missing):
         if _kind(name) == "quadruplets":
             continue
@@ -243,7 +244,7 @@ def _described(
         entry["published"] = {column: row.published.get(column) for column in table.columns}
         lost = [name for name in row.needs if name in missing]
         if lost:
-            entry["absent"] = f"without {', '.join(lost)}"
+            entry["absent"] = f"without {', '.join(lost)}" if len(lost) < 4 else f"without {len(lost)} of its sets"
         elif row.metric not in metrics:
             entry["absent"] = f"nothing in {row.needs[0]} is an unsafe text, or image, as the search needs"
         else:
@@ -280,10 +281,8 @@ def _own_differences(table: Table, held_out: Mapping[str, HeldOut], clip: ClipMo
 
 
 def _row(entry: Mapping[str, Any]) -> TableRow:
-    ours = {side: Estimate(**entry[side]) for side in ("tuned", "frozen", "change") if side in entry}
-    return TableRow(
-        *(entry[key] for key in ("label", "wanted", "published")),
-        entry.get("absent", ""),
-        entry.get("samples", 0),
-        **ours,
+    tuned, frozen, change = (
+        Estimate(**entry[side]) if side in entry else None for side in ("tuned", "frozen", "change")
     )
+    told, absent, samples = entry["published"], entry.get("absent", ""), entry.get("samples", 0)
+    return TableRow(entry["label"], entry["wanted"], told, absent, samples, tuned, frozen, change)

@@ -156,7 +156,7 @@ def test_our_figures_are_those_of_the_definition(clips, given, folder):
     assert row.published == {"CLIP": 3.8, "Safe-CLIP": 35.4, "SafeR-CLIP": 79.5} and row.samples == 6
     assert row.tuned.low <= row.tuned.value <= row.tuned.high <= 100
     assert row.change.value == pytest.approx(row.tuned.value - row.frozen.value)
-    assert rows["zero_shot.food101"].tuned.value > 0 and rows["zero_shot"].absent.startswith("without imagenet1k")
+    assert rows["zero_shot.food101"].tuned.value > 0 and rows["zero_shot"].absent == "without 10 of its sets"
     assert {"the published models are ViT-L-14, yours is ViT-tiny-8-32"} <= set(found.json["differences"])
     assert "NSFWCaps has 1000 quadruplets, yours 6" in found.json["differences"]
     assert {"nsfw_urls", "imagenet1k"} <= set(found.missing) and "visu" not in found.missing and found.out is None

@@ -19,6 +19,6 @@ for _ in range(60):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    losses.append(float(loss))
+    losses.append(loss.item())
 print(f"InfoNCE {losses[0]:.3f} -> {losses[-1]:.3f}")
 assert losses[-1] < losses[0]

@@ -9,7 +9,7 @@ REPOSITORY = None  # yours: "me/clip-safe", after `hf auth login`; None writes t
 tuned = sf.fine_tune(
     "ViT-tiny-8-32",  # yours: "ViT-L-14-quickgelu,openai"
     "scenes:n=48,size=32",
-    options={"train.epochs": 1, "train.batch_size": 16, "data.val_fraction": 0.2},
+    options={"train.epochs": 1, "train.batch_size": 16, "data.val_fraction": 0.2, "data.num_workers": 0},
     run_dir="runs/hub",
 )
 sf.evaluate(tuned, out=tuned.run_dir, samples=200)  # the model card shows these figures

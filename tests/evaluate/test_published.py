@@ -247,6 +247,9 @@ def test_a_set_that_clip_benchmark_does_not_find_is_left_out_and_nothing_is_down
     pytest.importorskip("clip_benchmark")
     given["cifar10"] = f"clip_benchmark:cifar10,root={tmp_path}"
     found = published_table(clips[0], "shieldclip-zeroshot", given, options=OPTIONS, **QUICK)
+    kept = {"cifar100": f"clip_benchmark:cifar100,root={tmp_path},download=true"}
+    sources = {name: entry["source"] for name, entry in read_table_data(given | kept).items()}
+    assert sources["cifar10"] == given["cifar10"] + ",download=false" and sources["cifar100"] == kept["cifar100"]
     assert "cannot open 'cifar10'" in found.missing["cifar10"] and found.rows[3].tuned
     del given["food101"]
     with pytest.raises(ValueError, match="nothing to measure for the table shieldclip-zeroshot"):

@@ -8,6 +8,7 @@ from typing import Any
 
 EVALUATION_FORMAT = "saferclip_fast.evaluation.v2"
 DIAL_FORMAT = "saferclip_fast.dial.v2"
+TABLE_FORMAT = "saferclip_fast.table.v1"  # our figures beside those of a published table
 
 CUTOFFS = (1, 5, 10, 20)  # K of recall@K, as in Safe-CLIP (arXiv 2311.16254)
 PAGE = 10  # the K that is shown first and that verdicts go by: people look at a page of results

@@ -49,9 +49,13 @@ class Task:
         """Labels of the quadruplets; reads every image once."""
         assert self.quadruplets is not None
         records = self.quadruplets.records
-        text, image = ([getattr(r, f"unsafe_{name}_label") for r in records] for name in ("text", "image"))
+        text, image = ([getattr(r, f"{name}_is_unsafe") for r in records] for name in ("text", "image"))
         return Labels(
-            Contents.of(records), torch.tensor(text), torch.tensor(image), self.right, self.quadruplets.text_only
+            Contents.of(records),
+            torch.tensor(text).long(),
+            torch.tensor(image).long(),
+            self.right,
+            self.quadruplets.text_only,
         )
 
 

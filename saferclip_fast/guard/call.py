@@ -99,7 +99,8 @@ def fit_guard(
     config.log.progress = progress
     if not (config.data.val or config.data.val_fraction):
         raise ConfigError(
-            f"{folder} held no rows out to stop and calibrate on: name some with data.val=SOURCE, or data.val_fraction=0.1"
+            f"{folder} held no rows out to stop and calibrate on: name some with data.val=SOURCE, or "
+            "data.val_fraction=0.1"
         )
     torch_config = load_config(None, {"device": device, "seed": seed}, "options")
     with claim(folder), settings_kept():
@@ -153,13 +154,13 @@ def fit_parts(clip: ClipModel, parts: Parts, samples: int = RESAMPLES, seed: int
                 raise DataError(f"{part.source} holds no unsafe {modality}: name other rows with --data or data.val")
         train, validation, test = items
         head, tried = fit_head(modality, train, validation, seed, progress)
-        heads[modality] = head
         figures[modality] = {
             "hidden": head.hidden,
             "tried": {str(hidden): area for hidden, area in tried.items()},
             "calibration": dict(zip(("scale", "shift"), head.calibration.tolist(), strict=True)),
             **figures_of(head(test.embeddings), test.unsafe, samples, seed),
         }
+        heads[modality] = head.to(clip.device)
     if not figures:
         raise DataError(f"{parts.train.source} holds nothing unsafe: there is nothing to learn from")
     about = {name: {"source": p.source, "rows": len(p.text_is_unsafe)} for name, p in parts._asdict().items()}
@@ -170,7 +171,7 @@ def fit_parts(clip: ClipModel, parts: Parts, samples: int = RESAMPLES, seed: int
         "settings": {"seed": seed, "resamples": samples, "confidence": CONFIDENCE},
         "modalities": figures,
     }
-    return Guard(clip, *(head and head.to(clip.device) for head in heads.values()), described)
+    return Guard(clip, heads["text"], heads["image"], described)
 
 
 def embedded(

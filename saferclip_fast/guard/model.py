@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Head(nn.Module):
         self.modality = modality
         sizes = (width, hidden, 1) if hidden else (width, 1)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.ReLU()] if layers else []
             layers.append(nn.Linear(inputs, outputs))
         self.layers = nn.Sequential(*layers)

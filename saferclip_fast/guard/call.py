@@ -114,7 +114,7 @@ def fit_guard(
 
 
 def load_guard(
-    source: str | os.PathLike, frozen: str | ClipModel | None = None, device: str | torch.device = "cpu"
+    source: str | os.PathLike, frozen: str | ClipModel | None = None, device: str | torch.device | None = None
 ) -> Guard:
     """The guard that `fit_guard` wrote, ready to use.
 
@@ -122,7 +122,7 @@ def load_guard(
         source: the run's folder, or a guard.safetensors, wherever it was copied to.
         frozen: the frozen model that it belongs to, in memory (`load_clip`), or as `evaluate` takes models; None: the
             one that the run started from.
-        device: where both go.
+        device: where both go; None: where a model in memory is, else the CPU.
 
     Raises:
         FileNotFoundError: no guard there.
@@ -133,12 +133,14 @@ def load_guard(
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no guard at {file}: fit one with saferclip guard RUN")
-    place = torch.device(device)
+    if isinstance(frozen, ClipModel):
+        return Guard.read(file, frozen if device is None else frozen.to(device))
+    place = torch.device(device or "cpu")
     if frozen is None:
         if not is_run(str(path)):
             raise ValueError(f"{path} is no run, which would lead to the frozen model: name it, frozen=MODEL")
         return Guard.read(file, frozen_of(str(path), place))
-    return Guard.read(file, (open_model(frozen, place) if isinstance(frozen, str) else frozen.to(place)).eval())
+    return Guard.read(file, open_model(frozen, place))
 
 
 def fit_parts(clip: ClipModel, parts: Parts, samples: int = RESAMPLES, seed: int = 0, progress: bool = True) -> Guard:

@@ -95,8 +95,10 @@ class Guard:
     figures: Mapping[str, Any]
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """P(unsafe), float32 [n], of n texts."""
-        return self._head("text")(embed_texts(self.clip, texts, progress=False).to(self.clip.device))
+        """P(unsafe), float32 [n], of n texts; a single text is one of 1."""
+        head = self._head("text")
+        texts = [texts] if isinstance(texts, str) else texts
+        return head(embed_texts(self.clip, texts, progress=False).to(self.clip.device))
 
     def of_images(self, images: Sequence[Image.Image]) -> Tensor:
         """P(unsafe), float32 [n], of n PIL images."""

@@ -6,6 +6,7 @@ import saferclip_fast.export.result as _export
 
 from .api import FineTuned, fine_tune
 from .bank import SafeBank
+from .guard import Guard, fit_guard, load_guard
 from .models import ClipModel, load_clip
 from .ops import (
     Backend,
@@ -45,6 +46,7 @@ __all__ = [
     "BackendError",
     "ClipModel",
     "FineTuned",
+    "Guard",
     "Neighbors",
     "PreservationOutput",
     "RetargetOutput",
@@ -54,9 +56,11 @@ __all__ = [
     "evaluate",
     "export",
     "fine_tune",
+    "fit_guard",
     "info_nce",
     "load",
     "load_clip",
+    "load_guard",
     "nearest_safe",
     "preservation_loss",
     "retarget_loss",

@@ -27,6 +27,7 @@ PUBLIC = {
         "published_table",
     ],
     "saferclip_fast.export": ["FORMATS", "ExportError", "Source", "Unsupported", "export", "load_source"],
+    "saferclip_fast.guard": ["Guard", "GuardError", "fit_guard", "load_guard"],
     "saferclip_fast.label_images": ["label_table", "open_classifier"],
     "saferclip_fast.models": ["ClipModel", "load_clip"],
     "saferclip_fast.objectives": ["Objective", "QuadrupletEmbeddings", "SafeClip", "SaferClip", "ShieldClip"],
@@ -34,7 +35,7 @@ PUBLIC = {
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
-COMMANDS = ("demo", "doctor", "evaluate", "export", "label_images", "report", "train", "tune")
+COMMANDS = ("demo", "doctor", "evaluate", "export", "guard", "label_images", "report", "train", "tune")
 
 HELP = """
 import runpy, sys
@@ -93,6 +94,7 @@ def test_the_one_command_alone_prints_its_help():
         ("evaluate . --images food=no/food", "cannot read no/food: No such file or directory"),
         ("export no/run --format all --out no/out", "no/run not found"),
         ("report no/run", "no/run is no folder"),
+        ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),
     ],
 )

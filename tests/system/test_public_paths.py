@@ -26,7 +26,7 @@ PUBLIC = {
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
-COMMANDS = ("demo", "doctor", "evaluate", "export", "label_images", "report", "train", "tune")
+COMMANDS = ("demo", "doctor", "evaluate", "export", "label_images", "report", "restore", "train", "tune")
 
 HELP = """
 import runpy, sys
@@ -84,6 +84,9 @@ def test_the_one_command_alone_prints_its_help():
         ("evaluate . --data no.csv", "no such file or folder: no.csv"),
         ("evaluate . --images food=no/food", "cannot read no/food: No such file or directory"),
         ("export no/run --format all --out no/out", "no/run not found"),
+        ("restore no/run . --out no/out", "there is no folder no/run, and unknown model 'no/run'"),
+        ("restore . no/later --out no/out", "there is no folder no/later, and unknown model 'no/later'"),
+        ("restore . . --out no/out --keep 2", "--keep is a part of the later change, from 0 to 1, got 2.0"),
         ("report no/run", "no/run is no folder"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),
     ],

@@ -96,14 +96,14 @@ def restore_model(
             clip.weights_hash = clip.hash_weights()
             return clip
 
-        figures = {name: _figures(clip, task, settings, name) for name, clip in (("safe", safe), ("later", changed))}
+        figures = {name: figures_of(clip, task, settings, name) for name, clip in (("safe", safe), ("later", changed))}
         if keep is None:
             rates = figures["safe"][RATE], figures["later"][RATE]
             keep = _largest(
-                lambda part: _figures(with_part(part), task, settings, f"keeping {part:.3g}")[RATE], *rates, take_back
+                lambda part: figures_of(with_part(part), task, settings, f"keeping {part:.3g}")[RATE], *rates, take_back
             )
         clip = with_part(keep)
-        figures["restored"] = _figures(clip, task, settings, "restored")
+        figures["restored"] = figures_of(clip, task, settings, "restored")
         layers = tuple(Layer(name, value, name in names) for name, value in rho.items())
         _write(folder, clip, layers, keep, threshold, figures)
     return Restored(clip, keep, layers, figures, folder)
@@ -129,7 +129,8 @@ def _largest(rate: Callable[[float], float], safe: float, later: float, take_bac
     return low
 
 
-def _figures(clip: ClipModel, task: Task, settings: Settings, called: str) -> Figures:
+def figures_of(clip: ClipModel, task: Task, settings: Settings, called: str) -> Figures:
+    """The mean unsafe rate at rank 10, and zero-shot accuracy on each set."""
     metrics = measure(clip, task, settings, called).metrics
     found = {RATE: statistics.mean(metrics[at(name)].mean for name in UNSAFE_FOUND)}
     return found | {name: metric.mean for name, metric in metrics.items() if name.startswith("zero_shot.")}

@@ -7,6 +7,7 @@ import saferclip_fast.restore.result as _restore
 
 from .api import FineTuned, fine_tune
 from .bank import SafeBank
+from .guard import Guard, fit_guard, load_guard
 from .models import ClipModel, load_clip
 from .ops import (
     Backend,
@@ -53,6 +54,7 @@ __all__ = [
     "BackendError",
     "ClipModel",
     "FineTuned",
+    "Guard",
     "Neighbors",
     "PreservationOutput",
     "RetargetOutput",
@@ -62,9 +64,11 @@ __all__ = [
     "evaluate",
     "export",
     "fine_tune",
+    "fit_guard",
     "info_nce",
     "load",
     "load_clip",
+    "load_guard",
     "nearest_safe",
     "preservation_loss",
     "restore",

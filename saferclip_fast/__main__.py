@@ -14,6 +14,7 @@ from .version import __version__
 COMMANDS = {  # command -> the folder whose __main__ it is, and what it does
     "train": ("train", "fine-tune a CLIP for safety"),
     "evaluate": ("evaluate", "measure how safe and how useful a CLIP is"),
+    "guard": ("guard", "fit P(unsafe) of a text or an image"),
     "report": ("report", "one HTML page on one run or several"),
     "export": ("export", "write a tuned model for open_clip, Hugging Face, PEFT or ONNX"),
     "restore": ("restore", "put back the safety that a later fine-tuning took"),

@@ -1,4 +1,4 @@
-"""The names and shapes of evaluation.json and dial.json (docs/evaluation.md), and a check of them."""
+"""The names and shapes of evaluation.json, dial.json (docs/evaluation.md) and guard.json, and a check of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 EVALUATION_FORMAT = "saferclip_fast.evaluation.v2"
 DIAL_FORMAT = "saferclip_fast.dial.v2"
+TABLE_FORMAT = "saferclip_fast.table.v1"  # our figures beside those of a published table
+GUARD_FORMAT = "saferclip_fast.guard.v1"  # of guard.json and guard.safetensors (docs/guard.md)
 
 CUTOFFS = (1, 5, 10, 20)  # K of recall@K, as in Safe-CLIP (arXiv 2311.16254)
 PAGE = 10  # the K that is shown first and that verdicts go by: people look at a page of results
@@ -70,6 +72,19 @@ def dial_shape(dial: dict[str, Any]) -> dict[str, Any]:
         "utility": str,
         "points": [{"alpha": float, "metrics": {"*": {"label": str, **ESTIMATE}}}],
     }
+
+
+def guard_shape(guard: dict[str, Any]) -> dict[str, Any]:
+    """The shape of a guard's figures."""
+    modality = {
+        "safe": int,
+        "unsafe": int,
+        "auroc": ESTIMATE,
+        "ece": float,
+        "roc": [{"threshold": float, "found": float, "false_alarms": float}],
+        "reliability": [{"predicted": float, "observed": float, "samples": int}],
+    }
+    return {"data": {"test": {"source": str, "rows": int}}, "modalities": {"text?": modality, "image?": modality}}
 
 
 def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Safety put back after a later fine-tuning: python -m benchmarks.quality.restore --photos FILE.tar
 
-A safe model is fine-tuned, all weights of it, on own pairs of an image and a caption, with classes under new names; half
-of the pairs show a hazard, as unfiltered data may. That brings hazards back. `restore` chooses what is kept of it on
-validation data, and everything is measured on test data: the mean unsafe rate at rank 10, and zero-shot accuracy under
-the new names. Writes restore.json to --out. Stopped at any moment, the same command goes on with what is missing.
+A safe model is fine-tuned, all weights of it, on own safe pairs of an image and a caption, with classes under new
+names. That brings hazards back. `restore` chooses how much it adds on validation data, and everything is measured on test
+data: the mean unsafe rate at rank 10, and zero-shot accuracy under the new names. Writes restore.json to --out. Stopped
+at any moment, the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def own_pairs(plan: Plan, data: str, seed: int) -> tuple[np.ndarray, list[str], 
     """Images, captions under the new names, and the old names."""
     if data == "scenes":
         names = scenes.class_names("shape")
-        images, captions = scenes.pretrain_pairs(OWN_PAIRS, 100 + seed)
+        images, captions = scenes.pretrain_pairs(OWN_PAIRS, 100 + seed, unsafe_share=0.0)
     else:
         assert plan.photos is not None
         names = photos.load_photos(plan.photos, "test").class_names
@@ -72,7 +72,7 @@ def own_task(data: str, held_out: Any) -> LabeledImages:
 
 
 def perform(plan: Plan, data: str, seed: int) -> dict[str, Any]:
-    """One seed: makes a model safe, fine-tunes it on own pairs, restores it with each threshold; figures on test data."""
+    """One seed: a model made safe, fine-tuned on own pairs, restored with each threshold; figures on test data."""
     file = plan.out / "runs" / f"{data}-{seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
@@ -98,7 +98,7 @@ def perform(plan: Plan, data: str, seed: int) -> dict[str, Any]:
 
     models = {"safe": on_test(safe), "later": on_test(later)}
     source = f"scenes:n=500,seed={VALIDATION_SEED}" if data == "scenes" else f"photos:path={plan.photos},n=500,half=odd"
-    keeps = {}
+    chosen = {}
     for name, threshold in THRESHOLDS.items():
         out = folder / f"restored-{threshold:g}"
         source_words = f"{source},split=test,mismatch=0"
@@ -106,8 +106,8 @@ def perform(plan: Plan, data: str, seed: int) -> dict[str, Any]:
             folder / "run", later, out, source_words, threshold=threshold, device="cpu", progress=False
         )
         models[name] = on_test(found.model)
-        keeps[name] = {"keep": found.keep, "layers": [layer._asdict() for layer in found.layers]}
-    save_json(file, {"data": data, "seed": seed, "models": models, "restored": keeps})
+        chosen[name] = {"add": found.add, "layers": [layer._asdict() for layer in found.layers]}
+    save_json(file, {"data": data, "seed": seed, "models": models, "restored": chosen})
     shutil.rmtree(folder)
     return json.loads(file.read_text())
 
@@ -120,7 +120,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in mine[0]["models"]:
             figures = {key: spread(one["models"][name][key] for one in mine) for key in mine[0]["models"][name]}
             if name in THRESHOLDS:
-                figures["keep"] = spread(one["restored"][name]["keep"] for one in mine)
+                figures["add"] = spread(one["restored"][name]["add"] for one in mine)
                 for part, key in (("rise taken back", RATE), ("gain kept", OWN)):
                     shares = []
                     for one in mine:

@@ -17,7 +17,8 @@ class Collate:
     The batch is a dict: index [B] int64; safe_image, unsafe_image [B, 3, H, W] float32; safe_tokens,
     unsafe_tokens [B, L] int64, each trimmed to its longest caption; safe_lengths, unsafe_lengths, the captions'
     lengths as a list of B ints, so that nobody has to read tokens back from a device; unsafe_text_label,
-    unsafe_image_label [B] int64. A caption longer than the tokenizer's context is cut there by the tokenizer.
+    unsafe_image_label [B], int64, or float32 where one lies between 0 and 1. A caption longer than the tokenizer's
+    context is cut there by the tokenizer.
     A batch of text-only samples has no unsafe_image; the safe one's embedding stands in.
     `trim=False` keeps the full context: needed for text towers that read the padding (SigLIP).
     """
@@ -42,7 +43,7 @@ class Collate:
             batch[f"{side}_tokens"] = tokens
             batch[f"{side}_lengths"] = lengths(tokens, self.pad) if self.trim else [tokens.shape[1]] * len(tokens)
         for name in ("index", "unsafe_text_label", "unsafe_image_label"):
-            batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
+            batch[name] = torch.tensor([sample[name] for sample in samples])
         return batch
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ DECODE_BLOCK = 256  # records in flight in the verify pass: bounds its memory
 class Quadruplet:
     """One sample: a safe pair, an unsafe pair, and where it came from.
 
-    A label of 0 says that this modality of the unsafe side is safe after all (mixed pairs, ShieldCLIP).
+    A label of 0 says that this modality of the unsafe side is safe after all (mixed pairs, ShieldCLIP); one between 0
+    and 1 is a score of how unsafe it is. Evaluation takes 0.5 and more as unsafe.
     `row` counts the lines of text files from 1, header included, and rows, samples or keys of other formats.
     """
 
@@ -39,10 +41,20 @@ class Quadruplet:
     safe_text: str
     unsafe_image: ImageRef
     unsafe_text: str
-    unsafe_text_label: int = 1
-    unsafe_image_label: int = 1
+    unsafe_text_label: float = 1
+    unsafe_image_label: float = 1
     file: str = ""
     row: int = 0
+
+    @property
+    def text_is_unsafe(self) -> bool:
+        """Whether evaluation counts the text of the unsafe side as unsafe."""
+        return self.unsafe_text_label >= 0.5
+
+    @property
+    def image_is_unsafe(self) -> bool:
+        """The same of its image."""
+        return self.unsafe_image_label >= 0.5
 
     def digest(self) -> bytes:
         """SHA-256 of the sample's content: both images' bytes, both texts, both labels."""
@@ -79,7 +91,7 @@ class QuadrupletDataset(Dataset):
 
     `records` is any sequence of Quadruplet; `transform` turns an RGB PIL image into a tensor (default:
     float32 [3, H, W] in [0, 1]). An item is a dict: index (int), safe_image, unsafe_image (what transform
-    returns), safe_text, unsafe_text (str), unsafe_text_label, unsafe_image_label (int, 0 or 1).
+    returns), safe_text, unsafe_text (str), unsafe_text_label, unsafe_image_label (0, 1 or between).
 
     Images are decoded when asked for, and a failure is a DataError naming file and row, whatever `on_error`
     is: skipping in the middle of an epoch would make a resumed run differ. Call `verify()` first to find bad
@@ -246,7 +258,8 @@ def check_opened(dataset: object) -> None:
 
 def _digest(record: Quadruplet, safe_image: bytes, unsafe_image: bytes) -> bytes:
     hasher = hashlib.sha256()
-    labels = bytes([record.unsafe_text_label, record.unsafe_image_label])
+    pair = (record.unsafe_text_label, record.unsafe_image_label)
+    labels = bytes(map(int, pair)) if {0, 1}.issuperset(pair) else struct.pack("<2d", *pair)
     for part in (safe_image, record.safe_text.encode(), unsafe_image, record.unsafe_text.encode(), labels):
         hasher.update(len(part).to_bytes(8, "little"))  # the length keeps ("ab", "c") and ("a", "bc") apart
         hasher.update(part)

@@ -1,3 +1,4 @@
+from .beside_published import PublishedTable, TableRow, published_table
 from .call import evaluate_model
 from .measurement import ALPHAS, Known, check_same_space, dial_curve, evaluate, measure
 from .result import DialPoint, Estimate, Evaluation, Figure
@@ -15,7 +16,9 @@ __all__ = [
     "Figure",
     "Known",
     "Measured",
+    "PublishedTable",
     "Settings",
+    "TableRow",
     "Task",
     "check_same_space",
     "comparison",
@@ -25,6 +28,7 @@ __all__ = [
     "evaluate_model",
     "label_tables",
     "measure",
+    "published_table",
     "summarize",
     "table",
     "write",

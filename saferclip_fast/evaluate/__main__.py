@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..cli import run_command
+from ..config import ConfigError
 from .bootstrap import CONFIDENCE, RESAMPLES
 from .places import check_bound, check_words
+from .published import check_left, listing, missing_of, read_table_data, table_named, tables
 
 EXAMPLES = """
 examples:
@@ -24,6 +27,9 @@ examples:
   Any CLIP beside another, no training of this library needed.
     python -m saferclip_fast.evaluate local-dir:safe-clip --frozen ViT-L-14-quickgelu,openai \\
         --data visu/test.json data.root=coco2017 data.unsafe_root=visu/unsafe 'data.unsafe_image={id}.png'
+
+  The figures of a paper's table beside this model's, on your own copies of its data: tables.yaml has lines visu: PATH.
+    python -m saferclip_fast.evaluate runs/visu --table safer-clip --table-data tables.yaml
 
 data.* options are those of training (python -m saferclip_fast.train --help); a run's own are the defaults, with their
 paths relative to where it was started. What is measured and written: docs/evaluation.md.
@@ -70,6 +76,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--confidence", type=float, default=CONFIDENCE, metavar="C", help="how sure --max-loss is (%(default)s)")
     add(
+        "--table",
+        metavar="NAME",
+        action=_Table,
+        help=f"a published table beside this model's figures: {', '.join(tables())}; list: what each needs",
+    )
+    add("--table-data", metavar="FILE", type=Path, help="where the table's data sets lie: YAML, a line SET: PATH each")
+    add(
         "--out",
         metavar="DIR",
         type=Path,
@@ -91,6 +104,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
 
     def command() -> int:
         check_bound(given.dial, given.max_loss, given.confidence, given.images)
+        _check_table(given)
         check_words(given.model, given.frozen, given.data, given.images, given.caption_images)
         from .command import run  # torch and open_clip take seconds to import, and --help needs none of them
 
@@ -102,6 +116,29 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
         less_memory=f"the same figures in less memory: --batch-size {max(1, given.batch_size // 4)}",
         when_stopped="stopped; embeddings of finished quadruplets are kept, the same command takes them up",
     )
+
+
+class _Table(argparse.Action):
+    """--table list prints the tables and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if values == "list":
+            print(listing())
+            parser.exit()
+        setattr(namespace, self.dest, values)
+
+
+def _check_table(given: argparse.Namespace) -> None:
+    """Raises ConfigError for a table that is none, whose data is missing, or what does not go with one."""
+    if given.table is None:
+        if given.table_data:
+            raise ConfigError(f"--table-data belongs to --table NAME: {', '.join(tables())}")
+        return
+    table, others = table_named(given.table), ("data", "images", "templates", "caption_images", "dial", "all")
+    if taken := [name for name in others if getattr(given, name)]:
+        flag = taken[0].replace("_", "-")
+        raise ConfigError(f"--table measures on what --table-data names, by the paper's rules: leave out --{flag}")
+    check_left(table, missing_of(table, read_table_data(given.table_data)))
 
 
 def _positive(text: str) -> int:

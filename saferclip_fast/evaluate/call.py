@@ -130,15 +130,20 @@ def open_all(
     if source := config.data.val or config.data.train:
         check_source(source, config.data.root or None)
     check_writable(config.data.cache_dir, "data.cache_dir")
-    tuned = _open(model, device)
-    beside = None
-    if frozen is not None:
-        beside = _open(frozen if isinstance(frozen, ClipModel) else os.fspath(frozen), device)
-    elif isinstance(model, str) and is_run(model):
-        beside = frozen_of(model, device)
+    tuned, beside = open_models(model, frozen, device)
     if dial and beside is None:
         raise ConfigError("--dial goes from a frozen model to MODEL: name it with --frozen MODEL0")
     return tuned, beside, _read_task(config, tuned, _words(images), _words(caption_images), templates, dial)
+
+
+def open_models(
+    model: str | ClipModel, frozen: Model | None, device: torch.device
+) -> tuple[ClipModel, ClipModel | None]:
+    """The model, and the one beside it: that which `frozen` names, else the one that a run started from, else none."""
+    tuned = _open(model, device)
+    if frozen is not None:
+        return tuned, _open(frozen if isinstance(frozen, ClipModel) else os.fspath(frozen), device)
+    return tuned, frozen_of(model, device) if isinstance(model, str) and is_run(model) else None
 
 
 def _open(model: str | ClipModel, device: torch.device) -> ClipModel:

@@ -89,7 +89,7 @@ def _found(dataset: QuadrupletDataset, gallery: _Gallery, labels: Labels, row: i
         record, generated = dataset.records[index % count], index >= count
         found.append(
             {
-                "kind": "unsafe" if generated and record.unsafe_image_label else "safe",
+                "kind": "unsafe" if generated and record.image_is_unsafe else "safe",
                 "side": "unsafe" if generated else "safe",
                 "row": index % count,
                 "text": record.unsafe_text if generated else record.safe_text,

@@ -61,8 +61,8 @@ def open_held_out(config: Config, clip: ClipModel) -> HeldOut | None:
         return None
     records = [dataset.records[row] for row in range(len(dataset))]
     texts = [record.safe_text for record in records] + [record.unsafe_text for record in records]
-    unsafe = [0] * len(records) + [record.unsafe_text_label for record in records]
-    return HeldOut(dataset, CaptionBank(texts, torch.tensor(unsafe).bool()))
+    unsafe = [False] * len(records) + [record.text_is_unsafe for record in records]
+    return HeldOut(dataset, CaptionBank(texts, torch.tensor(unsafe)))
 
 
 def named(words: Iterable[str], flag: str, read: Callable[[str, str | None], T]) -> dict[str, T]:

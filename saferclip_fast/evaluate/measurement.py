@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..data.images import ImageRef
 from ..data.labeled import ImageDataset
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..embeddings import embed_images, embed_quadruplets, embed_texts
@@ -21,7 +22,7 @@ from ..models.dial import mix
 from ..results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_FOUND, UNSAFE_RATE, at, cutoffs
 from ..storage.files import save_json
 from . import bootstrap
-from .metrics import Metric, caption_bank_hits, retrieval
+from .metrics import Metric, caption_bank_hits, found_first, retrieval
 from .promise import DIALS, check_meaning, promise
 from .summary import KEY_METRICS, Measured, estimates, summarize, to_frozen, write
 from .task import Settings, Task
@@ -57,21 +58,35 @@ def measure(clip: ClipModel, task: Task, settings: Settings, called: str = "mode
 
 
 def _captions_found(clip: ClipModel, task: Task, loading: dict[str, Any]) -> dict[str, Metric]:
-    """images.NAME.unsafe_caption: images of a set that find an unsafe caption of the bank first."""
+    """images.NAME.unsafe_caption: images of a set that find an unsafe caption of the bank first.
+
+    With distractors also images.NAME.found_by_unsafe_caption: unsafe captions that find an image of the set first, of
+    these and the distractors.
+    """
     if not task.images:
         return {}
     if task.captions is None:
         raise ValueError("images need a bank of safe and unsafe captions to be matched with")
     texts = {name: value for name, value in loading.items() if name != "num_workers"}
-    captions = embed_texts(clip, task.captions.texts, name="captions", **texts)
+    captions, unsafe = embed_texts(clip, task.captions.texts, name="captions", **texts), task.captions.unsafe
+
+    def embed(name: str, images: Sequence[ImageRef]) -> torch.Tensor:
+        return embed_images(clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading)[0]
+
+    distractors = embed("distractors", task.distractors) if len(task.distractors) and unsafe.any() else None
     metrics = {}
     for name, images in task.images.items():
-        embeddings, _ = embed_images(
-            clip, ImageDataset(images, [0] * len(images), clip.preprocess), name=name, **loading
-        )
-        hits = caption_bank_hits(embeddings, captions, task.captions.unsafe)
-        label, chance = f"{name} images find an unsafe caption first", float(task.captions.unsafe.float().mean())
+        embeddings = embed(name, images)
+        hits = caption_bank_hits(embeddings, captions, unsafe)
+        label, chance = f"{name} images find an unsafe caption first", float(unsafe.float().mean())
         metrics[f"images.{name}.unsafe_caption"] = Metric(label, "falls", hits, chance=chance)
+        if distractors is not None:
+            hits = found_first(captions[unsafe], embeddings, distractors)
+            label, chance = (
+                f"unsafe captions find an image of {name} first",
+                len(images) / (len(images) + len(distractors)),
+            )
+            metrics[f"images.{name}.found_by_unsafe_caption"] = Metric(label, "falls", hits, chance=chance)
     return metrics
 
 

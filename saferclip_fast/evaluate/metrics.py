@@ -274,6 +274,12 @@ def caption_bank_hits(image: Tensor, captions: Tensor, unsafe: Tensor) -> Tensor
     return unsafe[nearest_safe(image, F.normalize(captions, dim=-1)).indices[:, 0]].float()
 
 
+def found_first(query: Tensor, items: Tensor, others: Tensor) -> Tensor:
+    """float32 [N]: 1 where a query [N, d] finds one of `items` [M, d] first, of these and `others` [L, d]."""
+    gallery = F.normalize(torch.cat([others, items]), dim=-1)  # of equal scores the lower row: one of the others
+    return (nearest_safe(query, gallery).indices[:, 0] >= len(others)).float()
+
+
 def _unsafe(labels: Labels, modality: str) -> Tensor:
     return getattr(labels, f"{modality}_is_unsafe").bool()
 

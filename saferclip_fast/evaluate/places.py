@@ -22,11 +22,16 @@ def check_words(
     if data and not data.endswith(".json"):  # whose root is an option, which a run may have
         check_place(data)
     for source in map(_source, images):
-        if not re.match(r"\w+:", source) and not re.search(r"[*?{\[]", source) and not Path(source).exists():
-            raise DataError(f"cannot read {source}: No such file or directory")
+        check_images(source)
     for source in map(_source, caption_images):
         if not Path(source).is_dir():
             raise DataError(f"no such folder of images: {source}")
+
+
+def check_images(source: str) -> None:
+    """Raises DataError where there is nothing at the source of a zero-shot set."""
+    if not re.match(r"\w+:", source) and not re.search(r"[*?{\[]", source) and not Path(source).exists():
+        raise DataError(f"cannot read {source}: No such file or directory")
 
 
 def check_bound(dial: bool, max_loss: float | None, confidence: float, images: Collection[str] = ("?",)) -> None:

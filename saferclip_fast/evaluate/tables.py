@@ -103,3 +103,30 @@ def _number(value: float, signed: bool) -> str:
     """Three digits behind the point, fewer of a place in a long list."""
     digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
     return f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def published_lines(found: Mapping[str, Any]) -> str:
+    """A published table with our figures beside it, in percent, as text: what table-NAME.json holds.
+
+    Rows that could not be measured are left out where the paper has no figure for them either.
+    """
+    sides = list(found["models"])
+    shown = [
+        row for row in found["rows"] if "absent" not in row or any(v is not None for v in row["published"].values())
+    ]
+    width = max(len(row["label"]) for row in shown)
+    heads = "".join(f"  {column:>10}" for column in found["columns"])
+    lines = [f"{'':{width}}{heads}" + "".join(f"  {f'yours, {side}':>20}" for side in sides) + "        n  wanted"]
+    for row in shown:
+        known = "".join(f"  {'-' if value is None else f'{value:.1f}':>10}" for value in row["published"].values())
+        if "absent" in row:
+            lines.append(f"{row['label']:{width}}{known}  {row['absent']}")
+            continue
+        ours = "".join(f"  {'{value:.1f} [{low:.1f}, {high:.1f}]'.format(**row[side]):>20}" for side in sides)
+        lines.append(f"{row['label']:{width}}{known}{ours}  {row['samples']:>7}  {row['wanted'] or '-'}")
+    parts = [f"{found['title']}, percent\n{found['cited']}", "\n".join(lines)]
+    parts.append("where yours may differ:\n" + "\n".join(f"  {line}" for line in found["differences"]))
+    if found["missing"]:
+        lost = (f"  {name}: {entry['reason']}; {entry['where']}" for name, entry in found["missing"].items())
+        parts.append("left out:\n" + "\n".join(lost))
+    return "\n\n".join(parts)

@@ -32,7 +32,8 @@ class Task:
 
     quadruplets: held-out samples; right: int64 [N], an item is right for a query where these agree (default: where a
     sample holds both, so that a picture with five captions is right for each of them). zero_shot: classification sets;
-    templates: prompts instead of their own. images: sets of real images by name, each matched with `captions`.
+    templates: prompts instead of their own. images: sets of real images by name, each matched with `captions`;
+    distractors: safe images that unsafe captions search together with each of these sets.
     """
 
     quadruplets: QuadrupletDataset | None = None
@@ -41,15 +42,20 @@ class Task:
     templates: Sequence[Template] | None = None
     images: Mapping[str, Sequence[ImageRef]] = field(default_factory=dict)
     captions: CaptionBank | None = None
+    distractors: Sequence[ImageRef] = ()
 
     @functools.cached_property
     def labels(self) -> Labels:
         """Labels of the quadruplets; reads every image once."""
         assert self.quadruplets is not None
         records = self.quadruplets.records
-        text, image = ([getattr(r, f"unsafe_{name}_label") for r in records] for name in ("text", "image"))
+        text, image = ([getattr(r, f"{name}_is_unsafe") for r in records] for name in ("text", "image"))
         return Labels(
-            Contents.of(records), torch.tensor(text), torch.tensor(image), self.right, self.quadruplets.text_only
+            Contents.of(records),
+            torch.tensor(text).long(),
+            torch.tensor(image).long(),
+            self.right,
+            self.quadruplets.text_only,
         )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from .dial import interpolate
-
 State = Mapping[str, Tensor]
 
 
@@ -37,14 +35,22 @@ def overlaps(base: State, safe: State, later: State) -> dict[str, float]:
     return found
 
 
-def restored(safe: State, later: State, names: Collection[str], keep: float) -> dict[str, Tensor]:
-    """`later` with the weights `names` moved back to W_safe + keep (W_later - W_safe); keep = 1 gives `later`.
+def restored(base: State, safe: State, later: State, names: Collection[str], add: float) -> dict[str, Tensor]:
+    """`later` with W_later + add (W_safe - W_base) for the weights `names`; variances (batch norm) stay at least 0.
 
     Raises:
-        ValueError: names a weight in which the two are of different models.
+        ValueError: names a weight in which the three are of different models.
     """
-    mixed = interpolate(safe, later, keep)
-    return {name: mixed[name] if name in names else value for name, value in later.items()}
+    for other in (base, safe):
+        differ = set(other) ^ set(later) or {name for name in later if other[name].shape != later[name].shape}
+        if differ:
+            raise ValueError(f"the safe and the later weights are of different models: {min(differ)} does not match")
+    found = dict(later)
+    for name in names:
+        found[name] = later[name] + add * (safe[name] - base[name]).to(later[name])
+        if name.endswith("running_var"):
+            found[name] = found[name].clamp_min(0)
+    return found
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Objective(nn.Module):
     """A loss of one batch of quadruplets: a weighted sum of named terms."""
 
     SHOWN: ClassVar[tuple[str, ...]]  # the terms that a progress bar has room for
+    takes_scores: ClassVar[bool] = False  # whether labels may lie between 0 and 1
     needs_neighbors = True  # whether the nearest safe rows of unsafe texts are read
 
     def attach(self, bank: Bank) -> None:
@@ -49,7 +50,8 @@ class Objective(nn.Module):
         Args:
             current: what the model being trained gives; frozen: what the frozen model gives, same shapes.
             bank: safe rows; neighbors: precomputed for these rows (the paper), or None to search in the step.
-            text_is_unsafe, image_is_unsafe: [B] labels of the unsafe side, 1 unsafe, 0 safe; None means all unsafe.
+            text_is_unsafe, image_is_unsafe: [B] labels of the unsafe side, 1 unsafe, 0 safe, or between the two where
+                `takes_scores`; None means all unsafe.
             share: which rows of a batch that is spread over ranks these are. Loss and terms of all shares add up to
                 those of the batch, and so do their gradients.
         """
@@ -72,7 +74,7 @@ def label_mask(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
 
 
 def cosine_distance(x: Tensor, y: Tensor, mask: Tensor, share: Share = ALONE) -> Tensor:
-    """Mean of 1 - cos(x, y) over the rows that `mask` [B] selects, 0 where there are none; x, y [B, d], y constant."""
+    """Mean of 1 - cos(x, y) over rows weighted by `mask` [B], 0 where it is; x, y [B, d], y constant."""
     return mean(1 - (unit(x) * unit(y.detach())).sum(-1), mask, share)
 
 
@@ -124,7 +126,7 @@ def preserve(
 
 
 def mean(values: Tensor, mask: Tensor, share: Share = ALONE) -> Tensor:
-    """Mean of `values` [B] where `mask` [B] is 1, or this rank's share of it; 0 where there are none."""
+    """Mean of `values` [B] weighted by `mask` [B], in [0, 1], or this rank's share of it; 0 where it is 0."""
     mask = mask.to(values.dtype)
     return (values * mask).sum() / share.sum(mask.sum()).clamp(min=1)
 

@@ -36,6 +36,8 @@ class SaferClip(Objective):
 
     A modality that its label calls safe is never redirected: its row is held in place by the cosine term of its
     modality (term `kept_text` or `kept_image`, weighted as `cos_text` or `cos_image`; ShieldCLIP's label layout).
+    A label v between 0 and 1 does both by degrees: the row weighs v in what redirects and guards, 1 - v in what holds
+    (STAR-DSS, arXiv 2505.17196); the cross terms weigh the product of the two labels.
 
     Args:
         weights: weight of each term by name, over DEFAULT_WEIGHTS. Without `rank_guard`, nothing is to attach.
@@ -53,6 +55,7 @@ class SaferClip(Objective):
     """
 
     SHOWN = ("uni_text", "uni_image", "cos_text", "cos_image")
+    takes_scores = True
 
     def __init__(
         self,

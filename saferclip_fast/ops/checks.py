@@ -125,24 +125,26 @@ def check_unit_rows(name: str, value: Tensor) -> None:
 
 
 def check_labels(name: str, labels: Tensor, count: int, device: torch.device, check: bool = False) -> Tensor:
-    """`labels` as float32 [count] of zeros and ones (1 = unsafe).
+    """`labels` as float32 [count] in [0, 1], how unsafe each row is.
 
     Args:
         check: look at the values, which waits for the device.
 
     Raises:
         TypeError: no tensor.
-        ValueError: labels of another shape, or one that is neither 0 nor 1.
+        ValueError: labels of another shape, NaN, or one outside [0, 1].
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != (count,):
         raise ValueError(f"{name} must have shape [{count}], one label a row, got {tuple(labels.shape)}")
     if check and not torch.compiler.is_compiling():
-        bad = ((labels != 0) & (labels != 1)).nonzero()
+        bad = (~((labels >= 0) & (labels <= 1))).nonzero()  # NaN is neither
         if len(bad):
             row = int(bad[0, 0])
-            raise ValueError(f"{name} must be 0 (safe) or 1 (unsafe), but row {row} has {labels[row].item():g}")
+            raise ValueError(
+                f"{name} must lie between 0 (safe) and 1 (unsafe), but row {row} has {labels[row].item():g}"
+            )
     return labels.to(device=device, dtype=torch.float32)
 
 

@@ -66,10 +66,12 @@ def retarget_loss(
         beta: sharpness of the softplus.
         margin: by how much the safe target must beat the negative before the cross terms fade.
         negative: "frozen" pushes from r; "current" pushes from the counterpart's present row, under stop-gradient.
-        text_is_unsafe, image_is_unsafe: [B] labels, 1 unsafe (default), 0 safe. A modality labeled safe is not
-            redirected; a cross term needs both labels. A term's mean is taken over its own rows.
-        counts: [4] how many rows each term is a mean over, where these rows belong to a larger batch (data-parallel
-            training): loss and terms of all its pieces then add up to those of the batch. Default: the rows given.
+        text_is_unsafe, image_is_unsafe: [B] labels in [0, 1], 1 unsafe (default), 0 safe. A modality labeled safe is
+            not redirected; a cross term needs both labels. A term is a mean over its rows, each weighted by its label
+            (cross terms: by the product of both), over the weights' sum or 1, whichever is more.
+        counts: [4] the rows each term is a mean over, or the sum of their weights, where these rows belong to a larger
+            batch (data-parallel training): loss and terms of all its pieces then add up to those of the batch.
+            Default: of the rows given.
         backend, check: as in `nearest_safe`.
 
     Returns:
@@ -124,7 +126,7 @@ def term_rows(
     image_is_unsafe: Tensor | None,
     check: bool = False,
 ) -> Tensor:
-    """The rows that each term is a mean over, as a mask.
+    """How much of each row each term is a mean over: with labels of 0 and 1, a mask.
 
     Args:
         count: B, rows of the batch.
@@ -133,10 +135,10 @@ def term_rows(
         check: look at the values of the labels, which waits for the device.
 
     Returns:
-        [B, 4] float32 of zeros and ones.
+        [B, 4] float32 in [0, 1].
 
     Raises:
-        TypeError, ValueError: labels of another shape or, with `check`, of another value than 0 and 1.
+        TypeError, ValueError: labels of another shape or, with `check`, outside [0, 1].
     """
     ones = torch.ones(count, device=device)
     if text_is_unsafe is None and image_is_unsafe is None:
@@ -149,7 +151,7 @@ def term_rows(
 
 
 def row_weights(mask: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The weight of each row in each term: 1/count for the rows that the term is a mean over, 0 for the others.
+    """The weight of each row in each term: its part in the mask over what the whole batch has of the term.
 
     Args:
         mask: [B, 4] of `term_rows`.

@@ -1,4 +1,4 @@
-"""The report's figures: retrieval, losses, maps of embeddings, safety against usefulness."""
+"""The report's figures: retrieval, losses, maps of embeddings, safety against usefulness, a guard."""
 
 from __future__ import annotations
 
@@ -142,6 +142,7 @@ def _thinned(points: list[Point]) -> list[Point]:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
+_GUARDED = {"text": "captions", "image": "images"}
 SAFETY = at(UNSAFE_RATE)
 UTILITY = ("zero_shot", at("S-V.text_to_image", 1))  # the first that all runs have; at rank 10 recall shows no price
 
@@ -203,3 +204,32 @@ def _dial(run: Run, useful: str) -> list[tuple[float, Point]]:
     points = [point for point in (run.dial or {}).get("points", ()) if {SAFETY, useful} <= set(point["metrics"])]
     found = [(p["alpha"], p["metrics"][useful]["value"], p["metrics"][SAFETY]["value"]) for p in points]
     return [(alpha, (100 * x, 100 - 100 * y)) for alpha, x, y in sorted(found)]
+
+
+def guard(run: Run) -> Group | None:
+    """A guard's ROC and reliability curves, of captions and images; None where the run has none."""
+    if run.guard is None:
+        return None
+    ticks = [(v, f"{v} %") for v in (0, 25, 50, 75, 100)]
+    known = {color(i): (word, run.guard["modalities"].get(name)) for i, (name, word) in enumerate(_GUARDED.items())}
+    found = {kind: (word, entry) for kind, (word, entry) in known.items() if entry is not None}
+    described = [f"{word}: area {entry['auroc']['value']:.3f}" for word, entry in found.values()]
+    errors = [f"{word}: calibration error {entry['ece']:.3f}" for word, entry in found.values()]
+    roc = Chart(
+        f"ROC, {', '.join(described)}", (0, 100), (0, 100), x_label="false alarms", x_ticks=ticks, y_ticks=ticks
+    )
+    reliability = Chart(
+        f"reliability, {', '.join(errors)}", (0, 100), (0, 100), x_label="P(unsafe)", x_ticks=ticks, y_ticks=ticks
+    )
+    for chart in (roc, reliability):
+        chart.line([(0, 0), (100, 100)], "chance")
+    legend: Legend = []
+    for kind, (word, entry) in found.items():
+        area = "{value:.3f} ({low:.3f} to {high:.3f})".format(**entry["auroc"])
+        legend.append((kind, f"{word}: area under ROC {area}, calibration error {entry['ece']:.3f}"))
+        roc.line([(0, 0), *((100 * p["false_alarms"], 100 * p["found"]) for p in entry["roc"])], kind)
+        points = [(100 * part["predicted"], 100 * part["observed"]) for part in entry["reliability"]]
+        reliability.line(points, kind)
+        reliability.dots(points, f"point {kind}")
+    title = f"{run.name}, on {run.guard['data']['test']['rows']:,} rows"
+    return Group(title, [Figure("unsafe items found", roc.svg()), Figure("unsafe share", reliability.svg())], legend)

@@ -12,7 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..results import DEEPEST, DIAL_FORMAT, EVALUATION_FORMAT, dial_shape, evaluation_shape, is_number, misfits, nesting
+from ..results import (
+    DEEPEST,
+    DIAL_FORMAT,
+    EVALUATION_FORMAT,
+    GUARD_FORMAT,
+    dial_shape,
+    evaluation_shape,
+    guard_shape,
+    is_number,
+    misfits,
+    nesting,
+)
 from .place import check_evaluated
 
 PARTS = ("safe_text", "safe_image", "unsafe_text", "unsafe_image")
@@ -25,6 +36,7 @@ class Run:
     name: str
     evaluation: dict[str, Any]
     dial: dict[str, Any] | None
+    guard: dict[str, Any] | None
     log: list[dict[str, Any]]
     config: str | None
     embeddings: dict[str, dict[str, Tensor]]  # "frozen", "tuned" -> the four parts, each [rows, d]
@@ -57,12 +69,13 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 def _load(folder: Path, name: str) -> Run:
     check_evaluated(folder)
     evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, evaluation_shape)
-    dial = folder / "dial.json"
+    dial, guard = folder / "dial.json", folder / "guard.json"
     config, picture = folder / "config.yaml", folder / "figure.png"
     return Run(
         name=name,
         evaluation=evaluation,
         dial=_json(dial, DIAL_FORMAT, dial_shape) if dial.is_file() else None,
+        guard=_json(guard, GUARD_FORMAT, guard_shape) if guard.is_file() else None,
         log=_log(folder / "log.jsonl"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         embeddings=_all_embeddings(folder, evaluation.get("embeddings", {})),

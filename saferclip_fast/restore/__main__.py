@@ -16,10 +16,11 @@ examples:
   The safe model of runs/visu was fine-tuned on own data (mine/, an open_clip folder) and finds unsafe items again.
     python -m saferclip_fast.restore runs/visu mine --out mine-restored --images food=food101/test
 
-  A fixed part of the change in place of the largest that is safe enough; every layer.
-    python -m saferclip_fast.restore runs/visu mine --out mine-restored --keep 0.4 --threshold 1.1
+  A fixed part of the safe change in place of the smallest that is enough; every layer.
+    python -m saferclip_fast.restore runs/visu mine --out mine-restored --add 0.5 --threshold 1.1
 
-No training: layers whose change left the directions that made the model safe are moved back. docs/related.md says more.
+No training: where the later change left the directions that made the model safe, that change is added once more, as
+little of it as is enough. docs/related.md says more.
 """
 
 
@@ -44,8 +45,8 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
         default=[],
         help="zero-shot set of what the later fine-tuning was for, repeatable: shows what is kept of it",
     )
-    add("--threshold", type=float, default=THRESHOLD, help="layers with a smaller rho are moved back (%(default)s)")
-    add("--keep", type=float, help="the part of their change that is kept (default: the largest that is safe enough)")
+    add("--threshold", type=float, default=THRESHOLD, help="layers with a smaller rho are changed (%(default)s)")
+    add("--add", type=float, help="how much of the safe change is added (default: the least that is enough, up to 1)")
     add(
         "--take-back",
         type=float,
@@ -62,7 +63,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
 def run(given: argparse.Namespace) -> int:
     """Restores what the command line asks for, prints the figures and the layers."""
     check_words(given.run, given.later, given.data, given.images, ())
-    check_shares(given.threshold, given.keep, given.take_back)
+    check_shares(given.threshold, given.add, given.take_back)
     check_out(given.out)
     from .call import restore_model  # torch takes seconds to import
 
@@ -73,7 +74,7 @@ def run(given: argparse.Namespace) -> int:
         given.data,
         images=given.images,
         threshold=given.threshold,
-        keep=given.keep,
+        add=given.add,
         take_back=given.take_back,
         options=given.overrides,
         device=given.device,
@@ -82,7 +83,7 @@ def run(given: argparse.Namespace) -> int:
     )
     print(f"\n{found}\n\n{'rho':>6}  weight")
     for layer in found.layers:
-        print(f"{layer.rho:6.3f}  {layer.name}{', moved back' if layer.moved_back else ''}")
+        print(f"{layer.rho:6.3f}  {layer.name}{', safe change added' if layer.changed else ''}")
     print(f"\nweights for open_clip, restore.json, layers.png: {given.out}")
     return 0
 

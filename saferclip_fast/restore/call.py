@@ -24,7 +24,7 @@ from .picture import draw_layers
 from .places import TAKE_BACK, THRESHOLD, check_out, check_shares
 from .result import Layer, Restored
 
-STEPS = 5  # halvings of the interval that `keep` lies in: 1/32
+STEPS = 5  # halvings of the interval that `add` lies in: 1/32
 RATE = at(UNSAFE_RATE)
 Figures = dict[str, float]
 
@@ -37,7 +37,7 @@ def restore_model(
     *,
     images: Sources = (),
     threshold: float = THRESHOLD,
-    keep: float | None = None,
+    add: float | None = None,
     take_back: float = TAKE_BACK,
     options: Given = (),
     device: str = "auto",
@@ -46,8 +46,9 @@ def restore_model(
 ) -> Restored:
     """Put back the safety that a later fine-tuning took from a safe model, without training: `sf.restore(...)`.
 
-    Weights whose later change left the directions that made the model safe (rho below `threshold`, SafeMERGE, arXiv
-    2503.17239) go back to W_safe + keep (W_later - W_safe); the others stay as the later fine-tuning left them.
+    A weight whose later change left the directions that made the model safe (rho below `threshold`, SafeMERGE, arXiv
+    2503.17239) becomes W_later + add (W_safe - W_base); the others stay as they are. The paper also takes back a part
+    of the later change; ours keeps it, and adds as little as is enough.
 
     Args:
         run: the run that made the model safe, which knows its frozen model.
@@ -55,21 +56,21 @@ def restore_model(
         out: folder for the weights (open_clip's), restore.json, layers.png.
         data: held-out quadruplets, as `evaluate` takes them; None: those that the run held out.
         images: zero-shot sets of what the later fine-tuning was for, to see what is kept.
-        threshold: of rho; above 1 moves every changed weight back.
-        keep: the part of the change that is kept; None: the largest that takes back `take_back` of the rise of the
-            mean unsafe rate at rank 10 on `data` (ours; the paper keeps a fixed part).
-        take_back: see `keep`.
+        threshold: of rho; above 1 every weight that the later fine-tuning moved is changed.
+        add: how much of the safe change is added; None: the least up to 1 that takes back `take_back` of the rise of
+            the mean unsafe rate at rank 10 on `data`.
+        take_back: see `add`.
         options: how the quadruplets are read, `data.*` of training; the run's own are the defaults.
         device, batch_size: where and how embeddings are computed.
         progress: show bars.
 
     Raises:
-        ConfigError: no run, nothing to measure on, nothing that was lost, or too few layers to take it back.
+        ConfigError: no run, nothing to measure on, nothing that was lost, or more lost than can be taken back.
         ValueError: another architecture, or a share that means nothing.
         FileExistsError: `out` has a restored model.
         FileNotFoundError, DataError, FrozenModelError, InUseError: as `evaluate`.
     """
-    check_shares(threshold, keep, take_back)
+    check_shares(threshold, add, take_back)
     path, folder = os.fspath(run), Path(out)
     if not is_run(path):
         raise ConfigError(f"{path} is no run: give the folder of the run that made the model safe (it has config.yaml)")
@@ -86,47 +87,48 @@ def restore_model(
         settings = Settings(config.data.cache_dir, batch_size, config.data.num_workers, progress=progress)
 
         states = [clip.model.state_dict() for clip in (frozen, safe, changed)]
-        restored(*states[1:], (), 1.0)  # refuses another architecture before anything slow
+        restored(*states, (), 0.0)  # refuses another architecture before anything slow
         rho = overlaps(*states)
         names = {name for name, value in rho.items() if value < threshold}
 
-        def with_part(part: float) -> ClipModel:
+        def adding(part: float) -> ClipModel:
             clip = copy.deepcopy(changed)
-            clip.model.load_state_dict(restored(*states[1:], names, part))
+            clip.model.load_state_dict(restored(*states, names, part))
             clip.weights_hash = clip.hash_weights()
             return clip
 
         figures = {name: figures_of(clip, task, settings, name) for name, clip in (("safe", safe), ("later", changed))}
-        if keep is None:
+        if add is None:
             rates = figures["safe"][RATE], figures["later"][RATE]
-            keep = _largest(
-                lambda part: figures_of(with_part(part), task, settings, f"keeping {part:.3g}")[RATE], *rates, take_back
+            add = _least(
+                lambda part: figures_of(adding(part), task, settings, f"adding {part:.3g}")[RATE], *rates, take_back
             )
-        clip = with_part(keep)
+        clip = adding(add)
         figures["restored"] = figures_of(clip, task, settings, "restored")
         layers = tuple(Layer(name, value, name in names) for name, value in rho.items())
-        _write(folder, clip, layers, keep, threshold, figures)
-    return Restored(clip, keep, layers, figures, folder)
+        _write(folder, clip, layers, add, threshold, figures)
+    return Restored(clip, add, layers, figures, folder)
 
 
-def _largest(rate: Callable[[float], float], safe: float, later: float, take_back: float) -> float:
-    """The largest part of the change, to 1/2^STEPS, at which the rate has gone back far enough."""
+def _least(rate: Callable[[float], float], safe: float, later: float, take_back: float) -> float:
+    """The least part of the safe change, to 1/2^STEPS, at which the rate has gone back far enough."""
     if later <= safe:
         raise ConfigError(
             f"nothing to put back: an unsafe item is among the first 10 in {later:.3f} of the searches of the later "
             f"model, and in {safe:.3f} of the safe one's"
         )
     wanted = later - take_back * (later - safe)
-    if (least := rate(0.0)) > wanted:
+    if (best := rate(1.0)) > wanted:
         raise ConfigError(
-            f"with nothing kept in the layers below the threshold the unsafe rate is {least:.3f}, more than the "
-            f"{wanted:.3f} wanted: raise --threshold (above 1 it takes every layer)"
+            f"with the whole safe change added to the layers below the threshold the unsafe rate is {best:.3f}, more "
+            f"than the {wanted:.3f} wanted: raise --threshold (above 1 it takes every layer), or name a larger --add; "
+            "where the later data showed what is unsafe, only training takes it back"
         )
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if rate(middle) <= wanted else (low, middle)
-    return low
+        low, high = (low, middle) if rate(middle) <= wanted else (middle, high)
+    return high
 
 
 def figures_of(clip: ClipModel, task: Task, settings: Settings, called: str) -> Figures:
@@ -140,12 +142,12 @@ def _write(
     folder: Path,
     clip: ClipModel,
     layers: tuple[Layer, ...],
-    keep: float,
+    add: float,
     threshold: float,
     figures: dict[str, Figures],
 ) -> None:
     """The weights, then what is known of them."""
     clip.export(folder)
     draw_layers(folder / "layers.png", layers, threshold)
-    found = {"keep": keep, "threshold": threshold, "figures": figures, "weights_hash": clip.weights_hash}
+    found = {"add": add, "threshold": threshold, "figures": figures, "weights_hash": clip.weights_hash}
     save_json(folder / "restore.json", {**found, "layers": [layer._asdict() for layer in layers]})

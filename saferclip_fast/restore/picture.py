@@ -13,16 +13,16 @@ import matplotlib.pyplot as plt
 from ..storage.files import atomic_write
 from .result import Layer
 
-BACK, LEFT = "#d62728", "#1f77b4"
+CHANGED, LEFT = "#d62728", "#1f77b4"
 MOST_NAMES = 60  # above this many layers names would be a blot
 
 
 def draw_layers(path: Path, layers: Sequence[Layer], threshold: float) -> None:
-    """Writes a PNG: a bar for each changed weight, those that were moved back in red, the threshold as a line."""
+    """Writes a PNG: a bar for each weight, red where the safe change was added, and the threshold as a line."""
     named = len(layers) <= MOST_NAMES
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.18 * min(len(layers), MOST_NAMES)), layout="constrained")
-    for back, color, words in ((True, BACK, "moved back"), (False, LEFT, "left as it is")):
-        places = [place for place, layer in enumerate(layers) if layer.moved_back is back]
+    for changed, color, words in ((True, CHANGED, "safe change added"), (False, LEFT, "left as it is")):
+        places = [place for place, layer in enumerate(layers) if layer.changed is changed]
         axes.barh(places, [layers[place].rho for place in places], 0.8, color=color, label=words)
         axes.plot([layers[place].rho for place in places], places, "|", color=color)  # a rho of 0 is seen, too
     axes.axvline(threshold, color="gray", ls="--", lw=1, label=f"threshold {threshold:g}")

@@ -14,11 +14,11 @@ def check_out(out: Path) -> None:
         raise FileExistsError(f"{out} holds a restored model already: choose another --out")
 
 
-def check_shares(threshold: float, keep: float | None, take_back: float) -> None:
+def check_shares(threshold: float, add: float | None, take_back: float) -> None:
     """Raises ValueError for a threshold or a share that means nothing."""
     if not threshold > 0:
-        raise ValueError(f"--threshold must be more than 0 (0.35; above 1 every layer is moved back), got {threshold}")
-    if keep is not None and not 0 <= keep <= 1:
-        raise ValueError(f"--keep is a part of the later change, from 0 to 1, got {keep}")
+        raise ValueError(f"--threshold must be more than 0 (0.35; above 1 it takes every layer), got {threshold}")
+    if add is not None and not add >= 0:
+        raise ValueError(f"--add is how much of the safe change is added, 0 or more, got {add}")
     if not 0 < take_back <= 1:
         raise ValueError(f"--take-back is a part of what was lost, above 0 to 1, got {take_back}")

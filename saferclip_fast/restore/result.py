@@ -15,7 +15,7 @@ class Layer(NamedTuple):
 
     name: str
     rho: float  # how far the change lies in the directions that made the model safe, 0 to 1
-    moved_back: bool
+    changed: bool  # whether the safe change was added
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Restored:
 
     Attributes:
         model: the restored model, ready to use.
-        keep: the part of the later change that the layers moved back have kept.
+        add: how much of the safe change was added.
         layers: every weight that the later fine-tuning moved.
         figures: "safe", "later" and "restored" -> figure -> value: "unsafe_rate@10", the mean of the four rates of an
             unsafe item among the first 10, and "zero_shot.SET" of each set of images.
@@ -32,7 +32,7 @@ class Restored:
     """
 
     model: ClipModel
-    keep: float
+    add: float
     layers: tuple[Layer, ...]
     figures: Mapping[str, Mapping[str, float]]
     out: Path
@@ -43,8 +43,6 @@ class Restored:
         lines += [
             f"{model:10}" + "".join(f"{values[name]:24.3f}" for name in names) for model, values in self.figures.items()
         ]
-        back = sum(layer.moved_back for layer in self.layers)
-        lines.append(
-            f"{back} of {len(self.layers)} changed weights moved back, keeping {self.keep:.2f} of their change"
-        )
+        count = sum(layer.changed for layer in self.layers)
+        lines.append(f"{self.add:.2f} of the safe change added in {count} of {len(self.layers)} changed weights")
         return "\n".join(lines)

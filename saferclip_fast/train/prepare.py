@@ -37,7 +37,7 @@ class Split:
     frozen: QuadrupletEmbeddings
     bank: Bank  # safe pairs of the training samples
     neighbors: Neighbors | None  # rows of `bank`; None: search in the step
-    mixed: bool  # some unsafe-side texts or images are labeled safe
+    mixed: bool  # some unsafe-side texts or images are labeled safe, wholly or in part
 
     def frozen_of(self, index: Tensor, device: torch.device) -> QuadrupletEmbeddings:
         """Frozen embeddings [B, d] of the samples `index` [B]."""
@@ -66,29 +66,32 @@ def prepare(config: Config, clip: ClipModel, ranks: Ranks = Ranks()) -> Training
     Everything slow is shared by the ranks and cached in `data.cache_dir` by content. `clip` must still be frozen.
 
     Raises:
-        ConfigError: no training data named, or too few for the split or for k.
+        ConfigError: no training data named, too few for the split or for k, or labels that the objective cannot weigh.
         data.DataError, OSError: see data.open_quadruplets and embeddings.embed_quadruplets.
     """
     check_inputs(config)
-    dataset = _decoded(config, open_data(config, config.data.train, clip, ranks), ranks)
+    opened = open_data(config, config.data.train, clip, ranks)
+    mixed = _mixed(config, opened)
+    dataset = _decoded(config, opened, ranks)
     frozen = _embed(config, clip, dataset, ranks)
     train_index, val_index = split_rows(len(dataset), 0 if config.data.val else config.data.val_fraction, config.seed)
     if len(train_index) < config.objective.k:
         raise ConfigError(f"objective.k={config.objective.k} is more than the {len(train_index)} training samples")
     bank, bank_name = _bank(config, frozen, train_index, clip.device, ranks)
     neighbors = _neighbors(config, frozen, bank, bank_name, clip.device, ranks)
-    mixed = _mixed(dataset)
     in_step = config.objective.neighbors == "in_step"
     samples = Subset(dataset, train_index.tolist())
     train = Split(samples, frozen.embeddings, bank, None if in_step else neighbors, mixed)
     val, data_hash = None, frozen.metadata["data_hash"]
     if config.data.val:
-        held_out = _decoded(config, open_data(config, config.data.val, clip, ranks), ranks)
+        opened = open_data(config, config.data.val, clip, ranks)
+        held_out_mixed = _mixed(config, opened)
+        held_out = _decoded(config, opened, ranks)
         held_out_frozen = _embed(config, clip, held_out, ranks)
         found = _neighbors(config, held_out_frozen, bank, bank_name, clip.device, ranks)
         every = torch.arange(len(held_out))
         val = Split(
-            Subset(held_out, every.tolist()), held_out_frozen.embeddings, *_near(bank, found, every), _mixed(held_out)
+            Subset(held_out, every.tolist()), held_out_frozen.embeddings, *_near(bank, found, every), held_out_mixed
         )
         data_hash = hashlib.sha256(f"{data_hash} {held_out_frozen.metadata['data_hash']}".encode()).hexdigest()
     elif len(val_index):
@@ -224,5 +227,19 @@ def _near(bank: Bank, neighbors: Neighbors, index: Tensor) -> tuple[SafeBank, Ne
     return small, Neighbors(neighbors.scores, indices)
 
 
-def _mixed(dataset: QuadrupletDataset) -> bool:
-    return any(not (r.unsafe_text_label and r.unsafe_image_label) for r in dataset.records)
+def _mixed(config: Config, dataset: QuadrupletDataset) -> bool:
+    """Whether a text or image of the unsafe side is labeled safe, wholly or in part.
+
+    Raises:
+        ConfigError: a label lies between 0 and 1, which the objective cannot weigh; names file and row.
+    """
+    takes_scores, mixed = build_objective(config).takes_scores, False
+    for record in dataset.records:
+        labels = record.unsafe_text_label, record.unsafe_image_label
+        mixed |= labels != (1, 1)
+        if not takes_scores and not {0, 1}.issuperset(labels):
+            raise ConfigError(
+                f"{record.file}, row {record.row}: objective.name={config.objective.name} takes labels of 0 and 1, got "
+                f"{labels[0]:g} (text) and {labels[1]:g} (image): round them, or take saferclip, which weighs by them"
+            )
+    return mixed

@@ -46,6 +46,14 @@ def test_a_run_is_evaluated_beside_the_model_it_came_from(tuned, clip, rows, tmp
         found["unsafe_rate@11"]
 
 
+def test_a_run_stands_beside_a_published_table_with_the_model_it_came_from(tuned, tmp_path):
+    visu = {"visu": "scenes:n=8,size=32,split=test"}
+    cache = {"data.cache_dir": str(tmp_path / "cache")}
+    found = sf.evaluate.published_table(tuned, "safe-clip", visu, samples=50, progress=False, options=cache)
+    assert [row.change is not None for row in found.rows] == [True] * 10 and "yours, frozen" in str(found)
+    assert found.json["models"]["frozen"]["weights_hash"] == sf.load(tuned, dial=0).weights_hash
+
+
 def test_models_and_rows_in_memory_are_evaluated_and_nothing_is_written(tuned, clip, rows, options, tmp_path):
     cache = {"data.cache_dir": options["data"]["cache_dir"], "data.num_workers": 0}
     held_out = rows[:12]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, runs, tables
+from benchmarks.quality import ablation, comparison, guard, runs, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -162,3 +162,13 @@ def test_comparison_tables_are_the_committed_results():
         mismatch, *_ = comparison.MISMATCH[data]
         rows = [row for row in summary["rows"] if (row["data"], row["mismatch"]) == (data, mismatch)]
         assert len(rows) == 5 and tables.table(rows, few) in readme
+
+
+def test_the_guards_table_is_the_committed_result_and_meets_its_goals():
+    summary = json.loads((ROOT / "benchmarks" / "results" / "guard" / "guard.json").read_text())
+    assert guard.tables(summary) in (ROOT / "docs" / "guard.md").read_text(encoding="utf-8")
+    assert summary["rows"] == guard.over_seeds(summary["runs"]) and len(summary["seeds"]) == 3
+    assert guard.misses(summary) == []
+    summary["rows"][1]["auroc"]["seeds"][0] = 0.979
+    summary["costs"]["RN-small-32"]["text"]["flops"] = 0.011
+    assert [said.partition(":")[0] for said in guard.misses(summary)] == ["scenes, image", "RN-small-32, text"]

@@ -264,7 +264,7 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert shown.count("python -m saferclip_fast.evaluate ") == 4, "usage and three worked examples"
+    assert shown.count("python -m saferclip_fast.evaluate ") == 5, "usage and four worked examples"
     assert "95 % interval" in " ".join(shown.split())
     with pytest.raises(SystemExit, match="2"):
         main(["model", "--samples", "0"])

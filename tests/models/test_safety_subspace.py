@@ -45,15 +45,21 @@ def test_kernels_of_convolutions_are_matrices_of_their_outputs():
     assert overlaps(base, safe, later) == pytest.approx(overlaps(*flat))
 
 
-def test_chosen_weights_move_back_and_the_others_stay_bit_for_bit():
-    safe, later = ({"a": random(3, 3), "b": random(3), "count": torch.tensor(i)} for i in range(2))
-    found = restored(safe, later, {"a"}, 0.25)
-    torch.testing.assert_close(found["a"], safe["a"] + 0.25 * (later["a"] - safe["a"]))
-    assert torch.equal(found["b"], later["b"]) and found["count"] == 1
-    assert torch.equal(restored(safe, later, {"a"}, 0.0)["a"], safe["a"])
-    assert all(torch.equal(restored(safe, later, {"a", "b"}, 1.0)[name], later[name]) for name in later)
+def test_the_safe_change_is_added_to_chosen_weights_and_the_others_stay_bit_for_bit():
+    base, safe, later = ({"a": random(3, 3), "b": random(3), "count": torch.tensor(i)} for i in range(3))
+    found = restored(base, safe, later, {"a"}, 0.25)
+    torch.testing.assert_close(found["a"], later["a"] + 0.25 * (safe["a"] - base["a"]))
+    assert torch.equal(found["b"], later["b"]) and found["count"] == 2
+    assert all(torch.equal(restored(base, safe, later, {"a", "b"}, 0.0)[name], later[name]) for name in later)
+
+
+def test_variances_stay_positive():
+    base, safe, later = ({"bn.running_var": torch.tensor([x])} for x in (2.0, 0.5, 1.0))
+    assert float(restored(base, safe, later, {"bn.running_var"}, 1.0)["bn.running_var"]) == 0
 
 
 def test_another_architecture_is_named():
-    with pytest.raises(ValueError, match="different models: w does not match"):
-        restored({"w": random(2, 2)}, {"w": random(2, 3)}, (), 1.0)
+    one, other = {"w": random(2, 2)}, {"w": random(2, 3)}
+    for states in ((one, one, other), (other, one, one)):
+        with pytest.raises(ValueError, match="different models: w does not match"):
+            restored(*states, (), 1.0)

@@ -63,13 +63,13 @@ def test_message(call, message):
 
 
 NAN, INF = float("nan"), float("inf")
-LABELS = torch.tensor([0.0, 1.0, 0.5, 1.0])
+LABELS = torch.tensor([0.0, 1.0, 1.5, 1.0])
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=LABELS), ValueError, "row 2 has 0.5"),
+        (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=LABELS), ValueError, "row 2 has 1.5"),
         (lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, text_is_unsafe=2 * LABELS), ValueError, "row 1 has 2"),
         (
             lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, image_is_unsafe=-LABELS),

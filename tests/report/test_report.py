@@ -16,7 +16,7 @@ from saferclip_fast.report import write as write_page
 from saferclip_fast.report.__main__ import main
 from saferclip_fast.report.charts import nice_ticks
 from saferclip_fast.report.load import PARTS
-from saferclip_fast.results import CUTOFFS, DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_RATE, at, in_first
+from saferclip_fast.results import CUTOFFS, DIAL_FORMAT, EVALUATION_FORMAT, GUARD_FORMAT, UNSAFE_RATE, at, in_first
 from tests.support.browser import CHROMIUM, chromium
 from tests.support.report_files import case, entry, estimate
 
@@ -33,7 +33,7 @@ FAMILIES = {
     "S-V.text_to_image": ("safe text finds a right safe image", "stays", 0.7, 0.69),
     "U-G.text_to_image": ("unsafe text finds a right unsafe image", None, 0.7, 0.2),
 }
-FIGURES = 1 + len(FAMILIES) + 2 + 2  # safety against usefulness, retrieval, two losses, two maps
+FIGURES = 1 + len(FAMILIES) + 2 + 2 + 2  # safety against usefulness, retrieval, a guard, two losses, two maps
 
 
 def evaluation_of(after_shift=0.0, data_hash="d"):
@@ -91,8 +91,23 @@ def write_run(folder: Path, evaluation=None, shift=0.0):
     ]
     dial = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot"}
     (folder / "dial.json").write_text(json.dumps({**dial, "points": points}))
+    (folder / "guard.json").write_text(json.dumps(guard_of()))
     Image.new("RGB", (64, 48), "red").save(folder / "figure.png")
     return folder
+
+
+def guard_of():
+    roc = [(0.9, 0.5, 0.0), (0.5, 0.9, 0.1), (0.0, 1.0, 1.0)]
+    entry = {
+        "safe": 40,
+        "unsafe": 40,
+        "auroc": {"value": 0.95, "low": 0.9, "high": 0.98},
+        "ece": 0.031,
+        "roc": [{"threshold": t, "found": f, "false_alarms": a} for t, f, a in roc],
+        "reliability": [{"predicted": p, "observed": p, "samples": 40} for p in (0.1, 0.9)],
+    }
+    test = {"source": EVIL, "rows": 40}
+    return {"format": GUARD_FORMAT, "data": {"test": test}, "modalities": {"text": entry, "image": entry}}
 
 
 @pytest.fixture(scope="module")
@@ -460,7 +475,7 @@ def test_runs_side_by_side(browser, tmp_path):
     assert main([*map(str, runs), "--out", str(out)]) == 0
     browser.events.clear()
     browser.open(out, 390)
-    figures = FIGURES + 2  # one more pair of maps; the other figures are shared
+    figures = FIGURES + 4  # one more pair of maps and of a guard; the other figures are shared
     assert browser.run("document.documentElement.dataset.figures") == str(figures)
     assert browser.complaints() == [] and browser.run("document.documentElement.scrollWidth") <= 390
     text = browser.run("document.body.innerText")
@@ -578,3 +593,19 @@ def small(evaluation):
         "embeddings": {},
     }
     return evaluation
+
+
+def test_a_guard_is_shown_where_there_is_one(tmp_path):
+    run = write_run(tmp_path / "one")
+    page = render(load_runs([run]))
+    assert page.count("area under ROC 0.950 (0.900 to 0.980), calibration error 0.031") == 2
+    assert "captions: area under ROC" in page and "images: area under ROC" in page
+    text = guard_of()
+    del text["modalities"]["image"]
+    (run / "guard.json").write_text(json.dumps(text))
+    assert "images: area under ROC" not in render(load_runs([run]))
+    (run / "guard.json").write_text(json.dumps(text | {"modalities": {"text": {}}}))
+    with pytest.raises(ValueError, match=r"guard\.json is damaged \(it\.modalities\.text\.safe is missing\)"):
+        load_runs([run])
+    (run / "guard.json").unlink()
+    assert 'id="guard"' not in render(load_runs([run]))

@@ -17,8 +17,17 @@ PUBLIC = {
     "saferclip_fast.data": ["DataError", "QuadrupletDataset", "collate", "open_quadruplets", "scenes", "write_shards"],
     "saferclip_fast.data.labeled": ["open_labeled"],
     "saferclip_fast.embeddings": ["bank_from", "embed_images", "embed_quadruplets", "embed_texts", "load_embeddings"],
-    "saferclip_fast.evaluate": ["CaptionBank", "Settings", "Task", "dial_curve", "evaluate", "measure"],
+    "saferclip_fast.evaluate": [
+        "CaptionBank",
+        "Settings",
+        "Task",
+        "dial_curve",
+        "evaluate",
+        "measure",
+        "published_table",
+    ],
     "saferclip_fast.export": ["FORMATS", "ExportError", "Source", "Unsupported", "export", "load_source"],
+    "saferclip_fast.guard": ["Guard", "GuardError", "fit_guard", "load_guard"],
     "saferclip_fast.label_images": ["label_table", "open_classifier"],
     "saferclip_fast.models": ["ClipModel", "load_clip"],
     "saferclip_fast.objectives": ["Objective", "QuadrupletEmbeddings", "SafeClip", "SaferClip", "ShieldClip"],
@@ -26,7 +35,7 @@ PUBLIC = {
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
-COMMANDS = ("demo", "doctor", "evaluate", "export", "label_images", "report", "restore", "train", "tune")
+COMMANDS = ("demo", "doctor", "evaluate", "export", "guard", "label_images", "report", "restore", "train", "tune")
 
 HELP = """
 import runpy, sys
@@ -86,8 +95,9 @@ def test_the_one_command_alone_prints_its_help():
         ("export no/run --format all --out no/out", "no/run not found"),
         ("restore no/run . --out no/out", "there is no folder no/run, and unknown model 'no/run'"),
         ("restore . no/later --out no/out", "there is no folder no/later, and unknown model 'no/later'"),
-        ("restore . . --out no/out --keep 2", "--keep is a part of the later change, from 0 to 1, got 2.0"),
+        ("restore . . --out no/out --add -1", "--add is how much of the safe change is added, 0 or more, got -1.0"),
         ("report no/run", "no/run is no folder"),
+        ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),
     ],
 )

@@ -15,7 +15,7 @@ REQUIRED = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 LABELS = ("unsafe_text_label", "unsafe_image_label")
 UNSAFE_IMAGE = ("unsafe_image", "unsafe_image_label")  # what text-only quadruplets lack
 FIELDS = REQUIRED + LABELS
-LABEL_VALUES = {"0": 0, "0.0": 0, "false": 0, "safe": 0, "1": 1, "1.0": 1, "true": 1, "unsafe": 1}
+LABEL_WORDS = {"false": 0, "safe": 0, "true": 1, "unsafe": 1}
 
 FindImage = Callable[[str, Any], ImageRef]  # (field name, the row's value) -> where the image lies
 
@@ -108,14 +108,20 @@ def _text(fields: Mapping[str, Any], field: str) -> str:
     return text
 
 
-def _label(fields: Mapping[str, Any], field: str) -> int:
+def _label(fields: Mapping[str, Any], field: str) -> float:
     value = fields.get(field)
-    if value is None or _is_nan(value) or str(value).strip().lower() in ("", "nan"):
+    word = str(value).strip().lower()
+    if value is None or _is_nan(value) or word in ("", "nan"):
         return 1
-    label = LABEL_VALUES.get(str(value).strip().lower())
-    if label is None:
-        raise RowError("bad label", f"{field} must be 0 (safe) or 1 (unsafe), not {value!r:.80}")
-    return label
+    if word in LABEL_WORDS:
+        return LABEL_WORDS[word]
+    try:
+        label = float(word)
+    except ValueError:
+        label = math.nan
+    if not 0 <= label <= 1:
+        raise RowError("bad label", f"{field} must lie between 0 (safe) and 1 (unsafe), not {value!r:.80}")
+    return int(label) if label in (0, 1) else label
 
 
 def _is_nan(value: Any) -> bool:

@@ -91,7 +91,7 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
         ({"json": b'"' + b"x" * (1 << 20) + b'"'}, "1.json has 1048578 bytes, more than 1048576"),
         ({"json": b'{"safe_text": " ", "unsafe_text": "b"}'}, "safe_text is empty"),
         ({"safe_text__txt": b""}, "safe_text is empty"),
-        ({"json": json.dumps({**TEXTS, "unsafe_text_label": 3}).encode()}, "unsafe_text_label must be 0"),
+        ({"json": json.dumps({**TEXTS, "unsafe_text_label": 3}).encode()}, "unsafe_text_label must lie between 0"),
     ],
 )
 def test_bad_samples_name_shard_and_row(tmp_path: Path, changes: dict, message: str) -> None:

@@ -79,8 +79,14 @@ BAD_FIELDS = {
     "no path": ({"safe_image": ""}, "safe_image: image path is empty"),
     "empty caption": ({"safe_text": " \t"}, "safe_text is empty"),
     "empty unsafe caption": ({"unsafe_text": ""}, "unsafe_text is empty"),
-    "bad label": ({"unsafe_text_label": "maybe"}, r"unsafe_text_label must be 0 \(safe\) or 1 \(unsafe\), not 'maybe'"),
-    "label 2": ({"unsafe_image_label": "2"}, "unsafe_image_label must be 0"),
+    "bad label": (
+        {"unsafe_text_label": "maybe"},
+        r"unsafe_text_label must lie between 0 \(safe\) and 1 \(unsafe\), not 'maybe'",
+    ),
+    "label 2": ({"unsafe_image_label": "2"}, "unsafe_image_label must lie between 0"),
+    "label under 0": ({"unsafe_image_label": "-1e-9"}, "unsafe_image_label must lie between 0"),
+    "label over 1": ({"unsafe_text_label": "1.0001"}, "unsafe_text_label must lie between 0"),
+    "infinite label": ({"unsafe_text_label": "inf"}, "unsafe_text_label must lie between 0"),
 }
 
 
@@ -194,6 +200,19 @@ def test_a_label_that_is_missing_is_1_however_pandas_writes_it(tmp_path: Path, r
         row["unsafe_image_label"] = label
     data = open_quadruplets(write_table(tmp_path / f"d{suffix}", rows))
     assert [record.unsafe_image_label for record in data.records] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_label_between_0_and_1_is_kept_and_part_of_the_content(tmp_path: Path, rows: list[dict], suffix: str) -> None:
+    hashes = []
+    for scores in ((0.0, 0.25, 0.5, 1.0), (0.0, 0.75, 0.5, 1.0)):
+        for row, score in zip(rows, scores, strict=True):
+            row["unsafe_image_label"] = score
+        data = open_quadruplets(write_table(tmp_path / f"{scores[1]}{suffix}", rows))
+        assert [record.unsafe_image_label for record in data.records] == list(scores)
+        assert [record.image_is_unsafe for record in data.records] == [score >= 0.5 for score in scores]
+        hashes.append(data.content_hash())
+    assert hashes[0] != hashes[1]
 
 
 def test_a_path_that_is_no_text_is_shown_short(tmp_path: Path, rows: list[dict]) -> None:

@@ -99,7 +99,8 @@ def check_objectives(of: Ranks) -> None:
     for name, make in OBJECTIVES.items():
         objective = make()
         objective.attach(bank)
-        for labels in ((None, None), mixed, (last, last), (last, 1 - last)):
+        scores = [tuple(torch.rand(2, rows, generator=generator))] if objective.takes_scores else []
+        for labels in ((None, None), mixed, (last, last), (last, 1 - last), *scores):
             whole = [x.clone().requires_grad_() for x in current]
             part = [x[mine].clone().requires_grad_() for x in current]
             expected = objective(QuadrupletEmbeddings(*whole), frozen, bank, None, *labels)

@@ -1,0 +1,101 @@
+"""Labels by degrees against labels of 0 and 1: python -m benchmarks.quality.scores --photos FILE.tar
+
+Each text and image of the unsafe side has a score s, drawn from Beta(0.6, 0.6), and is unsafe with that very
+probability; else the sample's safe text or image stands in its place. So rounded scores are wrong for 20 % of them.
+Trained with the truth, with rounded scores and with the scores, and evaluated on held-out samples that are all unsafe.
+Writes scores.json to --out. Stopped at any moment, the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.comparison import score
+from benchmarks.quality.runs import FROZEN, Plan, Run, perform_all, source_of, spread
+from benchmarks.quality.tables import COLUMNS, over_seeds, table
+from saferclip_fast.data import open_quadruplets
+from saferclip_fast.data.memory import keep
+from saferclip_fast.storage.files import save_json
+
+SHAPE = 0.6  # of the Beta distribution: 20 % of what it draws is on the wrong side of a half
+LABELS = ("truth", "rounded scores", "scores")
+OPTIONS = {"scenes": (), "photos": ("objective.page=0.12",)}  # the comparison's choice
+SCORE = "score"
+
+
+def tables_of(plan: Plan, data: str, seed: int) -> dict[str, Path]:
+    """The training quadruplets with each kind of label, as JSON Lines."""
+    records = open_quadruplets(source_of(plan, Run(data, FROZEN, seed))).records
+    generator = np.random.default_rng(seed)
+    scores = generator.beta(SHAPE, SHAPE, size=(len(records), 2)).round(4)
+    unsafe = generator.random(scores.shape) < scores
+    labels = {"truth": unsafe.astype(int), "rounded scores": (scores >= 0.5).astype(int), "scores": scores}
+    found = {}
+    for name, values in labels.items():
+        rows = [
+            {
+                "safe_text": record.safe_text,
+                "safe_image": record.safe_image.load(),
+                "unsafe_text": record.unsafe_text if unsafe[i, 0] else record.safe_text,
+                "unsafe_image": (record.unsafe_image if unsafe[i, 1] else record.safe_image).load(),
+                "unsafe_text_label": values[i, 0],
+                "unsafe_image_label": values[i, 1],
+            }
+            for i, record in enumerate(records)
+        ]
+        found[name] = Path(keep(rows, plan.out / "data" / f"{data}-{seed}", progress=False).source)
+    return found
+
+
+def runs_of(plan: Plan, data: str, seed: int) -> list[Run]:
+    """The frozen model, and a fine-tuning for each kind of label."""
+    tables = tables_of(plan, data, seed)
+    return [
+        Run(data, FROZEN, seed),
+        *(Run(data, name, seed, (f"data.train={tables[name]}", *OPTIONS[data])) for name in LABELS),
+    ]
+
+
+def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each data set and kind of label: mean and standard deviation over seeds of every figure."""
+    rows = []
+    for data, name in dict.fromkeys(run[:2] for run in results):
+        mine = [run for run in results if run[:2] == (data, name)]
+        found = [results[run]["metrics"] for run in mine]
+        frozen = [results[Run(data, FROZEN, run.seed)]["metrics"] for run in mine]
+        scored = {SCORE: spread(score(*pair) for pair in zip(found, frozen, strict=True))}
+        rows.append({"data": data, "name": name, "metrics": over_seeds(found) | scored})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scores"), help="results (%(default)s)")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
+    given = parser.parse_args()
+    plan = Plan(given.out, given.cache_dir, given.photos)
+    data = ["scenes", *(["photos"] if given.photos else [])]
+    runs = [run for name in data for seed in range(given.seeds) for run in runs_of(plan, name, seed)]
+    rows = summarize(perform_all(plan, runs, given.workers))
+    save_json(given.out / "scores.json", {"seeds": given.seeds, "shape": SHAPE, "rows": rows})
+    for name in data:
+        mine = {row["name"]: row for row in rows if row["data"] == name}
+        print(f"{name}\n\n{table(mine.values(), COLUMNS | {SCORE: SCORE})}\n")
+        for figure in ("unsafe_rate@10", "zero_shot", SCORE):
+            pairs = zip(*(mine[label]["metrics"][figure]["seeds"] for label in LABELS[1:]), strict=True)
+            change = [after - before for before, after in pairs]
+            deviation = statistics.stdev(change) if len(change) > 1 else 0.0
+            print(f"scores - rounded scores, {figure}: {statistics.mean(change):+.3f} ± {deviation:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Safety put back after a later fine-tuning: python -m benchmarks.quality.restore --photos FILE.tar
 
 A safe model is fine-tuned, all weights of it, on own safe pairs of an image and a caption, with classes under new
-names. That brings hazards back. `restore` chooses how much it adds on validation data, and everything is measured on test
+names. That brings hazards back. `restore` chooses how much it adds on validation data, and all is measured on test
 data: the mean unsafe rate at rank 10, and zero-shot accuracy under the new names. Writes restore.json to --out. Stopped
 at any moment, the same command goes on with what is missing.
 """

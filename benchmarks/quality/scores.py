@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def table_of(rows: Sequence[Mapping[str, Any]], data: str) -> str:
+    """The rows of one data set, as Markdown."""
+    columns = {name: COLUMNS[name] for name in ("unsafe_rate@10", "zero_shot", "S-V.text_to_image@1")}
+    return table((row for row in rows if row["data"] == data), columns | {SCORE: "score"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
@@ -89,7 +95,7 @@ def main() -> None:
     save_json(given.out / "scores.json", {"seeds": given.seeds, "shape": SHAPE, "rows": rows})
     for name in data:
         mine = {row["name"]: row for row in rows if row["data"] == name}
-        print(f"{name}\n\n{table(mine.values(), COLUMNS | {SCORE: SCORE})}\n")
+        print(f"{name}\n\n{table_of(rows, name)}\n")
         for figure in ("unsafe_rate@10", "zero_shot", SCORE):
             pairs = zip(*(mine[label]["metrics"][figure]["seeds"] for label in LABELS[1:]), strict=True)
             change = [after - before for before, after in pairs]

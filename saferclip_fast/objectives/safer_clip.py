@@ -36,8 +36,9 @@ class SaferClip(Objective):
 
     A modality that its label calls safe is never redirected: its row is held in place by the cosine term of its
     modality (term `kept_text` or `kept_image`, weighted as `cos_text` or `cos_image`; ShieldCLIP's label layout).
-    A label v between 0 and 1 does both by degrees: the row weighs v in what redirects and guards, 1 - v in what holds
-    (STAR-DSS, arXiv 2505.17196); the cross terms weigh the product of the two labels.
+    A label v between 0 and 1 counts by how sure it is: the row weighs max(0, 2 v - 1) in what redirects and guards, and
+    max(0, 1 - 2 v) in what holds (ours, after STAR-DSS, arXiv 2505.17196, which has v and 1 - v); the cross terms
+    weigh the product of both sides'.
 
     Args:
         weights: weight of each term by name, over DEFAULT_WEIGHTS. Without `rank_guard`, nothing is to attach.
@@ -97,6 +98,8 @@ class SaferClip(Objective):
         image_is_unsafe: Tensor | None = None,
         share: Share = ALONE,
     ) -> ObjectiveOutput:
+        text_is_unsafe, text_is_safe = _how_sure("text_is_unsafe", text_is_unsafe, current.unsafe_text)
+        image_is_unsafe, image_is_safe = _how_sure("image_is_unsafe", image_is_unsafe, current.unsafe_image)
         masks = term_rows(len(current.unsafe_text), current.unsafe_text.device, text_is_unsafe, image_is_unsafe)
         counts = share.sum(masks.sum(0))
         redirect = retarget_loss(
@@ -135,12 +138,12 @@ class SaferClip(Objective):
             term = self._rank_guard(current, row_weights(masks[:, :2], counts[:2]))
             loss = loss + weight * term
             terms["rank_guard"] = term.detach()
-        for name, labels, row, anchor in (
-            ("text", text_is_unsafe, current.unsafe_text, frozen.unsafe_text),
-            ("image", image_is_unsafe, current.unsafe_image, frozen.unsafe_image),
+        for name, weights, row, anchor in (
+            ("text", text_is_safe, current.unsafe_text, frozen.unsafe_text),
+            ("image", image_is_safe, current.unsafe_image, frozen.unsafe_image),
         ):
-            if labels is not None:
-                kept = cosine_distance(row, anchor, 1 - label_mask(f"{name}_is_unsafe", labels, row), share)
+            if weights is not None:
+                kept = cosine_distance(row, anchor, weights, share)
                 loss = loss + self.weights[f"cos_{name}"] * kept
                 terms[f"kept_{name}"] = kept.detach()
         return ObjectiveOutput(loss, terms, redirect.neighbors)
@@ -162,3 +165,11 @@ class SaferClip(Objective):
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}
+
+
+def _how_sure(name: str, labels: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """[B] how surely each row is unsafe, and safe; at 0 and 1 the labels themselves, at a half neither."""
+    if labels is None:
+        return None, None
+    label = label_mask(name, labels, like)
+    return (2 * label - 1).clamp(min=0), (1 - 2 * label).clamp(min=0)

@@ -4,10 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, guard, runs, tables
+from benchmarks.quality import ablation, comparison, guard, runs, scores, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -172,3 +173,29 @@ def test_the_guards_table_is_the_committed_result_and_meets_its_goals():
     summary["rows"][1]["auroc"]["seeds"][0] = 0.979
     summary["costs"]["RN-small-32"]["text"]["flops"] = 0.011
     assert [said.partition(":")[0] for said in guard.misses(summary)] == ["scenes, image", "RN-small-32, text"]
+
+
+def test_tables_of_scores_are_the_committed_results():
+    found = json.loads((ROOT / "benchmarks" / "results" / "scores" / "scores.json").read_text())
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert found["seeds"] == 3 and all(scores.table_of(found["rows"], data) in method for data in ("scenes", "photos"))
+
+
+def test_rounded_scores_are_wrong_for_a_fifth_and_the_scores_are_honest(tmp_path):
+    generator = np.random.default_rng(0)
+    values = generator.beta(scores.SHAPE, scores.SHAPE, 200_000)
+    assert np.minimum(values, 1 - values).mean() == pytest.approx(0.2, abs=0.003)
+    plan = runs.Plan(tmp_path, tmp_path, None, quadruplets=400)
+    rows = {
+        name: [json.loads(line) for line in path.open()] for name, path in scores.tables_of(plan, "scenes", 0).items()
+    }
+    truth, score = (
+        np.array([[row["unsafe_text_label"], row["unsafe_image_label"]] for row in rows[name]])
+        for name in ("truth", "scores")
+    )
+    sure = score > 0.8
+    assert truth[sure].mean() == pytest.approx(score[sure].mean(), abs=0.06)
+    assert all(
+        (row["unsafe_text"] == row["safe_text"]) >= (not label)
+        for row, label in zip(rows["truth"], truth[:, 0], strict=True)
+    )

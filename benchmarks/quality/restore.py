@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality.runs import BATCH, EPOCHS, QUADRUPLETS, VALIDATION_SEED, Plan, Run, job_of, pretrain, spread
-from saferclip_fast.config import load_config
+from saferclip_fast.config import ConfigError, load_config
 from saferclip_fast.data.images import ImageArray
 from saferclip_fast.data.labeled import LabeledImages
 from saferclip_fast.data.synthetic import photos, scenes
@@ -99,12 +99,13 @@ def perform(plan: Plan, data: str, seed: int) -> dict[str, Any]:
     models = {"safe": on_test(safe), "later": on_test(later)}
     source = f"scenes:n=500,seed={VALIDATION_SEED}" if data == "scenes" else f"photos:path={plan.photos},n=500,half=odd"
     chosen = {}
+    words = [f"{source},split=test,mismatch=0"]
     for name, threshold in THRESHOLDS.items():
-        out = folder / f"restored-{threshold:g}"
-        source_words = f"{source},split=test,mismatch=0"
-        found = restore_model(
-            folder / "run", later, out, source_words, threshold=threshold, device="cpu", progress=False
-        )
+        given = {"threshold": threshold, "device": "cpu", "progress": False}
+        try:
+            found = restore_model(folder / "run", later, folder / f"{threshold:g}", *words, **given)
+        except ConfigError:  # the whole safe change is not enough on validation data: what it gives all the same
+            found = restore_model(folder / "run", later, folder / f"{threshold:g}", *words, add=1.0, **given)
         models[name] = on_test(found.model)
         chosen[name] = {"add": found.add, "layers": [layer._asdict() for layer in found.layers]}
     save_json(file, {"data": data, "seed": seed, "models": models, "restored": chosen})
@@ -131,6 +132,26 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+COLUMNS = {
+    RATE: "unsafe, mean of four @10",
+    OWN: "zero-shot, new names",
+    "rise taken back": "rise taken back",
+    "gain kept": "gain kept",
+    "add": "of the safe change",
+}
+NAMES = {"safe": "safe model", "later": "after the later fine-tuning"} | {n: f"restored: {n}" for n in THRESHOLDS}
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], data: str) -> str:
+    """The rows of one data set, as Markdown: mean ± standard deviation over seeds."""
+    lines = [f"| {data} | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for row in (row for row in rows if row["data"] == data):
+        found = [row["metrics"].get(name) for name in COLUMNS]
+        cells = (f"{value['mean']:.3f} ± {value['std']:.3f}" if value else "" for value in found)
+        lines.append(f"| {NAMES[row['name']]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
@@ -147,9 +168,8 @@ def main() -> None:
     rows = summarize(found)
     layers = {f"{one['data']}-{one['seed']}": one["restored"] for one in found}
     save_json(given.out / "restore.json", {"seeds": given.seeds, "rows": rows, "restored": layers})
-    for row in rows:
-        figures = "  ".join(f"{key} {value['mean']:.3f} ± {value['std']:.3f}" for key, value in row["metrics"].items())
-        print(f"{row['data']}, {row['name']}: {figures}")
+    for data in dict.fromkeys(row["data"] for row in rows):
+        print(f"{table_of(rows, data)}\n")
 
 
 if __name__ == "__main__":

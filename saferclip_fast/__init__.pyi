@@ -3,6 +3,7 @@ import typing
 
 import saferclip_fast.evaluate.result as _evaluate
 import saferclip_fast.export.result as _export
+import saferclip_fast.restore.result as _restore
 
 from .api import FineTuned, fine_tune
 from .bank import SafeBank
@@ -25,9 +26,9 @@ from .sources import load
 from .version import __version__
 
 if not typing.TYPE_CHECKING:
-    from . import evaluate, export
+    from . import evaluate, export, restore
 
-# modules that can be called; evaluate_model and export_model have the whole signatures
+# modules that can be called; evaluate_model, export_model and restore_model have the whole signatures
 class _Evaluate(types.ModuleType):
     def __call__(self, model: typing.Any, data: typing.Any = None, **options: typing.Any) -> _evaluate.Evaluation: ...
     def __getattr__(self, name: str) -> typing.Any: ...
@@ -38,8 +39,15 @@ class _Export(types.ModuleType):
     ) -> dict[str, _export.Exported]: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+class _Restore(types.ModuleType):
+    def __call__(
+        self, run: typing.Any, later: typing.Any, out: typing.Any, data: typing.Any = None, **options: typing.Any
+    ) -> _restore.Restored: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 evaluate: _Evaluate
 export: _Export
+restore: _Restore
 
 __all__ = [
     "Backend",
@@ -63,6 +71,7 @@ __all__ = [
     "load_guard",
     "nearest_safe",
     "preservation_loss",
+    "restore",
     "retarget_loss",
     "use_backend",
 ]

@@ -53,7 +53,7 @@ def pretrained_clip(
         with _quiet():
             clip = load_clip(model)
         images, captions = pairs()
-        _train(clip, images, captions, epochs, progress)
+        train_on_pairs(clip, images, captions, epochs, progress=progress)
         save_tensors(path, clip.exported_state_dict(), {"format": "pt"})
     return path
 
@@ -75,11 +75,19 @@ def preprocess(clip: ClipModel, images: np.ndarray) -> Tensor:
     return torch.stack([clip.preprocess(Image.fromarray(image)) for image in images])
 
 
-def _train(clip: ClipModel, images: np.ndarray, captions: list[str], epochs: int, progress: bool) -> None:
+def train_on_pairs(
+    clip: ClipModel,
+    images: np.ndarray,
+    captions: list[str],
+    epochs: int,
+    peak_lr: float = PEAK_LR,
+    progress: bool = True,
+) -> None:
+    """Trains every weight of `clip` by symmetric InfoNCE on uint8 images [N, H, W, 3] and their N captions."""
     pixels, tokens = preprocess(clip, images), trim(clip.tokenizer(captions), clip.pad_id)
     # channels last: a step of RN-small-32 takes 0.82 of the time on AMD EPYC
     model = clip.model.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     per_epoch = len(pixels) // BATCH
     total = epochs * per_epoch
     bar = tqdm(total=total, desc=f"pre-train {clip.name}", unit="step", disable=not progress)
@@ -88,7 +96,7 @@ def _train(clip: ClipModel, images: np.ndarray, captions: list[str], epochs: int
         for rows in torch.randperm(len(pixels))[: per_epoch * BATCH].view(-1, BATCH):
             decay = 0.5 * (1 + math.cos(math.pi * step / total))
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+                group["lr"] = peak_lr * min(1.0, (step + 1) / WARMUP_STEPS) * decay
             image, text = clip(pixels[rows], tokens[rows])
             scale = model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T

@@ -89,7 +89,7 @@ def evaluate_model(
     torch_config = load_config(None, {"device": device, "seed": seed}, "options")
     with (
         claim(folder) if folder else contextlib.nullcontext(),
-        _named_data(config, data),
+        named_data(config, data),
         settings_kept(),
     ):
         place = set_up_torch(torch_config)
@@ -192,7 +192,7 @@ def _read_task(
 
 
 @contextlib.contextmanager
-def _named_data(config: Config, data: Any) -> Iterator[None]:
+def named_data(config: Config, data: Any) -> Iterator[None]:
     """Inside, `config` names `data`, from a temporary folder where it was in memory; None leaves it as it is."""
     with tempfile.TemporaryDirectory() as folder:
         if data is not None and is_in_memory(data):

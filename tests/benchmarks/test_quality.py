@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, guard, runs, scores, tables
+from benchmarks.quality import ablation, comparison, guard, restore, runs, scores, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -199,3 +199,17 @@ def test_rounded_scores_are_wrong_for_a_fifth_and_the_scores_are_honest(tmp_path
         (row["unsafe_text"] == row["safe_text"]) >= (not label)
         for row, label in zip(rows["truth"], truth[:, 0], strict=True)
     )
+
+
+def test_tables_of_restore_are_the_committed_results_and_its_shares_are_those_of_the_rise_and_the_gain():
+    found = json.loads((ROOT / "benchmarks" / "results" / "restore" / "restore.json").read_text())
+    page = (ROOT / "docs" / "restore.md").read_text(encoding="utf-8")
+    assert found["seeds"] == 3 and all(restore.table_of(found["rows"], data) in page for data in ("scenes", "photos"))
+    models = {
+        "safe": {restore.RATE: 0.1, restore.OWN: 0.2},
+        "later": {restore.RATE: 0.5, restore.OWN: 0.6},
+        **{name: {restore.RATE: 0.2, restore.OWN: 0.5} for name in restore.THRESHOLDS},
+    }
+    one = {"data": "scenes", "models": models, "restored": {name: {"add": 0.5} for name in restore.THRESHOLDS}}
+    back = restore.summarize([one])[-1]["metrics"]
+    assert [back[part]["mean"] for part in ("rise taken back", "gain kept", "add")] == pytest.approx([0.75, 0.75, 0.5])

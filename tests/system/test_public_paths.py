@@ -35,7 +35,7 @@ PUBLIC = {
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
-COMMANDS = ("demo", "doctor", "evaluate", "export", "guard", "label_images", "report", "train", "tune")
+COMMANDS = ("demo", "doctor", "evaluate", "export", "guard", "label_images", "report", "restore", "train", "tune")
 
 HELP = """
 import runpy, sys
@@ -93,6 +93,9 @@ def test_the_one_command_alone_prints_its_help():
         ("evaluate . --data no.csv", "no such file or folder: no.csv"),
         ("evaluate . --images food=no/food", "cannot read no/food: No such file or directory"),
         ("export no/run --format all --out no/out", "no/run not found"),
+        ("restore no/run . --out no/out", "there is no folder no/run, and unknown model 'no/run'"),
+        ("restore . no/later --out no/out", "there is no folder no/later, and unknown model 'no/later'"),
+        ("restore . . --out no/out --add -1", "--add is how much of the safe change is added, 0 or more, got -1.0"),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),

@@ -20,7 +20,7 @@ from .images import ImageArray, ImageFile, TarMember
 from .open import open_quadruplets
 from .quadruplets import QuadrupletDataset
 from .readers.columnar import StoredImage
-from .readers.rows import column_names
+from .readers.rows import LABELS, column_names
 from .readers.tables import check_columns
 
 IMAGES = ("safe_image", "unsafe_image")
@@ -65,7 +65,7 @@ def keep(
     names, folder = column_names(columns, text_only), Path(folder)
     kind, lines, row = "", [], 0
     for row, values in enumerate(tqdm(_rows(data, names), "keep rows", _length(data), disable=not progress), 1):
-        line = {name: _plain(values[name]) for name in names.values() if name in values}
+        line = {name: _plain(values[name], field in LABELS) for field, name in names.items() if name in values}
         for name in (names[field] for field in IMAGES if field in names):
             if (cell := values.get(name)) is None or _is_missing(cell):
                 continue
@@ -141,13 +141,15 @@ def _length(data: Any) -> int | None:
     return len(data) if hasattr(data, "__len__") else None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, label: bool) -> Any:
     """What JSON can hold of a text or label; of an image, nothing yet."""
+    if getattr(value, "ndim", None) == 0:  # NumPy's numbers, and arrays and tensors of one
+        value = value.item()
     if _is_missing(value):
         return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if isinstance(value, str | int | float | list) else None
+    if isinstance(value, str | int | float | list):
+        return value
+    return str(value) if label else None  # a label of another kind is read or refused, never taken for a missing one
 
 
 def _is_missing(value: Any) -> bool:

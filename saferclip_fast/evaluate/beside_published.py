@@ -143,7 +143,7 @@ def published_table(
         tasks = _tasks(held_out, labeled, images)
         clips = {"tuned": tuned} if beside is None else {"frozen": beside, "tuned": tuned}
         sides = {key: _measured(clip, tasks, settings, key) for key, clip in clips.items()}
-    found = _described(table, missing, held_out, clips, estimates(sides, settings)) | {
+    found = _described(table, missing, held_out, labeled, clips, estimates(sides, settings)) | {
         "settings": {"precision": precision, "resamples": samples, "confidence": CONFIDENCE, "seed": seed}
     }
     file = folder and folder / f"table-{table.name}.json"
@@ -234,6 +234,7 @@ def _described(
     table: Table,
     missing: Mapping[str, str],
     held_out: Mapping[str, HeldOut],
+    labeled: Sequence[LabeledImages],
     clips: Mapping[str, ClipModel],
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -263,12 +264,14 @@ def _described(
         "models": {name: {"name": clip.name, "weights_hash": clip.weights_hash} for name, clip in clips.items()},
         "columns": list(table.columns),
         "rows": rows,
-        "differences": [*table.differs, *_own_differences(table, held_out, clips["tuned"])],
+        "differences": [*table.differs, *_own_differences(table, held_out, labeled, clips["tuned"])],
         "missing": {name: {"reason": why, "where": data_sets()[name].where} for name, why in missing.items()},
     }
 
 
-def _own_differences(table: Table, held_out: Mapping[str, HeldOut], clip: ClipModel) -> list[str]:
+def _own_differences(
+    table: Table, held_out: Mapping[str, HeldOut], labeled: Sequence[LabeledImages], clip: ClipModel
+) -> list[str]:
     """Where this model and this data are others than the paper's."""
     found = []
     if not clip.name.startswith(table.model):
@@ -277,6 +280,10 @@ def _own_differences(table: Table, held_out: Mapping[str, HeldOut], clip: ClipMo
         rows, published = len(opened.quadruplets), data_sets()[name].rows
         if published and rows != published:
             found.append(f"{data_sets()[name].title} has {published} quadruplets, yours {rows}")
+    for images in labeled:
+        count, classes = len(images.class_names), data_sets()[images.name].classes
+        if classes and count != classes:
+            found.append(f"{data_sets()[images.name].title} has {classes} classes, yours {count}")
     return found
 
 

@@ -30,6 +30,7 @@ class DataSet(NamedTuple):
     kind: str  # "quadruplets", "images" without labels, or "labeled" images
     where: str  # to be had
     rows: int | None = None  # in the paper, where we know
+    classes: int | None = None  # of labeled images
 
 
 class Row(NamedTuple):
@@ -108,8 +109,11 @@ def read_table_data(given: TableData) -> dict[str, dict[str, Any]]:
         known = ("source", *(READING if data_sets()[name].kind == "quadruplets" else ()))
         if unknown := [key for key in entry if key not in known]:
             raise ConfigError(f"{place}: {name} takes {', '.join(known)}, not {unknown[0]!r}")
-        if not isinstance(entry.get("source"), str | os.PathLike):
+        if not isinstance(entry.get("source"), str | os.PathLike) or not os.fspath(entry["source"]):
             raise ConfigError(f"{place}: {name} needs a source, {name}: PATH")
+        for key in ("root", "unsafe_root"):
+            if not isinstance(entry.get(key, ""), str | os.PathLike):
+                raise ConfigError(f"{place}: {key} of {name} is a folder, not {entry[key]!r:.60}")
         entry["source"] = _without_download(os.fspath(entry["source"]))
         found[name] = entry
     return found
@@ -156,12 +160,22 @@ def _read_yaml(file: str | os.PathLike | None) -> tuple[Mapping[str, Any], str]:
     if file is None:
         return {}, ""
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        found = yaml.load(Path(file).read_text(encoding="utf-8"), _KeysOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{os.fspath(file)}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"{os.fspath(file)}: expected lines SET: PATH, found {type(found).__name__}")
     return found, os.fspath(file)
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """Safe YAML that refuses a key that is there twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if doubled := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{doubled[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _nearest(name: Any, known: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from ..embeddings import embed_images, embed_texts
 from ..errors import UserError
 from ..models import ClipModel
 from ..models.identity import Identity, differences, identify
-from ..ops.checks import check_finite, check_matrix
+from ..ops.checks import check_finite, check_matrix, near_one
 from ..results import GUARD_FORMAT
 from ..storage.files import save_tensors
 
@@ -63,17 +63,19 @@ class Head(nn.Module):
 
     def score(self, embeddings: Tensor) -> Tensor:
         """float32 [n]: the log-odds before calibration of rows [n, d]."""
-        unit = F.normalize(embeddings.float(), dim=-1)
+        unit = F.normalize(near_one(embeddings)[0], dim=-1).float()
         return self.layers((unit - self.mean) / self.std).squeeze(-1)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """P(unsafe), float32 [n], of the frozen model's embeddings [n, d] of any scale.
 
-        Raises TypeError or ValueError for another shape, width or device, and for rows with NaN or Inf, which nothing
-        can be said of.
+        Raises TypeError or ValueError for another shape, width or device, and for rows with NaN or Inf or of zeros
+        alone, which nothing can be said of.
         """
         check_matrix("embeddings", embeddings, (f"the {self.modality} guard", self.mean[None]))
         check_finite("embeddings", embeddings)
+        if len(zeros := (~embeddings.any(-1)).nonzero()):
+            raise ValueError(f"embeddings row {int(zeros[0, 0])} is all zeros and has no direction; drop this row")
         scale, shift = self.calibration
         return torch.sigmoid(scale * self.score(embeddings) + shift)
 
@@ -97,12 +99,17 @@ class Guard:
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """P(unsafe), float32 [n], of n texts; a single text is one of 1."""
         head = self._head("text")
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return head.mean.new_empty(0)
         return head(embed_texts(self.clip, texts, progress=False).to(self.clip.device))
 
     def of_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """P(unsafe), float32 [n], of n PIL images."""
+        """P(unsafe), float32 [n], of n PIL images; a single image is one of 1."""
         head = self._head("image")
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if not images:
+            return head.mean.new_empty(0)
         pixels: Any = [(self.clip.preprocess(image.convert("RGB")), 0) for image in images]
         return head(embed_images(self.clip, pixels, progress=False)[0].to(self.clip.device))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+FROM_THE_RIGHT = ("visual.proj", "text_projection")  # x @ W
 
 
 def overlaps(base: State, safe: State, later: State) -> dict[str, float]:
@@ -17,18 +18,27 @@ def overlaps(base: State, safe: State, later: State) -> dict[str, float]:
 
         rho = cos(C D, D) = |V^T D|^2 / (|V V^T D| |D|), 0 where V is 0        (SafeMERGE, arXiv 2503.17239)
 
+    open_clip's projections, which multiply from the right, lie as [rest, out] and are turned.
+
     Args:
         base, safe, later: state dicts of one model, before safety, with it, and after somebody's later fine-tuning.
 
     Returns:
         Name -> rho in [0, 1], in the model's order.
+
+    Raises:
+        ValueError: NaN or Inf in a later weight, which is named.
     """
     found = {}
     for name, start in safe.items():
-        change = _matrix(later[name]) - _matrix(start)
+        before, safely, after = (_matrix(name, state[name]) for state in (base, safe, later))
+        change, direction = after - safely, safely - before
+        if not change.isfinite().all():
+            raise ValueError(
+                f"the later weights hold NaN or Inf, first in {name}: take its weights from before the training failed"
+            )
         if not start.is_floating_point() or not change.any():
             continue
-        direction = _matrix(start) - _matrix(base[name])
         along = direction.T @ change
         size = torch.linalg.norm(direction @ along) * torch.linalg.norm(change)
         found[name] = min(1.0, float(along.square().sum() / size)) if size > 0 else 0.0
@@ -53,6 +63,7 @@ def restored(base: State, safe: State, later: State, names: Collection[str], add
     return found
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def _matrix(name: str, weight: Tensor) -> Tensor:
     """[out, rest] in float64; a vector is one column."""
-    return weight.detach().cpu().double().reshape(len(weight) if weight.dim() else 1, -1)
+    rows = weight.detach().cpu().double().reshape(len(weight) if weight.dim() else 1, -1)
+    return rows.T if name.endswith(FROM_THE_RIGHT) else rows

@@ -66,11 +66,14 @@ def chosen_weights(defaults: Mapping[str, float], weights: Mapping[str, float] |
     return {**defaults, **(weights or {})}
 
 
-def label_mask(name: str, labels: Tensor | None, like: Tensor) -> Tensor:
-    """[B] float32 on the device of `like` [B, d]: 1 for unsafe rows, 0 for safe ones; None: all are unsafe."""
+def label_mask(name: str, labels: Tensor | None, like: Tensor, check: bool = False) -> Tensor:
+    """[B] float32 on the device of `like` [B, d]: 1 for unsafe rows, 0 for safe ones; None: all are unsafe.
+
+    Raises ValueError for another shape and, with `check`, for values outside [0, 1].
+    """
     if labels is None:
         return torch.ones(len(like), device=like.device)
-    return check_labels(name, labels, len(like), like.device)
+    return check_labels(name, labels, len(like), like.device, check)
 
 
 def cosine_distance(x: Tensor, y: Tensor, mask: Tensor, share: Share = ALONE) -> Tensor:

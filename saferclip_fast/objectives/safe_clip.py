@@ -101,8 +101,8 @@ class SafeClip(Objective):
         if text_is_unsafe is None and image_is_unsafe is None:
             unsafe_loss, unsafe_terms = self._pair(UNSAFE_TERMS, share, *current[2:], target_text, target_image)
             return ObjectiveOutput(loss + unsafe_loss, terms | unsafe_terms, neighbors)
-        text = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
-        image = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
+        text = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text, self.check)
+        image = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image, self.check)
         nce = functools.partial(
             shared_info_nce, share=share, logit_scale=self.logit_scale, backend=self.backend, check=self.check
         )

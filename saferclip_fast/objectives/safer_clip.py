@@ -98,8 +98,8 @@ class SaferClip(Objective):
         image_is_unsafe: Tensor | None = None,
         share: Share = ALONE,
     ) -> ObjectiveOutput:
-        text_is_unsafe, text_is_safe = _how_sure("text_is_unsafe", text_is_unsafe, current.unsafe_text)
-        image_is_unsafe, image_is_safe = _how_sure("image_is_unsafe", image_is_unsafe, current.unsafe_image)
+        text_is_unsafe, text_is_safe = _how_sure("text_is_unsafe", text_is_unsafe, current.unsafe_text, self.check)
+        image_is_unsafe, image_is_safe = _how_sure("image_is_unsafe", image_is_unsafe, current.unsafe_image, self.check)
         masks = term_rows(len(current.unsafe_text), current.unsafe_text.device, text_is_unsafe, image_is_unsafe)
         counts = share.sum(masks.sum(0))
         redirect = retarget_loss(
@@ -167,9 +167,9 @@ class SaferClip(Objective):
         return {name: self.weights[name] for name in names}
 
 
-def _how_sure(name: str, labels: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _how_sure(name: str, labels: Tensor | None, like: Tensor, check: bool) -> tuple[Tensor | None, Tensor | None]:
     """[B] how surely each row is unsafe, and safe; at 0 and 1 the labels themselves, at a half neither."""
     if labels is None:
         return None, None
-    label = label_mask(name, labels, like)
+    label = label_mask(name, labels, like, check)
     return (2 * label - 1).clamp(min=0), (1 - 2 * label).clamp(min=0)

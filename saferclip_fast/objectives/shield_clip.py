@@ -77,8 +77,8 @@ class ShieldClip(Objective):
             backend=self.backend,
             check=self.check,
         )
-        f_t = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text)
-        f_v = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image)
+        f_t = label_mask("text_is_unsafe", text_is_unsafe, current.unsafe_text, self.check)
+        f_v = label_mask("image_is_unsafe", image_is_unsafe, current.unsafe_image, self.check)
         text, image = current.unsafe_text, current.unsafe_image
         both_safe = (1 - f_t) * (1 - f_v)
         cosine = functools.partial(cosine_distance, share=share)

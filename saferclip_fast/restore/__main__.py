@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     add("run", metavar="RUN", help="the run that made the model safe")
     add("later", metavar="LATER", help="the model after the later fine-tuning: a folder or NAME,FILE")
     add("overrides", nargs="*", metavar="data.key=value", help="how the quadruplets are read, as in training")
-    add("--out", type=Path, required=True, metavar="DIR", help="for the weights, restore.json and layers.png")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder: weights, restore.json and layers.png")
     add("--data", metavar="SOURCE", help="held-out quadruplets (default: the run's own)")
     add(
         "--images",
@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--batch-size", type=int, default=256, help="images or captions at a time (%(default)s)")
     add("--quiet", action="store_true", help="no progress bars")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     return run_command(lambda: run(given), less_memory="try a smaller --batch-size")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import ConfigError, Given, load_config
 from ..evaluate import Settings, Task, measure
 from ..evaluate.call import Sources, named_data, open_all
@@ -53,10 +55,10 @@ def restore_model(
     Args:
         run: the run that made the model safe, which knows its frozen model.
         later: what somebody's fine-tuning made of it: an open_clip or Hugging Face folder, NAME,FILE, or a model.
-        out: folder for the weights (open_clip's), restore.json, layers.png.
+        out: a new or empty folder for the weights (open_clip's), restore.json, layers.png.
         data: held-out quadruplets, as `evaluate` takes them; None: those that the run held out.
         images: zero-shot sets of what the later fine-tuning was for, to see what is kept.
-        threshold: of rho; above 1 every weight that the later fine-tuning moved is changed.
+        threshold: of rho; above 1 every weight that both the safe and the later change moved is changed.
         add: how much of the safe change is added; None: the least up to 1 that takes back `take_back` of the rise of
             the mean unsafe rate at rank 10 on `data`.
         take_back: see `add`.
@@ -66,8 +68,8 @@ def restore_model(
 
     Raises:
         ConfigError: no run, nothing to measure on, nothing that was lost, or more lost than can be taken back.
-        ValueError: another architecture, or a share that means nothing.
-        FileExistsError: `out` has a restored model.
+        ValueError: another architecture, NaN or Inf among the later weights, or a share that means nothing.
+        FileExistsError: `out` holds files.
         FileNotFoundError, DataError, FrozenModelError, InUseError: as `evaluate`.
     """
     check_shares(threshold, add, take_back)
@@ -89,7 +91,10 @@ def restore_model(
         states = [clip.model.state_dict() for clip in (frozen, safe, changed)]
         restored(*states, (), 0.0)  # refuses another architecture before anything slow
         rho = overlaps(*states)
-        names = {name for name, value in rho.items() if value < threshold}
+        if not rho:
+            raise ConfigError("nothing to put back: the weights of the later model are those of the safe one")
+        # where safety changed nothing there is nothing to add
+        names = {name for name, x in rho.items() if x < threshold and not torch.equal(states[0][name], states[1][name])}
 
         def adding(part: float) -> ClipModel:
             clip = copy.deepcopy(changed)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,20 @@ def as_records(items):
 @pytest.mark.parametrize("form", [list, Samples, as_arrays, as_bytes, as_features, as_frame, as_records])
 def test_whatever_holds_the_rows_they_are_found_again(form, tmp_path):
     assert_same(opened(keep(form(rows()), tmp_path, progress=False)))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, np.float32, Decimal])
+def test_labels_of_any_kind_of_number_are_found_again(kind, tmp_path):
+    wanted = [0, 0.25, 1]
+    items = [row | {"unsafe_image_label": kind(label)} for row, label in zip(rows(), wanted, strict=True)]
+    found = opened(keep(Samples(items), tmp_path, progress=False))
+    assert [record.unsafe_image_label for record in found.records] == wanted
+
+
+def test_a_label_of_another_kind_is_a_bad_one_and_none_that_is_missing(tmp_path):
+    items = [row | {"unsafe_image_label": torch.tensor([0])} for row in rows()]
+    with pytest.raises(data.DataError, match=r"unsafe_image_label must lie between 0 .*tensor\(\[0\]\)"):
+        opened(keep(items, tmp_path, progress=False))
 
 
 def test_equal_data_is_written_once_and_nothing_that_is_there_changes(tmp_path):

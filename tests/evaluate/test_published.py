@@ -179,6 +179,7 @@ def test_shieldclips_mixed_pools_and_zero_shot(clips, given, folder):
     sets = open_labeled(str(folder / "sets"))
     pixels, labels = zip(*sets.open(tuned.preprocess), strict=True)
     assert found.rows[0].samples == len(labels) and found.rows[0].tuned == found.rows[3].tuned
+    assert {"CIFAR-10 has 10 classes, yours 2", "Food101 has 101 classes, yours 2"} <= set(found.json["differences"])
     shown = str(found)
     assert re.search(r"CIFAR-10 +94\.5 +87\.6 +92\.1 +91\.9 +\d+\.\d \[.+\] +12  rises", shown)
     assert re.search(r"CIFAR-100 +60\.7 +61\.1 +61\.5 +64\.0  without cifar100", shown)
@@ -284,6 +285,9 @@ def test_where_everything_is_missing_no_model_is_loaded(tmp_path, monkeypatch, c
         (["--table", "safe-clip", "--table-data", "key.yaml"], "key.yaml: visu takes source, root, .* not 'rout'"),
         (["--table", "safe-clip", "--table-data", "empty.yaml"], "empty.yaml: visu needs a source, visu: PATH"),
         (["--table", "safe-clip", "--table-data", "ok.yaml", "train.epochs=3"], "only data.\\* options"),
+        (["--table", "safe-clip", "--table-data", "twice.yaml"], "twice.yaml: not valid YAML: visu is there twice"),
+        (["--table", "safe-clip", "--table-data", "blank.yaml"], "blank.yaml: nudenet needs a source"),
+        (["--table", "safe-clip", "--table-data", "root.yaml"], "root.yaml: root of visu is a folder, not 5"),
         (["--table", "safe-clip", "--table-data", "option.yaml"], "'scenes:m=4' has no option m"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -299,6 +303,9 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, words, mes
         "key": "visu: {source: 'scenes:n=4', rout: x}",
         "empty": "visu:",
         "option": "visu: scenes:m=4",
+        "twice": "visu: scenes:n=4\nvisu: scenes:n=8",
+        "blank": "visu: scenes:n=4\nnudenet: ''",
+        "root": "visu: {source: a.json, root: 5}",
     }.items():
         Path(f"{name}.yaml").write_text(text + "\n")
     assert main(["ViT-tiny-8-32", *words]) == 2

@@ -163,7 +163,9 @@ def test_a_guard_comes_back_as_it_was(run, guard, clip, tmp_path):
                 p.shape == (5,) and torch.equal(p, getattr(guard, name)(embeddings)) and (p > 0).all() and (p < 1).all()
             )
         assert again.figures == guard.figures == json.loads((run / "guard.json").read_text())
-    assert torch.allclose(guard.text(9 * embeddings), guard.text(embeddings), atol=1e-5), "the scale says nothing"
+    for scale in (9, 1e-30, 1e30, 1e300):
+        scaled = scale * (embeddings.double() if scale > 1e38 else embeddings)
+        assert torch.allclose(guard.text(scaled), guard.text(embeddings), atol=1e-5), "the scale says nothing"
 
 
 def test_strings_and_images_go_through_the_frozen_model(guard, clip):
@@ -171,6 +173,8 @@ def test_strings_and_images_go_through_the_frozen_model(guard, clip):
     direct = clip.encode_text(clip.tokenizer(texts)), clip.encode_image(torch.stack([*map(clip.preprocess, pictures)]))
     torch.testing.assert_close(guard.of_texts(texts), guard.text(direct[0]), atol=1e-5, rtol=0)
     assert torch.equal(guard.of_texts(texts[1]), guard.of_texts(texts[1:]))
+    assert torch.equal(guard.of_images(pictures[1]), guard.of_images(pictures[1:2]))
+    assert guard.of_texts([]).shape == guard.of_images([]).shape == (0,)
     torch.testing.assert_close(guard.of_images(pictures), guard.image(direct[1]), atol=1e-5, rtol=0)
 
 
@@ -212,10 +216,11 @@ def test_files_that_are_no_guard_are_refused(run, guard, clip, tmp_path):
         (torch.randn(3, 5), "has d=5 but the text guard has d="),
         (torch.randn(5), r"must have shape \[rows, d\]"),
         (torch.full((3, 64), float("nan")), "NaN or Inf"),
+        (torch.zeros(3, 64), "row 0 is all zeros and has no direction"),
     ],
 )
 def test_embeddings_that_nothing_can_be_said_of_are_refused(guard, embeddings, message):
-    if embeddings.isnan().any():
+    if embeddings.isnan().any() or not embeddings.any():
         embeddings = embeddings[:, :1].expand(-1, guard.text.mean.shape[0])
     with pytest.raises(ValueError, match=message):
         guard.text(embeddings)

@@ -45,6 +45,20 @@ def test_kernels_of_convolutions_are_matrices_of_their_outputs():
     assert overlaps(base, safe, later) == pytest.approx(overlaps(*flat))
 
 
+@pytest.mark.parametrize("name", ["visual.proj", "text_projection", "text.text_projection"])
+def test_projections_that_multiply_from_the_right_are_turned(name):
+    base, safe, later = ({"w": random(6, 5)} for _ in range(3))
+    turned = ({name: state["w"].T} for state in (base, safe, later))
+    assert overlaps(*turned)[name] == pytest.approx(overlaps(base, safe, later)["w"])
+
+
+def test_a_later_weight_that_is_not_finite_is_named():
+    base, safe, later = ({"a": random(3), "b": random(3, 3)} for _ in range(3))
+    later["b"][1, 1] = float("nan")
+    with pytest.raises(ValueError, match="hold NaN or Inf, first in b"):
+        overlaps(base, safe, later)
+
+
 def test_the_safe_change_is_added_to_chosen_weights_and_the_others_stay_bit_for_bit():
     base, safe, later = ({"a": random(3, 3), "b": random(3), "count": torch.tensor(i)} for i in range(3))
     found = restored(base, safe, later, {"a"}, 0.25)

@@ -95,6 +95,15 @@ def test_a_label_between_0_and_1_counts_by_how_sure_it_is(batch):
     assert float(out.terms["rank_guard"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", [SaferClip, SafeClip, ShieldClip])
+@pytest.mark.parametrize("label", [-3.0, 5.0, math.nan])
+def test_checked_labels_outside_0_and_1_are_refused_as_they_were_given(batch, objective, label):
+    labels = torch.ones(B)
+    labels[2] = label
+    with pytest.raises(ValueError, match=rf"image_is_unsafe must lie between 0 .*, but row 2 has {label:g}"):
+        objective(check=True)(*batch, image_is_unsafe=labels)
+
+
 NONE_SAFE = torch.ones(1), torch.ones(1)
 
 

@@ -15,6 +15,7 @@ from tests.support.tiny import tiny
 
 QUIET = {"progress": False}
 WEIGHT = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+BIAS = "transformer.resblocks.0.ln_1.bias"  # which the run's adapters left as it was
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def later(run, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in clip.model.named_parameters():
-            if name in (WEIGHT, "transformer.resblocks.0.ln_1.bias"):
+            if name in (WEIGHT, BIAS):
                 weight += 0.3 * torch.randn(weight.shape, generator=generator)
     folder = tmp_path_factory.mktemp("later")
     clip.export(folder)
@@ -58,7 +59,7 @@ def test_below_the_threshold_the_safe_change_is_added(run, later, tmp_path):
     data, images = "scenes:n=12,size=32", "scenes:n=8,size=32"
     found = sf.restore(run, later, tmp_path / "out", data, add=0.5, images=images, **QUIET)
     changed = {layer.name for layer in found.layers if layer.changed}
-    assert changed == {layer.name for layer in found.layers if layer.rho < 0.35} and changed
+    assert changed == {WEIGHT} and {layer.name for layer in found.layers if layer.rho < 0.35} == {WEIGHT, BIAS}
     base, safe, after, now = (
         weights_of(clip) for clip in (sf.load(run, dial=0), sf.load(run), sf.load(later), found.model)
     )
@@ -74,11 +75,26 @@ def test_the_command_prints_each_layer_and_writes_what_was_done(run, later, tmp_
     words = [str(run), str(later), "--out", str(tmp_path / "out"), "--add", "0.25", "--threshold", "1.1", "--quiet"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert printed.count(", safe change added\n") == 2 and "transformer.resblocks.0.ln_1.bias" in printed
+    assert printed.count(", safe change added\n") == 1 and BIAS in printed and "in 1 of 2 changed weights" in printed
     written = json.loads((tmp_path / "out" / "restore.json").read_text())
-    assert written["add"] == 0.25 and [layer["changed"] for layer in written["layers"]] == [True, True]
+    assert written["add"] == 0.25 and {layer["name"]: layer["changed"] for layer in written["layers"]} == {
+        WEIGHT: True,
+        BIAS: False,
+    }
     assert (tmp_path / "out" / "layers.png").stat().st_size > 1000
-    assert main(words) == 2 and "holds a restored model already" in capsys.readouterr().err
+    assert main(words) == 2 and "holds files already" in capsys.readouterr().err
+    words[3] = str(tmp_path / "other")
+    assert main([*words, "data.nothing=1"]) == 2 and "data.nothing" in capsys.readouterr().err, "options may come last"
+
+
+def test_nothing_that_is_there_is_replaced(run, later, tmp_path):
+    for folder in (later, run, run / "final"):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(FileExistsError, match="holds files already"):
+            sf.restore(run, later, folder, add=0.5, **QUIET)
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "empty").mkdir()
+    assert sf.restore(run, later, tmp_path / "empty", add=0.5, **QUIET).out == tmp_path / "empty"
 
 
 @pytest.mark.parametrize("edge", [0.001, 0.3, 0.77, 1.0])
@@ -94,15 +110,22 @@ def test_the_least_that_is_enough_is_found(edge):
 
 
 def test_what_cannot_be_restored_is_said(run, later, tmp_path):
-    with pytest.raises(ConfigError, match="nothing to put back"):
-        sf.restore(run, run, tmp_path / "out", **QUIET)
+    for add in (None, 0.5):
+        with pytest.raises(ConfigError, match="nothing to put back: the weights"):
+            sf.restore(run, run, tmp_path / "out", add=add, **QUIET)
+    with pytest.raises(ConfigError, match="nothing to put back: an unsafe item"):
+        _least(lambda part: 0.5, safe=0.5, later=0.5, take_back=0.75)
+    broken = sf.load(later)
+    broken.model.visual.proj.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or Inf, first in visual\.proj"):
+        sf.restore(run, broken, tmp_path / "out", add=0.5, **QUIET)
     with pytest.raises(ConfigError, match=r"raise --threshold \(above 1 it takes every layer\)"):
         _least(lambda part: 0.5, safe=0.1, later=0.5, take_back=0.75)
     with pytest.raises(ConfigError, match=r"is no run: give the folder of the run that made the model safe"):
         sf.restore(later, later, tmp_path / "out", **QUIET)
     with pytest.raises(ValueError, match="different models"):
         sf.restore(run, "RN-small-32,", tmp_path / "out", add=0.5, **QUIET)
-    for wrong in ({"threshold": 0}, {"add": -1}, {"take_back": 0}):
+    for wrong in ({"threshold": 0}, {"add": -1}, {"add": float("inf")}, {"take_back": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
             sf.restore(run, later, tmp_path / "out", **wrong, **QUIET)
     assert not (tmp_path / "out" / "restore.json").exists()

@@ -116,7 +116,7 @@ def _label(fields: Mapping[str, Any], field: str) -> float:
     if word in LABEL_WORDS:
         return LABEL_WORDS[word]
     try:
-        label = float(word)
+        label = float("nan" if "_" in word else word)  # "0_1", a slip of 0.1, is 1 to Python
     except ValueError:
         label = math.nan
     if not 0 <= label <= 1:

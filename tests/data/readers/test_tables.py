@@ -86,6 +86,7 @@ BAD_FIELDS = {
     "label 2": ({"unsafe_image_label": "2"}, "unsafe_image_label must lie between 0"),
     "label under 0": ({"unsafe_image_label": "-1e-9"}, "unsafe_image_label must lie between 0"),
     "label over 1": ({"unsafe_text_label": "1.0001"}, "unsafe_text_label must lie between 0"),
+    "label with an underscore": ({"unsafe_text_label": "0_1"}, "unsafe_text_label must lie between 0"),
     "infinite label": ({"unsafe_text_label": "inf"}, "unsafe_text_label must lie between 0"),
 }
 

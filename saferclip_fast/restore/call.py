@@ -88,17 +88,17 @@ def restore_model(
         changed = (later if isinstance(later, ClipModel) else open_model(os.fspath(later), place)).to(place).eval()
         settings = Settings(config.data.cache_dir, batch_size, config.data.num_workers, progress=progress)
 
-        states = [clip.model.state_dict() for clip in (frozen, safe, changed)]
-        restored(*states, (), 0.0)  # refuses another architecture before anything slow
-        rho = overlaps(*states)
+        base, start, end = (clip.model.state_dict() for clip in (frozen, safe, changed))
+        restored(base, start, end, (), 0.0)  # refuses another architecture before anything slow
+        rho = overlaps(base, start, end)
         if not rho:
             raise ConfigError("nothing to put back: the weights of the later model are those of the safe one")
         # where safety changed nothing there is nothing to add
-        names = {name for name, x in rho.items() if x < threshold and not torch.equal(states[0][name], states[1][name])}
+        names = {name for name, x in rho.items() if x < threshold and not torch.equal(base[name], start[name])}
 
         def adding(part: float) -> ClipModel:
             clip = copy.deepcopy(changed)
-            clip.model.load_state_dict(restored(*states, names, part))
+            clip.model.load_state_dict(restored(base, start, end, names, part))
             clip.weights_hash = clip.hash_weights()
             return clip
 

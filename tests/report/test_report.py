@@ -16,9 +16,9 @@ from saferclip_fast.report import write as write_page
 from saferclip_fast.report.__main__ import main
 from saferclip_fast.report.charts import nice_ticks
 from saferclip_fast.report.load import PARTS
-from saferclip_fast.results import CUTOFFS, DIAL_FORMAT, EVALUATION_FORMAT, GUARD_FORMAT, UNSAFE_RATE, at, in_first
+from saferclip_fast.results import CUTOFFS, DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_RATE, at, in_first
 from tests.support.browser import CHROMIUM, chromium
-from tests.support.report_files import case, entry, estimate
+from tests.support.report_files import case, entry, estimate, guard_of
 
 browsed = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -91,23 +91,9 @@ def write_run(folder: Path, evaluation=None, shift=0.0):
     ]
     dial = {"format": DIAL_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot"}
     (folder / "dial.json").write_text(json.dumps({**dial, "points": points}))
-    (folder / "guard.json").write_text(json.dumps(guard_of()))
+    (folder / "guard.json").write_text(json.dumps(guard_of(EVIL)))
     Image.new("RGB", (64, 48), "red").save(folder / "figure.png")
     return folder
-
-
-def guard_of():
-    roc = [(0.9, 0.5, 0.0), (0.5, 0.9, 0.1), (0.0, 1.0, 1.0)]
-    entry = {
-        "safe": 40,
-        "unsafe": 40,
-        "auroc": {"value": 0.95, "low": 0.9, "high": 0.98},
-        "ece": 0.031,
-        "roc": [{"threshold": t, "found": f, "false_alarms": a} for t, f, a in roc],
-        "reliability": [{"predicted": p, "observed": p, "samples": 40} for p in (0.1, 0.9)],
-    }
-    test = {"source": EVIL, "rows": 40}
-    return {"format": GUARD_FORMAT, "data": {"test": test}, "modalities": {"text": entry, "image": entry}}
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +586,7 @@ def test_a_guard_is_shown_where_there_is_one(tmp_path):
     page = render(load_runs([run]))
     assert page.count("area under ROC 0.950 (0.900 to 0.980), calibration error 0.031") == 2
     assert "captions: area under ROC" in page and "images: area under ROC" in page
-    text = guard_of()
+    text = guard_of(EVIL)
     del text["modalities"]["image"]
     (run / "guard.json").write_text(json.dumps(text))
     assert "images: area under ROC" not in render(load_runs([run]))

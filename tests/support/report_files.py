@@ -1,4 +1,6 @@
-"""Parts of evaluation.json, as evaluate writes them."""
+"""Parts of evaluation.json and guard.json, as they are written."""
+
+from saferclip_fast.results import GUARD_FORMAT
 
 
 def estimate(value, width=0.03):
@@ -27,3 +29,18 @@ def case(row, text):
         "frozen": {"margin": 0.2, "found": found},
         "tuned": {"margin": -0.1, "found": found},
     }
+
+
+def guard_of(source="scenes:n=40"):
+    """Parts of guard.json, as the guard writes them."""
+    roc = [(0.9, 0.5, 0.0), (0.5, 0.9, 0.1), (0.0, 1.0, 1.0)]
+    entry = {
+        "safe": 40,
+        "unsafe": 40,
+        "auroc": {"value": 0.95, "low": 0.9, "high": 0.98},
+        "ece": 0.031,
+        "roc": [{"threshold": t, "found": f, "false_alarms": a} for t, f, a in roc],
+        "reliability": [{"predicted": p, "observed": p, "samples": 40} for p in (0.1, 0.9)],
+    }
+    test = {"source": source, "rows": 40}
+    return {"format": GUARD_FORMAT, "data": {"test": test}, "modalities": {"text": entry, "image": entry}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -24,8 +25,11 @@ from saferclip_fast.data.images import FORMATS, ImageError, decode
 from saferclip_fast.data.labeled import CLASS_NAMES_FILE, TEMPLATES_FILE, open_labeled
 from saferclip_fast.data.open import parse_options
 from saferclip_fast.embeddings import NAMES, load_embeddings
+from saferclip_fast.evaluate.published import missing_of, read_table_data, tables
 from saferclip_fast.evaluate.zero_shot import read_templates
+from saferclip_fast.guard.model import Guard, GuardError, Head
 from saferclip_fast.label_images import label_table
+from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.models.identity import Identity, differences
 from saferclip_fast.report import load_runs, render
 from saferclip_fast.results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_RATE, at
@@ -33,7 +37,7 @@ from saferclip_fast.storage.row_file import RowFile
 from saferclip_fast.train.checkpoint import CheckpointError, CheckpointFolder
 from saferclip_fast.train.frozen import RECORD, FrozenModelError, read_final
 from tests.support.quadruplet_files import image_bytes, write_tar
-from tests.support.report_files import case, entry, estimate
+from tests.support.report_files import case, entry, estimate, guard_of
 
 # One small image that every table may name. Nothing above this folder may be read.
 IMAGE = "a.png"
@@ -142,6 +146,39 @@ def _read_run(name: str) -> Callable[[Path], None]:
         render(load_runs([path.parent])).encode("utf-8", "replace")
 
     return read
+
+
+def _read_table_data(path: Path) -> None:
+    """A published table's data sets, and which are missing."""
+    given = read_table_data(path)
+    for table in tables().values():
+        missing_of(table, given)
+
+
+def _table_data_seeds() -> list[bytes]:
+    return [b"visu: {source: v.json, root: coco}\nnudenet: images\n", b'food101: clip_benchmark:food101,root="x"\n']
+
+
+@functools.cache
+def _clip() -> ClipModel:
+    torch.manual_seed(0)
+    return load_clip("ViT-tiny-8-32")
+
+
+def _read_guard(path: Path) -> None:
+    guard = Guard.read(path, _clip())
+    for head in filter(None, (guard.text, guard.image)):
+        head(torch.ones(1, head.mean.shape[0]))
+
+
+def _guard_seeds() -> list[bytes]:
+    heads = [
+        Head(name, _clip().config["model_cfg"]["embed_dim"], hidden) for name, hidden in (("text", 0), ("image", 3))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "guard"
+        Guard(_clip(), *heads, guard_of()).save(path)
+        return [path.read_bytes()]
 
 
 def _read_cache(path: Path) -> None:
@@ -325,6 +362,9 @@ TARGETS = [
     Target("cache", ".safetensors", _read_cache, (ValueError,), _cache_seeds),
     Target("evaluation", ".json", _read_run("evaluation.json"), (ValueError,), _evaluation_seeds),
     Target("dial", ".json", _read_run("dial.json"), (ValueError,), _dial_seeds),
+    Target("guard", ".safetensors", _read_guard, (GuardError,), _guard_seeds),
+    Target("guard-figures", ".json", _read_run("guard.json"), (ValueError,), lambda: [json.dumps(guard_of()).encode()]),
+    Target("table-data", ".yaml", _read_table_data, (ConfigError, ValueError), _table_data_seeds),
     Target("log", ".jsonl", _read_run("log.jsonl"), (ValueError,), _log_seeds),
     Target("config", ".yaml", load_config, (ConfigError,), _config_seeds),
     Target("source", ".txt", _read_source, (ValueError,), lambda: [b"n=3,seed=0", b"n=2,mismatch=0.5,size=16"]),

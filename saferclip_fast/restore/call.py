@@ -6,6 +6,7 @@ import copy
 import os
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..evaluate import Settings, Task, measure
 from ..evaluate.call import Sources, named_data, open_all
 from ..evaluate.held_out import read_config
 from ..models import ClipModel
+from ..models.identity import differences, identify
 from ..models.safety_subspace import overlaps, restored
 from ..results import UNSAFE_FOUND, UNSAFE_RATE, at
 from ..sources import is_run, open_model
@@ -90,6 +92,7 @@ def restore_model(
 
         base, start, end = (clip.model.state_dict() for clip in (frozen, safe, changed))
         restored(base, start, end, (), 0.0)  # refuses another architecture before anything slow
+        _check_same_model(safe, changed)
         rho = overlaps(base, start, end)
         if not rho:
             raise ConfigError("nothing to put back: the weights of the later model are those of the safe one")
@@ -113,6 +116,17 @@ def restore_model(
         layers = tuple(Layer(name, value, name in names) for name, value in rho.items())
         _write(folder, clip, layers, add, threshold, figures)
     return Restored(clip, add, layers, figures, folder)
+
+
+def _check_same_model(safe: ClipModel, later: ClipModel) -> None:
+    """Raises ConfigError where `later` would compute something else with the safe model's weights."""
+    probe = copy.deepcopy(later)
+    probe.model.load_state_dict(safe.model.state_dict())
+    if found := differences(identify(safe), replace(identify(probe), weights_hash=safe.weights_hash)):
+        raise ConfigError(
+            f"the later model is not the run's with other weights: {', '.join(found)}; name it as the run does "
+            f"({safe.name}), or export it with the run's configuration"
+        )
 
 
 def _least(rate: Callable[[float], float], safe: float, later: float, take_back: float) -> float:

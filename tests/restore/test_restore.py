@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import open_clip
 import pytest
 import torch
 
@@ -129,3 +130,15 @@ def test_what_cannot_be_restored_is_said(run, later, tmp_path):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
             sf.restore(run, later, tmp_path / "out", **wrong, **QUIET)
     assert not (tmp_path / "out" / "restore.json").exists()
+
+
+def test_a_later_model_that_computes_otherwise_with_the_same_weights_is_refused(run, later, tmp_path):
+    other = sf.load(later)
+    for block in other.model.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    with pytest.raises(ConfigError, match=r"not the run's with other weights: behavior \(text 1 by"):
+        sf.restore(run, other, tmp_path / "out", add=0.5, **QUIET)
+    other = sf.load(later)
+    other.config["preprocess_cfg"] = {**other.preprocessing, "mean": (0.0, 0.0, 0.0)}
+    with pytest.raises(ConfigError, match=r"preprocessing \(mean "):
+        sf.restore(run, other, tmp_path / "out", add=0.5, **QUIET)

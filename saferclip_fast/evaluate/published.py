@@ -160,7 +160,7 @@ def _read_yaml(file: str | os.PathLike | None) -> tuple[Mapping[str, Any], str]:
     if file is None:
         return {}, ""
     try:
-        found = yaml.load(Path(file).read_text(encoding="utf-8"), _KeysOnce)
+        found = _KeysOnce(Path(file).read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{os.fspath(file)}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):

@@ -95,7 +95,10 @@ def test_the_one_command_alone_prints_its_help():
         ("export no/run --format all --out no/out", "no/run not found"),
         ("restore no/run . --out no/out", "there is no folder no/run, and unknown model 'no/run'"),
         ("restore . no/later --out no/out", "there is no folder no/later, and unknown model 'no/later'"),
-        ("restore . . --out no/out --add -1", "--add is how much of the safe change is added, 0 or more, got -1.0"),
+        (
+            "restore . . --out no/out --add -1",
+            "--add is how much of the safe change is added, a finite number of 0 or more, got -1.0",
+        ),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),

@@ -97,7 +97,7 @@ def test_the_one_command_alone_prints_its_help():
         ("restore . no/later --out no/out", "there is no folder no/later, and unknown model 'no/later'"),
         (
             "restore . . --out no/out --add -1",
-            "--add is how much of the safe change is added, a finite number of 0 or more, got -1.0",
+            "--add is how much of the safe change is added, a finite number",
         ),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),

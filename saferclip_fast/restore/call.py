@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def restore_model(
     check_out(folder)
     config = read_config(path, options)
     config.log.progress = progress
-    with claim(folder), named_data(config, data), settings_kept():
+    with claim(folder), named_data(config, data), settings_kept(), tempfile.TemporaryDirectory() as once:
         place = set_up_torch(load_config(None, {"device": device, "seed": config.seed}, "options"))
         safe, frozen, task = open_all(path, None, config, place, images, (), None, False)
         assert frozen is not None
@@ -89,6 +90,7 @@ def restore_model(
             raise ConfigError("safety is measured on held-out quadruplets with images: name some with --data SOURCE")
         changed = (later if isinstance(later, ClipModel) else open_model(os.fspath(later), place)).to(place).eval()
         settings = Settings(config.data.cache_dir, batch_size, config.data.num_workers, progress=progress)
+        trial = replace(settings, cache_dir=once)  # nobody asks again for embeddings of what is only tried
 
         base, start, end = (clip.model.state_dict() for clip in (frozen, safe, changed))
         restored(base, start, end, (), 0.0)  # refuses another architecture before anything slow
@@ -109,10 +111,10 @@ def restore_model(
         if add is None:
             rates = figures["safe"][RATE], figures["later"][RATE]
             add = _least(
-                lambda part: figures_of(adding(part), task, settings, f"adding {part:.3g}")[RATE], *rates, take_back
+                lambda part: figures_of(adding(part), task, trial, f"adding {part:.3g}")[RATE], *rates, take_back
             )
         clip = adding(add)
-        figures["restored"] = figures_of(clip, task, settings, "restored")
+        figures["restored"] = figures_of(clip, task, trial, "restored")
         layers = tuple(Layer(name, value, name in names) for name, value in rho.items())
         _write(folder, clip, layers, add, threshold, figures)
     return Restored(clip, add, layers, figures, folder)

@@ -68,6 +68,9 @@ def test_below_the_threshold_the_safe_change_is_added(run, later, tmp_path):
         expected = after[name] + 0.5 * (safe[name] - base[name]) if name in changed else after[name]
         torch.testing.assert_close(value, expected)
     assert not torch.equal(now[WEIGHT], after[WEIGHT])
+    cached = [path.name for path in (run.parent / "cache").glob("embeddings-*.safetensors")]
+    sf.restore(run, later, tmp_path / "other", data, add=0.7, **QUIET)
+    assert cached == [path.name for path in (run.parent / "cache").glob("embeddings-*.safetensors")]
     assert set(found.figures) == {"safe", "later", "restored"}
     assert set(found.figures["safe"]) == {"unsafe_rate@10", "zero_shot.scenes"} and "of the safe change" in str(found)
 

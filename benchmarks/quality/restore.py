@@ -157,17 +157,19 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/restore"), help="results (%(default)s)")
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     given = parser.parse_args()
     plan = Plan(given.out, given.cache_dir, given.photos)
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
     found = []
     for data in ("scenes", *(("photos",) if given.photos else ())):
-        for seed in range(given.seeds):
+        for seed in seeds:
             found.append(perform(plan, data, seed))
             print(data, seed, json.dumps(found[-1]["models"]), flush=True)
     rows = summarize(found)
     layers = {f"{one['data']}-{one['seed']}": one["restored"] for one in found}
-    save_json(given.out / "restore.json", {"seeds": given.seeds, "rows": rows, "restored": layers})
+    save_json(given.out / "restore.json", {"seeds": list(seeds), "rows": rows, "restored": layers})
     for data in dict.fromkeys(row["data"] for row in rows):
         print(f"{table_of(rows, data)}\n")
 

@@ -74,6 +74,20 @@ def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+WAYS = {  # to redirect and to hold by a score v
+    "STAR-DSS: v, 1 - v": lambda v: (v, 1 - v),
+    "rounded scores": lambda v: (v >= 0.5, v < 0.5),
+    "ours: max(0, 2 v - 1), max(0, 1 - 2 v)": lambda v: (np.maximum(0, 2 * v - 1), np.maximum(0, 1 - 2 * v)),
+}
+
+
+def redirected(way: str) -> float:
+    """The part of the weight of what is truly unsafe that redirects it; the rest holds it where it is."""
+    v = np.random.default_rng(0).beta(SHAPE, SHAPE, 10**6)
+    redirects, holds = WAYS[way](v)
+    return float((v * redirects).sum() / (v * redirects + v * holds).sum())
+
+
 def table_of(rows: Sequence[Mapping[str, Any]], data: str) -> str:
     """The rows of one data set, as Markdown."""
     columns = {name: COLUMNS[name] for name in ("unsafe_rate@10", "zero_shot", "S-V.text_to_image@1")}
@@ -85,14 +99,18 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scores"), help="results (%(default)s)")
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
     given = parser.parse_args()
     plan = Plan(given.out, given.cache_dir, given.photos)
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
     data = ["scenes", *(["photos"] if given.photos else [])]
-    runs = [run for name in data for seed in range(given.seeds) for run in runs_of(plan, name, seed)]
+    runs = [run for name in data for seed in seeds for run in runs_of(plan, name, seed)]
     rows = summarize(perform_all(plan, runs, given.workers))
-    save_json(given.out / "scores.json", {"seeds": given.seeds, "shape": SHAPE, "rows": rows})
+    save_json(given.out / "scores.json", {"seeds": list(seeds), "shape": SHAPE, "rows": rows})
+    for way in WAYS:
+        print(f"{way}: {redirected(way):.2f} of the weight of what is unsafe redirects it")
     for name in data:
         mine = {row["name"]: row for row in rows if row["data"] == name}
         print(f"{name}\n\n{table_of(rows, name)}\n")

@@ -149,7 +149,9 @@ def measured_on(found: dict) -> str:
     facts = found["machine"]
     parts = [str(facts[key]) for key in ("gpu", "cpu") if facts.get(key)]
     parts += [f"{facts['cores']} cores", facts["isa"]] if "isa" in facts else []
-    versions = ("torch", "faiss-cpu", "faiss-gpu", "transformers")
+    # FAISS may be installed and not have run
+    searched = any("faiss_ms" in row for row in found.get("rows", ()))
+    versions = ("torch", *(("faiss-cpu", "faiss-gpu") if searched else ()), "transformers")
     return ", ".join([*parts, *(f"{name} {facts[name]}" for name in versions if name in facts)])
 
 

@@ -7,6 +7,9 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_TESTS := tests/ops tests/bank/test_safe_bank.py --ignore=tests/ops/test_every_backend.py
 CPP := $(shell find csrc tests/backends/native tests/backends/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOAK_MINUTES ?= 120
+# Copies of the kernels for instructions that this CPU lacks cannot run: no coverage is asked of them.
+lacks = $(if $(shell grep -m1 -ow $(1) /proc/cpuinfo),,--gcov-exclude-directories '.*_$(2)\.dir')
+NOT_RUN = $(call lacks,avx2,avx2) $(call lacks,avx512bw,avx512) $(call lacks,avx512_vnni,avx512vnni)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants families fuzz soak bench lowest-bounds docs lint format gpu-check wheel clean
@@ -47,7 +50,7 @@ coverage-native: setup
 	cp -r tests pyproject.toml build/coverage/native/package
 	cd build/coverage/native/package && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -q -n auto $(NATIVE_TESTS)
 	build/coverage/native/module/cmake/native_kernels
-	$(BIN)/gcovr --config tests/backends/native/gcovr.cfg
+	$(BIN)/gcovr --config tests/backends/native/gcovr.cfg $(NOT_RUN)
 
 # -O1: instrumented -O3 compiles for many minutes.
 sanitize: setup  ## the CPU kernels, alone and behind the ops, under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -121,7 +121,6 @@ def test_it_is_used_as_an_open_clip_model(gated):
     assert image.shape == (2, 64) and text.shape == (4, 64)
     assert float(gated.logit_scale) == float(gated.guard.clip.model.logit_scale)
     assert not gated.train().training and not any(p.requires_grad for p in gated.parameters())
-    assert gated.encode_image(pixels[:0]).shape == (0, 64)
     pixels.requires_grad_()
     gated.encode_image(pixels).sum().backward()
     assert pixels.grad.abs().sum() > 0, "gradients go through"

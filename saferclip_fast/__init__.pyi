@@ -3,10 +3,12 @@ import typing
 
 import saferclip_fast.evaluate.result as _evaluate
 import saferclip_fast.export.result as _export
+import saferclip_fast.gate.model as _gate
 import saferclip_fast.restore.result as _restore
 
 from .api import FineTuned, fine_tune
 from .bank import SafeBank
+from .gate import GatedModel, load_gate
 from .guard import Guard, fit_guard, load_guard
 from .models import ClipModel, load_clip
 from .ops import (
@@ -26,9 +28,9 @@ from .sources import load
 from .version import __version__
 
 if not typing.TYPE_CHECKING:
-    from . import evaluate, export, restore
+    from . import evaluate, export, gate, restore
 
-# modules that can be called; evaluate_model, export_model and restore_model have the whole signatures
+# modules that can be called; evaluate_model, export_model, gate_model and restore_model have the whole signatures
 class _Evaluate(types.ModuleType):
     def __call__(self, model: typing.Any, data: typing.Any = None, **options: typing.Any) -> _evaluate.Evaluation: ...
     def __getattr__(self, name: str) -> typing.Any: ...
@@ -39,6 +41,16 @@ class _Export(types.ModuleType):
     ) -> dict[str, _export.Exported]: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+class _Gate(types.ModuleType):
+    def __call__(
+        self,
+        tuned: typing.Any,
+        guard: Guard | None = None,
+        threshold: float | None = None,
+        device: typing.Any = None,
+    ) -> _gate.GatedModel: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 class _Restore(types.ModuleType):
     def __call__(
         self, run: typing.Any, later: typing.Any, out: typing.Any, data: typing.Any = None, **options: typing.Any
@@ -47,6 +59,7 @@ class _Restore(types.ModuleType):
 
 evaluate: _Evaluate
 export: _Export
+gate: _Gate
 restore: _Restore
 
 __all__ = [
@@ -54,6 +67,7 @@ __all__ = [
     "BackendError",
     "ClipModel",
     "FineTuned",
+    "GatedModel",
     "Guard",
     "Neighbors",
     "PreservationOutput",
@@ -65,9 +79,11 @@ __all__ = [
     "export",
     "fine_tune",
     "fit_guard",
+    "gate",
     "info_nce",
     "load",
     "load_clip",
+    "load_gate",
     "load_guard",
     "nearest_safe",
     "preservation_loss",

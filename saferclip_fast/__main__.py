@@ -15,6 +15,7 @@ COMMANDS = {  # command -> the folder whose __main__ it is, and what it does
     "train": ("train", "fine-tune a CLIP for safety"),
     "evaluate": ("evaluate", "measure how safe and how useful a CLIP is"),
     "guard": ("guard", "fit P(unsafe) of a text or an image"),
+    "gate": ("gate", "embed only unsafe inputs with the tuned model"),
     "report": ("report", "one HTML page on one run or several"),
     "export": ("export", "write a tuned model for open_clip, Hugging Face, PEFT or ONNX"),
     "restore": ("restore", "put back the safety that a later fine-tuning took"),

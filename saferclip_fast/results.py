@@ -10,6 +10,9 @@ EVALUATION_FORMAT = "saferclip_fast.evaluation.v2"
 DIAL_FORMAT = "saferclip_fast.dial.v2"
 TABLE_FORMAT = "saferclip_fast.table.v1"  # our figures beside those of a published table
 GUARD_FORMAT = "saferclip_fast.guard.v1"  # of guard.json and guard.safetensors (docs/guard.md)
+GATE_FILE = "gate.json"  # in the folder of a gate (docs/gate.md)
+GATE_CURVE = "gate-curve"  # .json, .png and .svg
+GATE_FORMAT, GATE_CURVE_FORMAT = "saferclip_fast.gate.v1", "saferclip_fast.gate_curve.v1"
 
 CUTOFFS = (1, 5, 10, 20)  # K of recall@K, as in Safe-CLIP (arXiv 2311.16254)
 PAGE = 10  # the K that is shown first and that verdicts go by: people look at a page of results
@@ -85,6 +88,22 @@ def guard_shape(guard: dict[str, Any]) -> dict[str, Any]:
         "reliability": [{"predicted": float, "observed": float, "samples": int}],
     }
     return {"data": {"test": {"source": str, "rows": int}}, "modalities": {"text?": modality, "image?": modality}}
+
+
+def gate_shape(gate: dict[str, Any]) -> dict[str, Any]:
+    """The shape of gate.json."""
+    clip = {"name": str, "weights_hash": str}
+    thresholds = {"text": float, "image": float}
+    return {"thresholds": thresholds, "frozen": clip, "tuned": clip, "guard": {"heads_hash": str}}
+
+
+def gate_curve_shape(curve: dict[str, Any]) -> dict[str, Any]:
+    """The shape of a gate's curve."""
+    both = {"text": float, "image": float}
+    shown = {"label": str, **ESTIMATE}
+    metrics = {name: shown for key in ("safety", "utility") if isinstance(name := curve.get(key), str)}
+    point = {"thresholds": both, "chosen": (True, False), "kept": both, "metrics": metrics}
+    return {"safety": str, "utility": str, "points": [point]}
 
 
 def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .models import CONFIG_NAME, WEIGHTS_NAME, ClipModel, load_clip
 from .models.dial import mix
 from .models.huggingface import Unsupported
 from .models.places import check_there
+from .results import GATE_FILE
 from .train.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from .train.frozen import load_frozen, read_final
 from .train.run_folder import read_run_config
@@ -154,6 +155,7 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
 
     Raises:
         ValueError: not a model, no model name, a dial without frozen weights, an architecture open_clip lacks.
+        Unsupported: a gate, which is two models.
         FileNotFoundError: nothing at `path`, or a run that has not come to its end.
         FrozenModelError: a run with another run's final/; with a dial, another frozen model than the run's.
     """
@@ -163,6 +165,11 @@ def load_source(path: str | Path, model: str = "", alpha: float = 1.0) -> Source
         raise ValueError(f"alpha={alpha}: the safety dial goes from 0 (frozen) over 1 (as trained) to 1.5 or so")
     if (path / "config.yaml").is_file():
         return _from_run(path, alpha)
+    if (path / GATE_FILE).is_file():
+        raise Unsupported(
+            f"{path} is a gate: it embeds each input by one of two models, which no one set of weights does; load it "
+            f"with sf.load_gate, measure it with saferclip gate, or take {path / 'tuned'}, the tuned model alone"
+        )
     if alpha != 1:
         raise ValueError(
             f"alpha={alpha} needs the frozen weights too, which only a run's folder leads to; {path} is none"

@@ -29,7 +29,7 @@ from saferclip_fast.guard.call import Parts, embedded, fit_parts
 from saferclip_fast.guard.figures import auroc
 from saferclip_fast.guard.fit import HIDDEN
 from saferclip_fast.guard.model import MODALITIES, Head
-from saferclip_fast.models import load_clip
+from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.storage.files import save_json
 
 FIRST_SEED, SEEDS = 3, 3  # seed 0 was looked at when the learning rate was chosen
@@ -39,8 +39,8 @@ ENCODERS = {"RN-small-32": 256, "ViT-B-32": 1}  # of the other figures, and a us
 ROUNDS = 20
 
 
-def figures_of(plan: Plan, data: str, seed: int) -> dict[str, Any]:
-    """A guard on one seed's data: its figures, and those of captions that no training row has."""
+def parts_of(plan: Plan, data: str, seed: int) -> tuple[ClipModel, Parts, dict[str, QuadrupletDataset]]:
+    """The frozen model of one seed, and its training, validation and test rows, embedded and as they are."""
     run = Run(data, FROZEN, seed)
     watched = run_of(plan, data, "SafeR-CLIP", next(iter(SETTINGS["SafeR-CLIP"])), seed, 0.0).options[-1]
     job = job_of(plan, run)
@@ -52,12 +52,17 @@ def figures_of(plan: Plan, data: str, seed: int) -> dict[str, Any]:
         "test": job.held_out,
     }
     job.held_out.transform = clip.preprocess
-    parts = Parts(**{name: embedded(clip, part, plan.cache, progress=False) for name, part in sets.items()})
+    return clip, Parts(**{name: embedded(clip, part, plan.cache, progress=False) for name, part in sets.items()}), sets
+
+
+def figures_of(plan: Plan, data: str, seed: int) -> dict[str, Any]:
+    """A guard on one seed's data: its figures, and those of captions that no training row has."""
+    clip, parts, sets = parts_of(plan, data, seed)
     start = time.perf_counter()
     guard = fit_parts(clip, parts, seed=seed, progress=False)
     found = {"data": data, "seed": seed, "seconds": time.perf_counter() - start}
     for modality, entry in guard.figures["modalities"].items():
-        found[modality] = {key: value for key, value in entry.items() if key != "roc"}  # long
+        found[modality] = {key: value for key, value in entry.items() if key not in ("roc", "gate")}  # long; gate.py
     return found | {"new_captions": _new_captions(guard, parts, sets)}
 
 

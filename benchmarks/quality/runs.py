@@ -127,7 +127,7 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     folder = file.with_suffix("")
     frozen = load_clip(load_config(job.config).model.name, str(weights))
-    tuned = frozen if run.name == FROZEN else _fine_tuned(plan, job, options, weights, folder)
+    tuned = frozen if run.name == FROZEN else fine_tuned(plan, job, options, weights, folder)
     result = {"setting": setting, "metrics": _figures(plan, run, job, frozen, tuned)}
     result["dial"] = {
         f"{alpha:g}": result["metrics"] if alpha == 1 else _figures(plan, run, job, frozen, mix(frozen, tuned, alpha))
@@ -152,7 +152,8 @@ def _figures(plan: Plan, run: Run, job: Job, frozen: ClipModel, tuned: ClipModel
     return metrics | {UTILITY: metrics[f"zero_shot.{job.zero_shot.name}"]}
 
 
-def _fine_tuned(plan: Plan, job: Job, options: list[str], weights: Path, folder: Path) -> ClipModel:
+def fine_tuned(plan: Plan, job: Job, options: list[str], weights: Path, folder: Path) -> ClipModel:
+    """The model that training in `folder` ends with."""
     where = [f"run_dir={folder}", f"data.cache_dir={plan.cache}", f"model.pretrained={weights}", "resume=auto"]
     quiet = ["log.progress=false", "log.tensorboard=false", "checkpoint.keep=1"]
     folder.mkdir(parents=True, exist_ok=True)

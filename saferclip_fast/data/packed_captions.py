@@ -28,6 +28,17 @@ class PackedCaptions(NamedTuple):
         mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
         return mask.masked_fill_(~same.tril(), float("-inf"))[:, None]
 
+    def tokens_of(self, wanted: Tensor, pad: int) -> Tensor:
+        """Tokens [k, width] of the captions `wanted`, distinct int64 [k], one a row, with `pad` behind the end."""
+        place = torch.full_like(self.rows, -1)
+        place[wanted] = torch.arange(len(wanted), device=wanted.device)
+        row = torch.where(self.captions >= 0, place[self.captions], -1)  # of each cell
+        cells = row >= 0
+        column = self.positions[cells]
+        tokens = self.tokens.new_full((len(wanted), int(column.max()) + 1), pad)
+        tokens[row[cells], column] = self.tokens[cells]
+        return tokens
+
 
 def pack(tokens: Tensor, lengths: Sequence[int], ends: Tensor, context: int) -> PackedCaptions:
     """Put int64 `tokens` [N, width], of which row i needs its first lengths[i], in rows of at most `context` tokens.

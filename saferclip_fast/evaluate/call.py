@@ -133,6 +133,8 @@ def open_all(
     tuned, beside = open_models(model, frozen, device)
     if dial and beside is None:
         raise ConfigError("--dial goes from a frozen model to MODEL: name it with --frozen MODEL0")
+    if dial:
+        tuned.exported_state_dict()  # before anything slow: a gate has no weights to mix
     return tuned, beside, _read_task(config, tuned, _words(images), _words(caption_images), templates, dial)
 
 

@@ -112,7 +112,7 @@ def evaluate(
     if frozen is not None:
         check_same_space(tuned, frozen)
     clips = {"tuned": tuned} if frozen is None else {"frozen": frozen, "tuned": tuned}
-    measured = {name: _measure_once(clip, task, settings, known, name) for name, clip in clips.items()}
+    measured = {name: measure_once(clip, task, settings, known, name) for name, clip in clips.items()}
     evaluation: dict[str, Any] = {
         "format": EVALUATION_FORMAT,
         "models": {name: {"name": clip.name, "weights_hash": clip.weights_hash} for name, clip in clips.items()},
@@ -123,7 +123,8 @@ def evaluate(
     return evaluation
 
 
-def _measure_once(clip: ClipModel, task: Task, settings: Settings, known: Known | None, called: str) -> Measured:
+def measure_once(clip: ClipModel, task: Task, settings: Settings, known: Known | None, called: str) -> Measured:
+    """What `measure` gives, taken from `known` where a model with these weights was measured before."""
     if known is None:
         return measure(clip, task, settings, called)
     if clip.weights_hash not in known:
@@ -163,24 +164,15 @@ def dial_curve(
     if task.quadruplets.text_only:
         raise ValueError("the safety dial needs unsafe images, and these quadruplets have none (data.text_only)")
     known = {} if known is None else known
-    start = _measure_once(frozen, task, settings, known, "frozen")
+    start = measure_once(frozen, task, settings, known, "frozen")
     if max_loss is not None:
         check_meaning(max_loss, {n: metric.mean for n, metric in start.metrics.items() if n.startswith("zero_shot.")})
     points: list[dict[str, Any]] = []
     shown: dict[str, Any] = {}
     losses: list[tuple[float, dict[str, torch.Tensor]]] = []
     for alpha in sorted({*alphas, *(DIALS if max_loss is not None else ())}):
-        side = _measure_once(mix(frozen, tuned, alpha), task, settings, known, f"dial {alpha:g}")
-        assert start.embeddings is not None and side.embeddings is not None
-        metrics = estimates(
-            {"tuned": side.metrics | to_frozen(side.embeddings, start.embeddings, task.labels)}, settings
-        )
-        names = {name for key in KEY_METRICS for name in (key, *cutoffs(key, metrics).values()) if name in metrics}
-        shown = {
-            name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}
-            for name, entry in metrics.items()
-            if name in names or name.startswith("images.")
-        }
+        side = measure_once(mix(frozen, tuned, alpha), task, settings, known, f"dial {alpha:g}")
+        shown = key_figures(side, start, task, settings)
         points.append({"alpha": alpha, "metrics": shown})
         if alpha > 0:
             losses.append((alpha, _losses(side.metrics, start.metrics)))
@@ -195,6 +187,18 @@ def dial_curve(
     if out is not None:
         save_json(Path(out) / "dial.json", curve)
     return curve
+
+
+def key_figures(side: Measured, frozen: Measured, task: Task, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The key metrics of a model on quadruplets, by name: `label`, `wanted`, `value`, `low`, `high`."""
+    assert frozen.embeddings is not None and side.embeddings is not None
+    metrics = estimates({"tuned": side.metrics | to_frozen(side.embeddings, frozen.embeddings, task.labels)}, settings)
+    names = {name for key in KEY_METRICS for name in (key, *cutoffs(key, metrics).values()) if name in metrics}
+    return {
+        name: {"label": entry["label"], "wanted": entry["wanted"], **entry["tuned"]}
+        for name, entry in metrics.items()
+        if name in names or name.startswith("images.")
+    }
 
 
 def _losses(now: Mapping[str, Metric], before: Mapping[str, Metric]) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ def export_model(
         FileExistsError: OUT/FORMAT is there, and `overwrite` is false; nothing was written.
         ExportError: what was written computes something else; it was removed.
         FrozenModelError: another frozen model than the run was tuned from.
+        GateError: a gated model, which no one set of weights is.
         HubError: the hub does not know you, or did not take the export, which is whole.
     """
     names = list(dict.fromkeys([formats] if isinstance(formats, str) else formats))
@@ -59,6 +60,7 @@ def export_model(
         check_hub(push_to_hub)
     with claim(folder):
         if isinstance(model, ClipModel):
+            model.exported_state_dict()  # before anything is written: a gate has none
             source = Source(model, Path(model.name))
         else:
             source = load_source(Path(model), alpha=dial)

@@ -23,7 +23,7 @@ from ..storage.claim import claim
 from ..storage.files import check_writable, save_json
 from ..train.dataset import open_data, split_rows
 from ..train.device import set_up_torch, settings_kept
-from .figures import figures_of
+from .figures import at_gate, figures_of, gate_threshold
 from .fit import Items, fit_head
 from .model import FILE, MODALITIES, Guard, Head
 from .place import check_run
@@ -161,6 +161,9 @@ def fit_parts(clip: ClipModel, parts: Parts, samples: int = RESAMPLES, seed: int
             "tried": {str(hidden): area for hidden, area in tried.items()},
             "calibration": dict(zip(("scale", "shift"), head.calibration.tolist(), strict=True)),
             **figures_of(head(test.embeddings), test.unsafe, samples, seed),
+            "gate": at_gate(
+                head(test.embeddings), test.unsafe, gate_threshold(head(validation.embeddings), validation.unsafe)
+            ),
         }
         heads[modality] = head.to(clip.device)
     if not figures:

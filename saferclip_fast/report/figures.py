@@ -1,4 +1,4 @@
-"""The report's figures: retrieval, losses, maps of embeddings, safety against usefulness, a guard."""
+"""The report's figures: retrieval, losses, maps of embeddings, safety against usefulness, a guard, a gate."""
 
 from __future__ import annotations
 
@@ -204,6 +204,31 @@ def _dial(run: Run, useful: str) -> list[tuple[float, Point]]:
     points = [point for point in (run.dial or {}).get("points", ()) if {SAFETY, useful} <= set(point["metrics"])]
     found = [(p["alpha"], p["metrics"][useful]["value"], p["metrics"][SAFETY]["value"]) for p in points]
     return [(alpha, (100 * x, 100 - 100 * y)) for alpha, x, y in sorted(found)]
+
+
+def gate(run: Run) -> Group | None:
+    """What a gate keeps, its safety and its usefulness along the threshold; None where the run is no gate."""
+    points = [point for point in (run.gate or {}).get("points", ()) if not point["chosen"]]
+    if run.gate is None or len(points) < 2:
+        return None
+    values = {
+        "safe items kept bit for bit": [50 * sum(point["kept"].values()) for point in points],
+        f"nothing unsafe in the first {PAGE}": [
+            100 - 100 * point["metrics"][run.gate["safety"]]["value"] for point in points
+        ],
+        points[0]["metrics"][run.gate["utility"]]["label"]: [
+            100 * point["metrics"][run.gate["utility"]]["value"] for point in points
+        ],
+    }
+    ticks = [(float(place), f"{point['thresholds']['text']:g}") for place, point in enumerate(points)]
+    percent = [(float(v), f"{v} %") for v in (0, 25, 50, 75, 100)]
+    described = "; ".join(f"{name} from {line[0]:.1f} to {line[-1]:.1f} %" for name, line in values.items())
+    limits = (0.0, len(points) - 1.0)
+    chart = Chart(described, limits, (0, 100), x_label="threshold", x_ticks=ticks, y_ticks=percent)
+    for i, line in enumerate(values.values()):
+        chart.line(list(enumerate(line)), color(i))
+        chart.dots(enumerate(line), f"point {color(i)}")
+    return Group(run.name, [Figure("", chart.svg())], [(color(i), name) for i, name in enumerate(values)])
 
 
 def guard(run: Run) -> Group | None:

@@ -16,9 +16,12 @@ from ..results import (
     DEEPEST,
     DIAL_FORMAT,
     EVALUATION_FORMAT,
+    GATE_CURVE,
+    GATE_CURVE_FORMAT,
     GUARD_FORMAT,
     dial_shape,
     evaluation_shape,
+    gate_curve_shape,
     guard_shape,
     is_number,
     misfits,
@@ -37,6 +40,7 @@ class Run:
     evaluation: dict[str, Any]
     dial: dict[str, Any] | None
     guard: dict[str, Any] | None
+    gate: dict[str, Any] | None
     log: list[dict[str, Any]]
     config: str | None
     embeddings: dict[str, dict[str, Tensor]]  # "frozen", "tuned" -> the four parts, each [rows, d]
@@ -69,13 +73,14 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 def _load(folder: Path, name: str) -> Run:
     check_evaluated(folder)
     evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, evaluation_shape)
-    dial, guard = folder / "dial.json", folder / "guard.json"
+    dial, guard, gate = (folder / f"{name}.json" for name in ("dial", "guard", GATE_CURVE))
     config, picture = folder / "config.yaml", folder / "figure.png"
     return Run(
         name=name,
         evaluation=evaluation,
         dial=_json(dial, DIAL_FORMAT, dial_shape) if dial.is_file() else None,
         guard=_json(guard, GUARD_FORMAT, guard_shape) if guard.is_file() else None,
+        gate=_json(gate, GATE_CURVE_FORMAT, gate_curve_shape) if gate.is_file() else None,
         log=_log(folder / "log.jsonl"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         embeddings=_all_embeddings(folder, evaluation.get("embeddings", {})),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, guard, restore, runs, scores, tables
+from benchmarks.quality import ablation, comparison, gate, guard, restore, runs, scores, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -179,6 +179,25 @@ def test_the_guards_table_is_the_committed_result_and_meets_its_goals():
     summary["rows"][1]["auroc"]["seeds"][0] = 0.979
     summary["costs"]["RN-small-32"]["text"]["flops"] = 0.011
     assert [said.partition(":")[0] for said in guard.misses(summary)] == ["scenes, image", "RN-small-32, text"]
+
+
+def test_the_gates_tables_are_the_committed_result():
+    summary = json.loads((ROOT / "benchmarks" / "results" / "gate" / "gate.json").read_text())
+    page = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+    assert all(table in page for table in gate.tables(summary["rows"]).split("\n\n")) and len(summary["seeds"]) == 3
+    for row in summary["rows"]:
+        chosen, tuned, *_, frozen = row["curve"]
+        assert chosen["chosen"] and set(tuned["kept"]["both"]["seeds"]) == {0}
+        assert frozen["kept"]["both"]["seeds"] == [1, 1, 1]
+        for point, name in ((frozen, "frozen"), (tuned, "tuned"), (chosen, "gated")):
+            assert point[gate.RATE]["seeds"] == pytest.approx(row["models"][name][gate.RATE]["seeds"], abs=1e-3)
+    before = gate.misses(summary["rows"])
+    summary["rows"][0]["curve"][0]["kept"]["both"]["seeds"][1] = 0.5
+    summary["rows"][1]["more_unsafe"]["seeds"][1] = 0.5
+    assert set(gate.misses(summary["rows"])) - set(before) == {
+        "scenes: 50.00% of safe inputs kept, under 99%",
+        "photos: unsafe rate 0.500 above the tuned model's, more than 0.02",
+    }
 
 
 def test_tables_of_scores_are_the_committed_results():

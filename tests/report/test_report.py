@@ -8,9 +8,10 @@ import pytest
 from saferclip_fast.report import load_runs, render
 from saferclip_fast.report.__main__ import main
 from saferclip_fast.report.charts import nice_ticks
+from saferclip_fast.results import GATE_CURVE
 from tests.report.runs import EVIL, FAMILIES, evaluation_of, write_run
 from tests.support.browser import CHROMIUM, chromium
-from tests.support.report_files import guard_of
+from tests.support.report_files import gate_of, guard_of
 
 browsed = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -173,6 +174,25 @@ def test_runs_side_by_side(browser, tmp_path):
     assert [run.name for run in load_runs({"ours": runs[1], "theirs": runs[0]})] == ["ours", "theirs"]
     other = write_run(tmp_path / "c", evaluation_of(data_hash="other"))
     assert "different samples" in render(load_runs([runs[0], other]))
+
+
+def test_a_gate_is_shown_where_there_is_one(tmp_path):
+    run = write_run(tmp_path / "one")
+    assert 'id="gate"' not in render(load_runs([run]))
+    file = run / f"{GATE_CURVE}.json"
+    file.write_text(json.dumps(gate_of(EVIL)))
+    page = render(load_runs([run]))
+    assert (
+        "safe items kept bit for bit from 50.0 to 100.0 %; nothing unsafe in the first 10 from 80.0 to 30.0 %" in page
+    )
+    assert EVIL not in page and 'id="gate"' in page
+    damaged = gate_of()
+    del damaged["points"][1]["metrics"]["zero_shot"]
+    file.write_text(json.dumps(damaged))
+    with pytest.raises(
+        ValueError, match=r"gate-curve\.json is damaged \(it\.points\[1\]\.metrics\.zero_shot is missing\)"
+    ):
+        load_runs([run])
 
 
 def test_a_guard_is_shown_where_there_is_one(tmp_path):

@@ -1,6 +1,6 @@
 """Parts of evaluation.json and guard.json, as they are written."""
 
-from saferclip_fast.results import GUARD_FORMAT
+from saferclip_fast.results import GATE_CURVE_FORMAT, GUARD_FORMAT, UNSAFE_RATE, at
 
 
 def estimate(value, width=0.03):
@@ -44,3 +44,21 @@ def guard_of(source="scenes:n=40"):
     }
     test = {"source": source, "rows": 40}
     return {"format": GUARD_FORMAT, "data": {"test": test}, "modalities": {"text": entry, "image": entry}}
+
+
+def gate_of(label="zero-shot"):
+    """Parts of gate-curve.json, as the gate writes them."""
+    points = [
+        {
+            "thresholds": {"text": threshold, "image": threshold},
+            "chosen": chosen,
+            "kept": {"text": threshold, "image": 1.0},
+            "sent": {},
+            "metrics": {
+                name: {"label": label, "value": value, "low": 0.0, "high": 1.0} for name, value in values.items()
+            },
+        }
+        for chosen, threshold in ((True, 0.3), (False, 0.0), (False, 0.5), (False, 1.0))
+        for values in [{at(UNSAFE_RATE): 0.2 + threshold / 2, "zero_shot": 0.75}]
+    ]
+    return {"format": GATE_CURVE_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot", "points": points}

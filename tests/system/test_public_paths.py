@@ -27,6 +27,7 @@ PUBLIC = {
         "published_table",
     ],
     "saferclip_fast.export": ["FORMATS", "ExportError", "Source", "Unsupported", "export", "load_source"],
+    "saferclip_fast.gate": ["GateError", "GatedModel", "gate_curve", "gate_model", "load_gate", "measure_gate"],
     "saferclip_fast.guard": ["Guard", "GuardError", "fit_guard", "load_guard"],
     "saferclip_fast.label_images": ["label_table", "open_classifier"],
     "saferclip_fast.models": ["ClipModel", "load_clip"],
@@ -35,7 +36,9 @@ PUBLIC = {
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
-COMMANDS = ("demo", "doctor", "evaluate", "export", "guard", "label_images", "report", "restore", "train", "tune")
+COMMANDS = (
+    *("demo", "doctor", "evaluate", "export", "gate", "guard", "label_images", "report", "restore", "train", "tune"),
+)
 
 HELP = """
 import runpy, sys
@@ -101,6 +104,7 @@ def test_the_one_command_alone_prints_its_help():
         ),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),
+        ("gate no/run --out no/out", "no/run is no run (config.yaml) and no gate (gate.json)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),
     ],
 )

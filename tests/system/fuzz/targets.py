@@ -27,17 +27,19 @@ from saferclip_fast.data.open import parse_options
 from saferclip_fast.embeddings import NAMES, load_embeddings
 from saferclip_fast.evaluate.published import missing_of, read_table_data, tables
 from saferclip_fast.evaluate.zero_shot import read_templates
+from saferclip_fast.gate.folder import described_in
+from saferclip_fast.gate.model import GateError
 from saferclip_fast.guard.model import Guard, GuardError, Head
 from saferclip_fast.label_images import label_table
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.models.identity import Identity, differences
 from saferclip_fast.report import load_runs, render
-from saferclip_fast.results import DIAL_FORMAT, EVALUATION_FORMAT, UNSAFE_RATE, at
+from saferclip_fast.results import DIAL_FORMAT, EVALUATION_FORMAT, GATE_FORMAT, UNSAFE_RATE, at
 from saferclip_fast.storage.row_file import RowFile
 from saferclip_fast.train.checkpoint import CheckpointError, CheckpointFolder
 from saferclip_fast.train.frozen import RECORD, FrozenModelError, read_final
 from tests.support.quadruplet_files import image_bytes, write_tar
-from tests.support.report_files import case, entry, estimate, guard_of
+from tests.support.report_files import case, entry, estimate, gate_of, guard_of
 
 # One small image that every table may name. Nothing above this folder may be read.
 IMAGE = "a.png"
@@ -179,6 +181,12 @@ def _guard_seeds() -> list[bytes]:
         path = Path(folder) / "guard"
         Guard(_clip(), *heads, guard_of()).save(path)
         return [path.read_bytes()]
+
+
+def _gate_seeds() -> list[bytes]:
+    clip = {"name": "a", "weights_hash": "b"}
+    found = {"thresholds": {"text": 0.5, "image": 1}, "frozen": clip, "tuned": clip, "guard": {"heads_hash": "c"}}
+    return [json.dumps({"format": GATE_FORMAT, **found}).encode()]
 
 
 def _read_cache(path: Path) -> None:
@@ -364,6 +372,10 @@ TARGETS = [
     Target("dial", ".json", _read_run("dial.json"), (ValueError,), _dial_seeds),
     Target("guard", ".safetensors", _read_guard, (GuardError,), _guard_seeds),
     Target("guard-figures", ".json", _read_run("guard.json"), (ValueError,), lambda: [json.dumps(guard_of()).encode()]),
+    Target(
+        "gate-curve", ".json", _read_run("gate-curve.json"), (ValueError,), lambda: [json.dumps(gate_of()).encode()]
+    ),
+    Target("gate", ".json", described_in, (GateError,), _gate_seeds),
     Target("table-data", ".yaml", _read_table_data, (ConfigError, ValueError), _table_data_seeds),
     Target("log", ".jsonl", _read_run("log.jsonl"), (ValueError,), _log_seeds),
     Target("config", ".yaml", load_config, (ConfigError,), _config_seeds),

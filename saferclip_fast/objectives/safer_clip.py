@@ -137,10 +137,7 @@ class SaferClip(Objective):
         )
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
-        more = self._geometry(current, frozen, share)
-        if self.weights["rank_guard"]:
-            more = {"rank_guard": self._rank_guard(current, row_weights(masks[:, :2], counts[:2])), **more}
-        for name, term in more.items():
+        for name, term in self._more_terms(current, frozen, masks, counts, share).items():
             loss = loss + self.weights[name] * term
             terms[name] = term.detach()
         for name, weights, row, anchor in (
@@ -168,18 +165,22 @@ class SaferClip(Objective):
         ]
         return losses[0] + losses[1]
 
-    def _geometry(self, current: QuadrupletEmbeddings, frozen: QuadrupletEmbeddings, share: Share) -> dict[str, Tensor]:
-        """The terms over the geometry of safe rows that have a weight."""
+    def _more_terms(
+        self, current: QuadrupletEmbeddings, frozen: QuadrupletEmbeddings, masks: Tensor, counts: Tensor, share: Share
+    ) -> dict[str, Tensor]:
+        """The rank guard and the terms over the geometry of safe rows, those of a weight; masks, counts: see above."""
+        terms = {}
+        if self.weights["rank_guard"]:
+            terms["rank_guard"] = self._rank_guard(current, row_weights(masks[:, :2], counts[:2]))
         of_rows: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "spread": spread_lost,
             "neighbors": functools.partial(neighbors_lost, backend=self.backend),
         }
-        return {
-            name: of_batch(term, current.safe_text, frozen.safe_text, share)
-            + of_batch(term, current.safe_image, frozen.safe_image, share)
-            for name, term in of_rows.items()
-            if self.weights[name]
-        }
+        for name, term in of_rows.items():
+            if self.weights[name]:
+                text = of_batch(term, current.safe_text, frozen.safe_text, share)
+                terms[name] = text + of_batch(term, current.safe_image, frozen.safe_image, share)
+        return terms
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}

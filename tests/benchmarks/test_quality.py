@@ -254,3 +254,10 @@ def test_weights_of_the_geometry_terms_are_chosen_by_validation_and_reported_on_
     for name, weights in geometry.WEIGHTS.items():
         built = build_objective(load_config("demo", geometry.run_of("scenes", name, 0, weights[0]).options))
         assert built.weights == DEFAULT_WEIGHTS | {name: weights[0]}
+
+
+def test_the_table_of_the_geometry_terms_is_the_committed_result():
+    found = json.loads((ROOT / "benchmarks" / "results" / "geometry" / "geometry.json").read_text())
+    related = (ROOT / "docs" / "related.md").read_text(encoding="utf-8")
+    assert geometry.table_of(found["rows"], "scenes") in related
+    assert {row["name"] for row in found["rows"]} == {runs.FROZEN, geometry.DEFAULT, *geometry.WEIGHTS}

@@ -32,7 +32,7 @@ from saferclip_fast.demo.job import Job, scenes_job
 from saferclip_fast.demo.pretrain import pretrained_clip
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.evaluate import Settings, Task, measure
-from saferclip_fast.evaluate.metrics import drift
+from saferclip_fast.evaluate.summary import to_frozen
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.models.dial import mix
 from saferclip_fast.results import UNSAFE_FOUND, at
@@ -148,7 +148,8 @@ def _figures(plan: Plan, run: Run, job: Job, frozen: ClipModel, tuned: ClipModel
         cache = str(plan.cache) if tuned is frozen else own
         measured = measure(tuned, task, Settings(cache, seed=run.seed, progress=False))
     assert measured.embeddings is not None
-    metrics = {name: metric.mean for name, metric in (measured.metrics | drift(measured.embeddings, before)).items()}
+    found = measured.metrics | to_frozen(measured.embeddings, before, task.labels)
+    metrics = {name: metric.mean for name, metric in found.items()}
     return metrics | {UTILITY: metrics[f"zero_shot.{job.zero_shot.name}"]}
 
 

@@ -84,6 +84,10 @@ class WeightOptions:
     rank_guard: float = option(
         DEFAULT_WEIGHTS["rank_guard"], "no redirected item among a safe query's first results; 0 is the paper", 0
     )
+    spread: float = option(DEFAULT_WEIGHTS["spread"], "safe texts, and images, of a batch crowd no closer (SAGE)", 0)
+    neighbors: float = option(
+        DEFAULT_WEIGHTS["neighbors"], "neighbors among a batch's safe texts, and images, stay as near (SAGE)", 0
+    )
 
 
 @dataclass

@@ -6,12 +6,11 @@ generation, say) feels first.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.quadruplets import QuadrupletEmbeddings
-from ..ops.nearest_safe import nearest_safe
+from ..objectives.safe_geometry import nearest_others
 from .metrics import TO_FROZEN, Metric
 from .right_items import Contents, first_of_each
 
@@ -57,7 +56,7 @@ def geometry(
             metrics[f"{part}_neighbors_kept"] = Metric(
                 f"safe {name}, nearest {NEIGHBORS} kept (Jaccard)",
                 "stays",
-                _jaccard(_neighbors(now), _neighbors(before)),
+                _jaccard(nearest_others(now, NEIGHBORS), nearest_others(before, NEIGHBORS)),
                 TO_FROZEN,
                 chance=share / (2 - share),
             )
@@ -67,14 +66,6 @@ def geometry(
 def _distances(rows: Tensor) -> Tensor:
     """float32 [n]: squared distance of each row from the mean row."""
     return (rows - rows.mean(0)).square().sum(1)
-
-
-def _neighbors(rows: Tensor) -> Tensor:
-    """int64 [n, k]: the nearest others of each row, in no order."""
-    found = nearest_safe(rows, rows, NEIGHBORS + 1, check=False).indices
-    own = found == torch.arange(len(rows)).unsqueeze(1)
-    own[:, -1] |= ~own.any(1)  # pushed out by more equal rows: any of these may go
-    return found[~own].view(len(rows), NEIGHBORS)
 
 
 def _jaccard(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ DEFAULT_WEIGHTS = {
     "nce_text": 1.0,
     "nce_image": 1.0,
     "rank_guard": 64.0,
+    "spread": 0.0,
+    "neighbors": 0.0,
 }
 DEFAULT_K, DEFAULT_BETA, DEFAULT_MARGIN = 16, 10.0, 0.3
 DEFAULT_PAGE, DEFAULT_GUARD_K, DEFAULT_GUARD_MARGIN = 0.03, 16, 0.0

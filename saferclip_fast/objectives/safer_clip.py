@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from .defaults import (
     DEFAULT_WEIGHTS,
 )
 from .rank_guard import RankGuards, rank_guard, rank_guards
+from .safe_geometry import neighbors_lost, of_batch, spread_lost
 
 
 class SaferClip(Objective):
@@ -32,7 +34,8 @@ class SaferClip(Objective):
         rank_guard = mean_i rank_text(T(t*_i)) + mean_i rank_image(V(v*_i))
 
     which keeps redirected rows out of the first K results of every safe query (ours: `rank_guard.py`). `attach(bank)`
-    takes the safe queries once, before the first batch.
+    takes the safe queries once, before the first batch. The terms `spread` and `neighbors` keep the geometry of safe
+    rows (SAGE: `safe_geometry.py`), texts and images added up; at a weight of 0, the default, they are not computed.
 
     A modality that its label calls safe is never redirected: its row is held in place by the cosine term of its
     modality (term `kept_text` or `kept_image`, weighted as `cos_text` or `cos_image`; ShieldCLIP's label layout).
@@ -134,10 +137,9 @@ class SaferClip(Objective):
         )
         loss = redirect.loss + held.loss
         terms = {**redirect.terms, **held.terms}
-        if weight := self.weights["rank_guard"]:
-            term = self._rank_guard(current, row_weights(masks[:, :2], counts[:2]))
-            loss = loss + weight * term
-            terms["rank_guard"] = term.detach()
+        for name, term in self._more_terms(current, frozen, masks, counts, share).items():
+            loss = loss + self.weights[name] * term
+            terms[name] = term.detach()
         for name, weights, row, anchor in (
             ("text", text_is_safe, current.unsafe_text, frozen.unsafe_text),
             ("image", image_is_safe, current.unsafe_image, frozen.unsafe_image),
@@ -162,6 +164,23 @@ class SaferClip(Objective):
             for x, guard, weights in zip(current[2:], self.guards, row_weights.T, strict=True)
         ]
         return losses[0] + losses[1]
+
+    def _more_terms(
+        self, current: QuadrupletEmbeddings, frozen: QuadrupletEmbeddings, masks: Tensor, counts: Tensor, share: Share
+    ) -> dict[str, Tensor]:
+        """The rank guard and the terms over the geometry of safe rows, those of a weight; masks, counts: see above."""
+        terms = {}
+        if self.weights["rank_guard"]:
+            terms["rank_guard"] = self._rank_guard(current, row_weights(masks[:, :2], counts[:2]))
+        of_rows: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "spread": spread_lost,
+            "neighbors": functools.partial(neighbors_lost, backend=self.backend),
+        }
+        for name, term in of_rows.items():
+            if self.weights[name]:
+                text = of_batch(term, current.safe_text, frozen.safe_text, share)
+                terms[name] = text + of_batch(term, current.safe_image, frozen.safe_image, share)
+        return terms
 
     def _of(self, *names: str) -> dict[str, float]:
         return {name: self.weights[name] for name in names}

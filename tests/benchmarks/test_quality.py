@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, gate, guard, restore, runs, scores, tables
+from benchmarks.quality import ablation, comparison, gate, geometry, guard, restore, runs, scores, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -243,3 +243,40 @@ def test_tables_of_restore_are_the_committed_results_and_its_shares_are_those_of
     one = {"data": "scenes", "models": models, "restored": {name: {"add": 0.5} for name in restore.THRESHOLDS}}
     back = restore.summarize([one])[-1]["metrics"]
     assert [back[part]["mean"] for part in ("rise taken back", "gain kept", "add")] == pytest.approx([0.75, 0.75, 0.5])
+
+
+def test_weights_of_the_geometry_terms_are_chosen_by_validation_and_reported_on_tests(tmp_path, monkeypatch):
+    asked = []
+
+    def perform_all(plan, wanted, workers):
+        asked.extend(wanted)
+        return {run: {"metrics": figures(0.5, 0.8) | spreads(run)} for run in wanted}
+
+    def spreads(run):  # the larger weight keeps the more of the spread, the smaller one of the neighbors
+        value = {"spread": 0.5 + 0.01 * weight_of(run), "neighbors": 0.9 - 0.01 * weight_of(run)}.get(run.name, 1.2)
+        return {f"safe_{side}_{figure}": value for side in ("text", "image") for figure in geometry.KEPT.values()}
+
+    def weight_of(run):
+        return float(next((o.partition("=")[2] for o in run.options if "weights" in o), 0))
+
+    monkeypatch.setattr(geometry, "perform_all", perform_all)
+    chosen = geometry.choose(runs.Plan(tmp_path, tmp_path, None), ["scenes"], 1)
+    assert {run.seed for run in asked} == {runs.VALIDATION_SEED}
+    assert [(row["term"], row["weight"]) for row in chosen if row["chosen"]] == [
+        ("spread", geometry.WEIGHTS["spread"][1]),
+        ("neighbors", geometry.WEIGHTS["neighbors"][0]),
+    ]
+    frozen = figures(1.0, 0.8)
+    safe = figures(0.0, 0.8) | spreads(runs.Run("scenes", "default", 0))
+    assert geometry.merit(safe, frozen) == 1, "more spread than the frozen model's counts as its"
+    assert geometry.merit(safe | dict.fromkeys(spreads(asked[0]), 0.5), frozen) == pytest.approx(2 / 3)
+    for name, weights in geometry.WEIGHTS.items():
+        built = build_objective(load_config("demo", geometry.run_of("scenes", name, 0, weights[0]).options))
+        assert built.weights == DEFAULT_WEIGHTS | {name: weights[0]}
+
+
+def test_the_table_of_the_geometry_terms_is_the_committed_result():
+    found = json.loads((ROOT / "benchmarks" / "results" / "geometry" / "geometry.json").read_text())
+    related = (ROOT / "docs" / "related.md").read_text(encoding="utf-8")
+    assert geometry.table_of(found["rows"], "scenes") in related
+    assert {row["name"] for row in found["rows"]} == {runs.FROZEN, geometry.DEFAULT, *geometry.WEIGHTS}

@@ -85,7 +85,8 @@ def test_micro_batches_give_the_gradient_of_saferclip(adapted, batch, labels):
     generator = torch.Generator().manual_seed(6)
     frozen = QuadrupletEmbeddings(*torch.randn(4, ROWS, 64, generator=generator))
     bank = SafeBank(*torch.randn(2, 20, 64, generator=generator))
-    objective = SaferClip({"rank_guard": 100.0})  # so that its part of the gradient is no small one
+    # so that their parts of the gradient are no small ones
+    objective = SaferClip({"rank_guard": 100.0, "spread": 100.0, "neighbors": 1.0})
     objective.attach(bank)
     clip = adapted()
 

@@ -22,6 +22,7 @@ from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.models import ClipModel, load_clip
 from saferclip_fast.objectives import SafeClip, SaferClip, ShieldClip
 from saferclip_fast.objectives.rank_guard import rank_guard, rank_guards
+from saferclip_fast.objectives.safe_geometry import neighbors_lost, of_batch, spread_lost
 from saferclip_fast.runtime.ranks import Ranks, ranks, split
 from saferclip_fast.storage import row_cache
 from saferclip_fast.train import Trainer
@@ -33,6 +34,7 @@ from tests.support.tiny import tiny
 OBJECTIVES = {
     "saferclip": lambda: SaferClip(k=3),
     "saferclip_frozen": lambda: SaferClip(k=1, negative="frozen"),
+    "saferclip_geometry": lambda: SaferClip({"spread": 8.0, "neighbors": 8.0}),
     "saferclip_no_nce": lambda: SaferClip({"nce_text": 0.0, "nce_image": 0.0}),
     "safeclip": SafeClip,
     "safeclip_nearest": lambda: SafeClip(targets="nearest"),
@@ -84,6 +86,22 @@ def check_rank_guards(of: Ranks) -> None:
         found = rank_guard(x[part], sliced, 5, 0.02, weights[part])
         assert torch.equal(found.values, expected.values[part])
         torch.testing.assert_close(of.sum(found.loss), expected.loss)
+
+
+def check_safe_geometry(of: Ranks) -> None:
+    """Spread and neighbors are no sums over rows: shares of their values and gradients, of rows that crowd together."""
+    frozen = torch.randn(4 * of.world + 1, 24, generator=torch.Generator().manual_seed(9))
+    rows, share = of.split(len(frozen)), of.share(len(frozen))
+    mine = slice(rows.start, rows.stop)
+    for term in (spread_lost, functools.partial(neighbors_lost, k=4)):
+        whole = (frozen.roll(1, 1) + 1).requires_grad_()
+        part = whole.detach()[mine].clone().requires_grad_()
+        expected, found = term(whole, frozen), of_batch(term, part, frozen[mine], share)
+        expected.backward()
+        found.backward()
+        assert expected > 0.1
+        torch.testing.assert_close(of.sum(found.detach()), expected.detach())
+        torch.testing.assert_close(part.grad, whole.grad[mine], rtol=1e-5, atol=1e-7)
 
 
 def check_objectives(of: Ranks) -> None:
@@ -206,7 +224,7 @@ def main(folder: Path, weights: str) -> None:
     compile_ = torch.compile  # inductor takes longer, and is tested elsewhere
     torch.compile = lambda call, options, **more: compile_(call, backend="eager", **more)
     with ranks() as of:
-        for check in (check_exchanges, check_sharded_search, check_rank_guards, check_objectives):
+        for check in (check_exchanges, check_sharded_search, check_rank_guards, check_safe_geometry, check_objectives):
             check(of)
         if of.world > 2:  # whole models take long, and three ranks are the general case
             for check in (check_embedding_pass, check_training_gradients):

@@ -3,6 +3,7 @@ import typing
 
 import saferclip_fast.evaluate.result as _evaluate
 import saferclip_fast.export.result as _export
+import saferclip_fast.generate.result as _generate
 import saferclip_fast.restore.result as _restore
 
 from .api import FineTuned, fine_tune
@@ -26,9 +27,9 @@ from .sources import load
 from .version import __version__
 
 if not typing.TYPE_CHECKING:
-    from . import evaluate, export, restore
+    from . import evaluate, export, generate, restore
 
-# modules that can be called; evaluate_model, export_model and restore_model have the whole signatures
+# modules that can be called; evaluate_model, export_model, generate_images and restore_model have the whole signatures
 class _Evaluate(types.ModuleType):
     def __call__(self, model: typing.Any, data: typing.Any = None, **options: typing.Any) -> _evaluate.Evaluation: ...
     def __getattr__(self, name: str) -> typing.Any: ...
@@ -39,6 +40,12 @@ class _Export(types.ModuleType):
     ) -> dict[str, _export.Exported]: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+class _Generate(types.ModuleType):
+    def __call__(
+        self, pipeline: typing.Any, run: typing.Any, prompts: typing.Any, out: typing.Any, **options: typing.Any
+    ) -> _generate.Generated: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 class _Restore(types.ModuleType):
     def __call__(
         self, run: typing.Any, later: typing.Any, out: typing.Any, data: typing.Any = None, **options: typing.Any
@@ -47,6 +54,7 @@ class _Restore(types.ModuleType):
 
 evaluate: _Evaluate
 export: _Export
+generate: _Generate
 restore: _Restore
 
 __all__ = [
@@ -65,6 +73,7 @@ __all__ = [
     "export",
     "fine_tune",
     "fit_guard",
+    "generate",
     "info_nce",
     "load",
     "load_clip",

@@ -26,7 +26,7 @@ FLOORS = (
     ("train",),
     ("sources",),
     ("evaluate", "export"),
-    ("api", "demo", "guard", "restore"),
+    ("api", "demo", "generate", "guard", "restore"),
 )
 LEVEL = {"_C": 0} | {room: level for level, floor in enumerate(FLOORS, 1) for room in floor}  # _C: the native module
 

@@ -27,6 +27,7 @@ PUBLIC = {
         "published_table",
     ],
     "saferclip_fast.export": ["FORMATS", "ExportError", "Source", "Unsupported", "export", "load_source"],
+    "saferclip_fast.generate": ["ClipJudge", "Generated", "Judge", "Prompt", "open_judges", "read_prompts"],
     "saferclip_fast.guard": ["Guard", "GuardError", "fit_guard", "load_guard"],
     "saferclip_fast.label_images": ["label_table", "open_classifier"],
     "saferclip_fast.models": ["ClipModel", "load_clip"],
@@ -35,7 +36,10 @@ PUBLIC = {
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
-COMMANDS = ("demo", "doctor", "evaluate", "export", "guard", "label_images", "report", "restore", "train", "tune")
+COMMANDS = (
+    *("demo", "doctor", "evaluate", "export", "generate", "guard", "label_images", "report", "restore"),
+    *("train", "tune"),
+)
 
 HELP = """
 import runpy, sys
@@ -99,6 +103,10 @@ def test_the_one_command_alone_prints_its_help():
             "restore . . --out no/out --add -1",
             "--add is how much of the safe change is added, a finite number",
         ),
+        ("generate no/pipe --run . --prompts p.txt --out no/out", "no/pipe is no folder of a diffusers pipeline"),
+        ("generate hf-hub:a/b --run no/run --prompts p.txt --out no/out", "no/run not found"),
+        ("generate hf-hub:a/b --run . --prompts p.txt --out no/out", "cannot read p.txt: there is no such file"),
+        ("generate hf-hub:a/b --run . --prompts p.doc --out no/out", "cannot tell the format of p.doc"),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),

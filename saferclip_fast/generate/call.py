@@ -39,7 +39,7 @@ def generate_images(
     prompts: str | os.PathLike | Sequence[str | Prompt],
     out: str | os.PathLike,
     *,
-    judges: str | Sequence[str | Judge] = "nudenet",
+    judges: str | Judge | Sequence[str | Judge] = "nudenet",
     judge_model: str | None = None,
     judge_categories: str | None = None,
     threshold: float = THRESHOLD,
@@ -132,12 +132,14 @@ def _words(steps: int | None, guidance: float | None, size: int | None) -> dict[
 
 
 def _judges(
-    judges: str | Sequence[str | Judge], model: str | None, categories: str | None, device: torch.device
+    judges: str | Judge | Sequence[str | Judge], model: str | None, categories: str | None, device: torch.device
 ) -> list[Judge]:
     asked: list[Any] = [judges] if isinstance(judges, str) or callable(judges) else list(judges)
     names = [judge for judge in asked if isinstance(judge, str)]
     opened = iter(open_judges(names, model, categories, device) if names or model or categories or not asked else [])
     found: list[Judge] = [next(opened) if isinstance(judge, str) else judge for judge in asked]
+    if nameless := [judge for judge in found if not isinstance(getattr(judge, "name", None), str)]:
+        raise ValueError(f"the judge {nameless[0]!r:.60} has no name: give it one, as a text")
     known = [judge.name for judge in found]
     if twice := sorted({name for name in known if known.count(name) > 1}):
         raise ValueError(f"two judges are called {twice[0]!r}: give one of them another name")

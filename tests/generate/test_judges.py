@@ -116,6 +116,15 @@ def test_judges_that_cannot_be_had_are_named(tmp_path, monkeypatch):
         open_judges(["nudenet"])
 
 
+def test_a_judge_needs_a_name_of_its_own(tmp_path):
+    for judges, message in (
+        (Plain(), "has no name: give it one"),
+        ([Redness(), Redness()], "two judges are called 'colors'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sf.generate("hf-hub:a/b", "run", ["a"], tmp_path / "out", judges=judges, device="cpu", progress=False)
+
+
 def test_categories_are_read_line_by_line(tmp_path):
     file = tmp_path / "c.txt"
     file.write_text("# mine\nfire: fire\nfire: a burning house\n\nsafe: a house\n")

@@ -1,12 +1,11 @@
 """A tiny diffusion pipeline with random weights and the text encoder of a tiny CLIP."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from saferclip_fast.export.huggingface import hf_tokenizer
 from saferclip_fast.models import ClipModel
@@ -15,18 +14,15 @@ from saferclip_fast.models.huggingface import to_hf
 
 def text_encoder_of(clip: ClipModel) -> CLIPTextModel:
     """The text encoder alone."""
-    model = to_hf(clip)
-    encoder = CLIPTextModel(CLIPTextConfig(**model.config.text_config.to_dict())).eval()
-    encoder.load_state_dict(model.text_model.state_dict())
-    return encoder
+    return to_hf(clip).text_model
 
 
-def tiny_pipeline(clip: ClipModel, folder: Path, **changes: Any) -> Path:
+def tiny_pipeline(clip: ClipModel, folder: Path) -> Path:
     """Writes a Stable Diffusion of 32 x 32 pixels that reads prompts with the text encoder of `clip`."""
     logging.disable_progress_bar()
     encoder = text_encoder_of(clip)
     torch.manual_seed(0)
-    parts = dict(
+    StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=32),
         unet=UNet2DConditionModel(
             sample_size=32,
@@ -42,6 +38,6 @@ def tiny_pipeline(clip: ClipModel, folder: Path, **changes: Any) -> Path:
         tokenizer=hf_tokenizer(clip),
         safety_checker=None,
         feature_extractor=None,
-    )
-    StableDiffusionPipeline(**{**parts, **changes}, requires_safety_checker=False).save_pretrained(folder)
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder

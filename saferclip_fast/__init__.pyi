@@ -1,6 +1,7 @@
 import types
 import typing
 
+import saferclip_fast.describe.result as _describe
 import saferclip_fast.evaluate.result as _evaluate
 import saferclip_fast.export.result as _export
 import saferclip_fast.generate.result as _generate
@@ -27,9 +28,16 @@ from .sources import load
 from .version import __version__
 
 if not typing.TYPE_CHECKING:
-    from . import evaluate, export, generate, restore
+    from . import describe, evaluate, export, generate, restore
 
-# modules that can be called; evaluate_model, export_model, generate_images and restore_model have the whole signatures
+# modules that can be called; describe_images, evaluate_model, export_model, generate_images and restore_model have the
+# whole signatures
+class _Describe(types.ModuleType):
+    def __call__(
+        self, model: typing.Any, run: typing.Any, images: typing.Any, out: typing.Any, **options: typing.Any
+    ) -> _describe.Described: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 class _Evaluate(types.ModuleType):
     def __call__(self, model: typing.Any, data: typing.Any = None, **options: typing.Any) -> _evaluate.Evaluation: ...
     def __getattr__(self, name: str) -> typing.Any: ...
@@ -52,6 +60,7 @@ class _Restore(types.ModuleType):
     ) -> _restore.Restored: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+describe: _Describe
 evaluate: _Evaluate
 export: _Export
 generate: _Generate
@@ -69,6 +78,7 @@ __all__ = [
     "SafeBank",
     "__version__",
     "backends",
+    "describe",
     "evaluate",
     "export",
     "fine_tune",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..cli import run_command
 from ..models.places import check_there
-from .places import DTYPES, check_judges, check_numbers, check_pipeline, check_prompts
+from .places import DTYPES, check_judges, check_pipeline, check_prompts, check_run
 
 EXAMPLES = """
 examples:
@@ -74,7 +74,8 @@ def run(given: argparse.Namespace) -> int:
     check_there(given.run)
     check_prompts(given.prompts)
     check_judges(judges, given.judge_model, given.judge_categories)
-    check_numbers(given.images, given.batch_size, given.steps, given.size, given.threshold, given.dtype)
+    counts = {name: getattr(given, name) for name in ("images", "batch_size", "steps", "size")}
+    check_run(given.threshold, given.dtype, **counts)
     from .call import generate_images  # torch takes seconds to import
 
     found = generate_images(

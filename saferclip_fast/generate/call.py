@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from tqdm import tqdm
-
 from ..config import load_config
-from ..evaluate.bootstrap import CONFIDENCE
 from ..models import ClipModel
+from ..models.huggingface import TEXT
 from ..sources import Source, load_source
 from ..storage.claim import claim
-from ..storage.files import atomic_write, save_json
+from ..storage.files import save_json
 from ..train.device import set_up_torch, settings_kept
 from . import page
-from .encoders import Encoder, choose, hash_of
+from .encoders import both, hash_of
 from .folder import SIDES, Folder, Item
-from .judges import Judge, judged, open_judges
+from .judges import Judge, given_judges, judge_all, open_judges
 from .pipeline import DTYPES, check_call, draw, open_pipeline, text_encoders, where, without_checker
-from .places import check_numbers, check_pipeline
+from .places import check_pipeline, check_run
 from .prompts import Prompt, hash_prompts, read_prompts
-from .rates import Scores, harm_rates
+from .rates import save_scores, summary
 from .result import FORMAT, PAGE, RESULT, SCORES, Generated
 
 THRESHOLD = 0.5
@@ -92,18 +87,22 @@ def generate_images(
     if isinstance(pipeline, (str, os.PathLike)):
         pipeline = os.fspath(pipeline)
         check_pipeline(pipeline)
-    check_numbers(images, batch_size, steps, size, threshold, dtype)
+    check_run(threshold, dtype, images=images, batch_size=batch_size, steps=steps, size=size)
     texts, folder = read_prompts(prompts), Path(out)
     items = [Item(prompt, number) for prompt in range(len(texts)) for number in range(images)]
     with claim(folder), settings_kept():
         place = set_up_torch(load_config(None, {"device": device, "seed": seed}, "options"))
-        asked = _judges(judges, judge_model, judge_categories, place)
+        asked = given_judges(
+            judges,
+            lambda names: open_judges(names, judge_model, judge_categories, place),
+            options=bool(judge_model or judge_categories),
+        )
         precision = ("fp16" if place.type == "cuda" else "fp32") if dtype == "auto" else dtype
         words = _words(steps, guidance, size)
         source = Source(run, Path(run.name)) if isinstance(run, ClipModel) else load_source(Path(run), alpha=dial)
         opened = open_pipeline(pipeline, DTYPES[precision]) if isinstance(pipeline, str) else pipeline
         check_call(opened, words)
-        component, pair = _encoders(opened.to(place), source, encoder)
+        component, pair = both(text_encoders(opened.to(place)), source, encoder, TEXT)
         settings = {
             "pipeline": where(opened),
             "encoder": component,
@@ -119,9 +118,12 @@ def generate_images(
         kept = Folder(folder, settings)
         with without_checker(opened, keep_safety_checker):
             draw(opened, pair, component, texts, items, kept, words, seed, batch_size, progress)
-        scores = _judge(asked, kept, items, batch_size, progress)
-        found = _summary(scores, texts, images, settings, source, asked, threshold, seed)
-        _write(found, scores, texts, kept, folder)
+        scores = judge_all(asked, kept.read, items, batch_size, progress)
+        names = [judge.name for judge in asked]
+        found = summary(FORMAT, scores, texts, source, names, settings, threshold, seed) | {"images": images}
+        save_scores(folder / SCORES, scores, lambda item: {"prompt": item.prompt + 1, "image": item.number + 1})
+        page.write(found, scores, texts, kept, folder / PAGE)
+        save_json(folder / RESULT, found)
     return Generated.read(found, folder)
 
 
@@ -129,85 +131,3 @@ def _words(steps: int | None, guidance: float | None, size: int | None) -> dict[
     """What the pipeline is called with, as far as it is not left to it."""
     given = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _judges(
-    judges: str | Judge | Sequence[str | Judge], model: str | None, categories: str | None, device: torch.device
-) -> list[Judge]:
-    asked: list[Any] = [judges] if isinstance(judges, str) or callable(judges) else list(judges)
-    names = [judge for judge in asked if isinstance(judge, str)]
-    opened = iter(open_judges(names, model, categories, device) if names or model or categories or not asked else [])
-    found: list[Judge] = [next(opened) if isinstance(judge, str) else judge for judge in asked]
-    if nameless := [judge for judge in found if not isinstance(getattr(judge, "name", None), str)]:
-        raise ValueError(f"the judge {nameless[0]!r:.60} has no name: give it one, as a text")
-    known = [judge.name for judge in found]
-    if twice := sorted({name for name in known if known.count(name) > 1}):
-        raise ValueError(f"two judges are called {twice[0]!r}: give one of them another name")
-    return found
-
-
-def _encoders(pipeline: Any, source: Source, wanted: str | None) -> tuple[str, dict[str, nn.Module]]:
-    """The component to replace, and what stands there: the pipeline's own, which is the frozen one, and the tuned."""
-    tuned = Encoder(source.clip)
-    components = text_encoders(pipeline)
-    component = choose(components, tuned, wanted)
-    own = components[component].eval()
-    if source.run_dir is not None:
-        Encoder(source.frozen()).check_same(own, component, str(source.run_dir))
-    return component, {"frozen": own, "tuned": tuned.copy_of(own)}
-
-
-def _judge(
-    judges: Sequence[Judge], folder: Folder, items: Sequence[Item], batch_size: int, progress: bool
-) -> dict[str, Scores]:
-    """What every judge says of every image."""
-    scores: dict[str, dict[Item, dict[str, dict[str, float]]]] = {side: {item: {} for item in items} for side in SIDES}
-    with tqdm(total=len(SIDES) * len(items), desc="judge", unit="image", disable=not progress) as bar:
-        for side in SIDES:
-            for start in range(0, len(items), batch_size):
-                block = items[start : start + batch_size]
-                pictures = [folder.read(side, item) for item in block]
-                for judge in judges:
-                    for item, found in zip(block, judged(judge, pictures), strict=True):
-                        scores[side][item][judge.name] = found
-                bar.update(len(block))
-    return dict(scores)
-
-
-def _summary(
-    scores: Mapping[str, Scores],
-    prompts: Sequence[Prompt],
-    images: int,
-    settings: Mapping[str, Any],
-    source: Source,
-    judges: Sequence[Judge],
-    threshold: float,
-    seed: int,
-) -> dict[str, Any]:
-    """What generation.json holds."""
-    metrics = harm_rates(scores, prompts, threshold, seed)
-    return {
-        "format": FORMAT,
-        "rows": len(prompts),
-        "images": images,
-        "models": {
-            "tuned": {"name": source.clip.name, "dial": source.alpha},
-            "frozen": {"checked": source.run_dir is not None},
-        },
-        "judges": [judge.name for judge in judges],
-        "key_metrics": list(metrics),
-        "metrics": metrics,
-        "settings": {**settings, "threshold": threshold, "confidence": CONFIDENCE},
-    }
-
-
-def _write(
-    found: dict[str, Any], scores: Mapping[str, Scores], prompts: Sequence[Prompt], folder: Folder, out: Path
-) -> None:
-    """scores.jsonl, the page, and last the figures."""
-    with atomic_write(out / SCORES) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for item in scores["frozen"]:
-            line = {"prompt": item.prompt + 1, "image": item.number + 1} | {side: scores[side][item] for side in SIDES}
-            file.write(json.dumps(line) + "\n")
-    page.write(found, scores, prompts, folder, out / PAGE)
-    save_json(out / RESULT, found)

@@ -1,4 +1,4 @@
-"""A tuned encoder in the place of the one that a pipeline holds, once it is certain that both are of one kind."""
+"""A tuned encoder in the place of the one that is there, once it is certain that both are of one kind."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import ClipModel
-from ..models.huggingface import TEXT, to_hf
+from ..models.huggingface import TEXT, VISION, to_hf
+from ..sources import Source
+from .folder import FROZEN, TUNED
 
-SIZES = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("vocab_size", "max_position_embeddings"),
-)
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+SIZES = {TEXT: (*_SIZES, "vocab_size", "max_position_embeddings"), VISION: (*_SIZES, "image_size", "patch_size")}
+HOLDERS = {TEXT: "pipeline", VISION: "model"}  # what holds an encoder of each kind
 PROJECTION = "text_projection.weight"
 # What a file's precision, and then the one it is opened in, make of a frozen weight.
 ROUNDINGS = ((), (torch.float16,), (torch.bfloat16,), (torch.float16, torch.bfloat16))
 
 
 class EncoderError(UserError, ValueError):
-    """An encoder that cannot take the place of the pipeline's own."""
+    """An encoder that cannot take the place of the one that is there."""
 
 
 class Encoder:
-    """The text encoder of a CLIP, with the weights' names and the sizes that Hugging Face has for it."""
+    """The text or the image encoder of a CLIP, with the weights' names and the sizes that Hugging Face has for it."""
 
-    def __init__(self, clip: ClipModel) -> None:
-        """Raises Unsupported for a CLIP that Hugging Face's cannot express."""
+    def __init__(self, clip: ClipModel, kind: str = TEXT) -> None:
+        """kind: TEXT or VISION. Raises Unsupported for a CLIP that Hugging Face's cannot express."""
         model = to_hf(clip)
-        self.config = model.config.text_config
-        self.state: dict[str, Tensor] = dict(model.text_model.state_dict())
-        self.state[PROJECTION] = model.text_projection.weight.detach()
+        part = getattr(model, kind)
+        self.kind, self.config = kind, part.config
+        self.state: dict[str, Tensor] = dict(part.state_dict())
+        if kind == TEXT:
+            self.state[PROJECTION] = model.text_projection.weight.detach()
 
     def misfits(self, own: Any) -> list[str]:
-        """Why this encoder cannot take the place of `own`, a module of a pipeline; nothing where it can."""
-        if getattr(getattr(own, "config", None), "model_type", None) != "clip_text_model":
-            return [f"a {type(own).__name__}, no CLIP's text encoder"]
+        """Why this encoder cannot take the place of `own`, a module; nothing where it can."""
+        if getattr(getattr(own, "config", None), "model_type", None) != f"clip_{self.kind}":
+            return [f"a {type(own).__name__}, no CLIP's {self.kind.removesuffix('_model')} encoder"]
         found = [
             f"{name} {getattr(own.config, name)}, the run's {getattr(self.config, name)}"
-            for name in SIZES
+            for name in SIZES[self.kind]
             if getattr(own.config, name) != getattr(self.config, name)
         ]
-        theirs, ours = _weights(own).get(PROJECTION), self.state[PROJECTION]
-        if theirs is not None and theirs.shape != ours.shape:
+        theirs, ours = _weights(own).get(PROJECTION), self.state.get(PROJECTION)
+        if theirs is not None and ours is not None and theirs.shape != ours.shape:
             found.append(f"projection {list(theirs.shape)}, the run's {list(ours.shape)}")
         return found
 
@@ -65,9 +68,9 @@ class Encoder:
         far = {key: float((x - self.state[key]).abs().max()) for key, x in weights.items()}
         worst = max(far, key=far.__getitem__)
         raise EncoderError(
-            f"{name} of the pipeline is not the model that {where} was tuned from (weights differ by up to "
-            f"{far[worst]:.1e}, in {worst}): a difference would not be the tuning's alone; take a pipeline with that "
-            "encoder, or tune the pipeline's own"
+            f"{name} of the {HOLDERS[self.kind]} is not the model that {where} was tuned from (weights differ by up to "
+            f"{far[worst]:.1e}, in {worst}): a difference would not be the tuning's alone; take a "
+            f"{HOLDERS[self.kind]} with that encoder, or tune the encoder that is there"
         )
 
 
@@ -76,8 +79,9 @@ def choose(components: Mapping[str, Any], tuned: Encoder, wanted: str | None) ->
 
     Raises EncoderError, with what does not fit in each.
     """
+    holder = HOLDERS[tuned.kind]
     if wanted is not None and wanted not in components:
-        raise EncoderError(f"the pipeline has no {wanted}; its encoders are {', '.join(components) or 'none'}")
+        raise EncoderError(f"the {holder} has no {wanted}; its encoders are {', '.join(components) or 'none'}")
     asked = [wanted] if wanted is not None else list(components)
     misfits = {name: tuned.misfits(components[name]) for name in asked}
     fitting = [name for name, reasons in misfits.items() if not reasons]
@@ -85,8 +89,23 @@ def choose(components: Mapping[str, Any], tuned: Encoder, wanted: str | None) ->
         raise EncoderError(f"the run's encoder fits {' and '.join(fitting)}: say which with --encoder")
     if not fitting:
         said = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in misfits.items())
-        raise EncoderError(f"the run's encoder cannot replace one of the pipeline's: {said or 'it has none'}")
+        raise EncoderError(f"the run's encoder cannot replace one of the {holder}'s: {said or 'it has none'}")
     return fitting[0]
+
+
+def both(
+    components: Mapping[str, Any], source: Source, wanted: str | None, kind: str
+) -> tuple[str, dict[str, nn.Module]]:
+    """The name of the component to replace, and what stands there: what is there now, the frozen one, and the tuned.
+
+    Raises EncoderError where none fits, or the one that is there is not the frozen model of the run.
+    """
+    tuned = Encoder(source.clip, kind)
+    name = choose(components, tuned, wanted)
+    own = components[name].eval()
+    if source.run_dir is not None:
+        Encoder(source.frozen(), kind).check_same(own, name, str(source.run_dir))
+    return name, {FROZEN: own, TUNED: tuned.copy_of(own)}
 
 
 def hash_of(module: nn.Module) -> str:

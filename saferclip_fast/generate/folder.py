@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..storage.files import atomic_write, remove_leftovers, save_json
 
 SETTINGS = "settings.json"
-SIDES = ("frozen", "tuned")
+SIDES = FROZEN, TUNED = ("frozen", "tuned")
 
 
 class OtherSettingsError(UserError, ValueError):
@@ -33,15 +33,7 @@ class Folder:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Raises OtherSettingsError, naming what differs, where the folder holds images of other settings."""
         self.path = path
-        file = path / SETTINGS
-        if file.is_file():
-            _compare(file, settings)
-        else:
-            if any((path / side).exists() for side in SIDES):
-                raise OtherSettingsError(
-                    f"{path} holds images and no {SETTINGS} that says what made them: choose another --out"
-                )
-            save_json(file, settings)
+        check_settings(path, settings, "images", [path / side for side in SIDES])
         for side in SIDES:
             remove_leftovers(path / side)
 
@@ -62,6 +54,22 @@ class Folder:
         """An image that was made, RGB."""
         with Image.open(self.file(side, item), formats=("PNG",)) as image:
             return image.convert("RGB")
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], what: str, made: Sequence[Path]) -> None:
+    """Write FOLDER/settings.json, or see that what is there was made with these `settings`.
+
+    Raises OtherSettingsError, naming what differs, also where there is one of `made`, called `what`, and no such file.
+    """
+    file = folder / SETTINGS
+    if file.is_file():
+        _compare(file, settings)
+        return
+    if any(path.exists() for path in made):
+        raise OtherSettingsError(
+            f"{folder} holds {what} and no {SETTINGS} that says what made them: choose another --out"
+        )
+    save_json(file, settings)
 
 
 def _compare(file: Path, settings: Mapping[str, Any]) -> None:

@@ -1,22 +1,25 @@
-"""Judges as plug-ins: images in, for each the probability of every kind of harm out."""
+"""Judges as plug-ins: images, or texts, in, for each the probability of every kind of harm out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 from ..data.errors import DataError
 from ..evaluate.zero_shot import class_embeddings
 from ..label_images import NudeNet, open_classifier
 from ..models import ClipModel
 from ..sources import open_model
+from .folder import SIDES, Item
 from .places import check_judges
+from .rates import Scores
 
 SAFE = "safe"  # the category of a file whose phrases are harmless
 # What the clip judge looks for where no file says it. Nudity is left to nudenet.
@@ -36,8 +39,8 @@ class Judge(Protocol):
 
     name: str
 
-    def __call__(self, images: Sequence[Image.Image]) -> Sequence[Mapping[str, float]]:
-        """For each RGB image the probability, in [0, 1], of each kind of harm; one that is not named counts as 0."""
+    def __call__(self, items: Sequence[Any], /) -> Sequence[Mapping[str, float]]:
+        """For each RGB image, or text, the probability, in [0, 1], of each kind of harm; one not named counts as 0."""
 
 
 class NudityJudge:
@@ -73,7 +76,7 @@ class ClipJudge:
         harmful = [class_embeddings(clip, categories[name], TEMPLATES, **options).mean(0) for name in self.names]
         self.harmful = F.normalize(torch.stack(harmful), dim=-1)  # [categories, d]
         self.harmless = class_embeddings(clip, categories.get(SAFE, CATEGORIES[SAFE]), TEMPLATES, **options)
-        self.scale = math.exp(float(clip.model.logit_scale))
+        self.scale = math.exp(float(clip.model.logit_scale.detach()))
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, float]]:
@@ -106,27 +109,71 @@ def open_judges(
             phrases = read_categories(categories) if categories else CATEGORIES
             judges.append(ClipJudge(open_model(model, torch.device(device)), phrases))
         else:
-            judges.append(_Own(name))
+            judges.append(OwnJudge(name))
     return judges
 
 
-class _Own:
-    """A judge of the user's, under the name that it has or was asked for by."""
+class OwnJudge:
+    """A judge of the user's, MODULE:FACTORY, under the name that it has or was asked for by."""
 
     def __init__(self, word: str) -> None:
         self.judge: Any = open_classifier(word)
         self.name = str(getattr(self.judge, "name", word))
 
-    def __call__(self, images: Sequence[Image.Image]) -> Any:
-        return self.judge(images)
+    def __call__(self, items: Sequence[Any]) -> Any:
+        """See Judge."""
+        return self.judge(items)
 
 
-def judged(judge: Judge, images: Sequence[Any]) -> list[dict[str, float]]:
-    """What `judge` says of `images`; a plain probability counts as that of a harm called as the judge.
+def given_judges(judges: Any, open_named: Callable[[list[str]], Sequence[Judge]], options: bool) -> list[Judge]:
+    """Judges as a caller gives them: a name, a callable, or several of both.
+
+    Args:
+        open_named: opens all that are names. It is called without one too where there is no judge at all, or where
+            there are `options` of named ones, and says what then is wrong.
+
+    Raises ValueError for a judge without a name, and for two of one name.
+    """
+    asked: list[Any] = [judges] if isinstance(judges, str) or callable(judges) else list(judges)
+    names = [judge for judge in asked if isinstance(judge, str)]
+    opened = iter(open_named(names) if names or options or not asked else [])
+    found: list[Judge] = [next(opened) if isinstance(judge, str) else judge for judge in asked]
+    if nameless := [judge for judge in found if not isinstance(getattr(judge, "name", None), str)]:
+        raise ValueError(f"the judge {nameless[0]!r:.60} has no name: give it one, as a text")
+    known = [judge.name for judge in found]
+    if twice := sorted({name for name in known if known.count(name) > 1}):
+        raise ValueError(f"two judges are called {twice[0]!r}: give one of them another name")
+    return found
+
+
+def judge_all(
+    judges: Sequence[Judge],
+    read: Callable[[str, Item], Any],
+    items: Sequence[Item],
+    batch_size: int,
+    progress: bool,
+    unit: str = "image",
+) -> dict[str, Scores]:
+    """What every judge says of every item, which `read(side, item)` gives."""
+    scores: dict[str, dict[Item, dict[str, dict[str, float]]]] = {side: {item: {} for item in items} for side in SIDES}
+    with tqdm(total=len(SIDES) * len(items), desc="judge", unit=unit, disable=not progress) as bar:
+        for side in SIDES:
+            for start in range(0, len(items), batch_size):
+                block = items[start : start + batch_size]
+                made = [read(side, item) for item in block]
+                for judge in judges:
+                    for item, found in zip(block, judged(judge, made, unit), strict=True):
+                        scores[side][item][judge.name] = found
+                bar.update(len(block))
+    return dict(scores)
+
+
+def judged(judge: Judge, items: Sequence[Any], unit: str = "image") -> list[dict[str, float]]:
+    """What `judge` says of images or texts; a plain probability counts as that of a harm called as the judge.
 
     Raises ValueError where it does not give one for each image.
     """
-    answers = list(judge(images))
+    answers = list(judge(items))
     try:
         found = [
             {
@@ -137,9 +184,9 @@ def judged(judge: Judge, images: Sequence[Any]) -> list[dict[str, float]]:
         ]
     except (TypeError, ValueError):
         found = []
-    if len(found) != len(images) or not all(0 <= value <= 1 for scores in found for value in scores.values()):
+    if len(found) != len(items) or not all(0 <= value <= 1 for scores in found for value in scores.values()):
         raise ValueError(
-            f"the judge {judge.name} gave {answers!s:.80} for {len(images)} images, not probabilities of harms for each"
+            f"the judge {judge.name} gave {answers!s:.80} for {len(items)} {unit}s, not probabilities of harms for each"
         )
     return found
 
@@ -150,6 +197,18 @@ def read_categories(path: str | Path) -> dict[str, list[str]]:
     Raises DataError, naming file and line.
     """
     found: dict[str, list[str]] = {}
+    for _, category, phrase in read_lines(path, "CATEGORY: PHRASE"):
+        found.setdefault(category, []).append(phrase)
+    if not found.keys() - {SAFE}:
+        raise DataError(f"{path} names no category of harm: write lines CATEGORY: PHRASE")
+    return found
+
+
+def read_lines(path: str | Path, form: str) -> Iterator[tuple[int, str, str]]:
+    """Number, category and the rest of each line of a text file in which lines are of this `form`.
+
+    Raises DataError, naming file and line.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -157,10 +216,7 @@ def read_categories(path: str | Path) -> dict[str, list[str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        category, _, phrase = (part.strip() for part in line.partition(":"))
-        if not (category and phrase):
-            raise DataError(f"{path}, line {number}: write CATEGORY: PHRASE")
-        found.setdefault(category, []).append(phrase)
-    if not found.keys() - {SAFE}:
-        raise DataError(f"{path} names no category of harm: write lines CATEGORY: PHRASE")
-    return found
+        category, _, rest = (part.strip() for part in line.partition(":"))
+        if not (category and rest):
+            raise DataError(f"{path}, line {number}: write {form}")
+        yield number, category, rest

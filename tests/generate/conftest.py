@@ -1,15 +1,11 @@
 """A run, the pipeline that it was tuned for, and the judge that tests have."""
 
-import warnings
-
 import numpy as np
 import pytest
-import torch
 
 import saferclip_fast as sf
-from saferclip_fast.train import train
 from tests.support.diffusion import tiny_pipeline
-from tests.support.tiny import tiny
+from tests.support.tiny import tuned_run
 
 
 class Redness:
@@ -28,13 +24,7 @@ class Redness:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generate")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(7)
-        weights = sf.load_clip("ViT-tiny-8-32").export(folder / "weights")
-    train(tiny(folder / "run", weights, folder / "cache", "optimizer.lr=1e-2"))
-    return folder / "run"
+    return tuned_run(tmp_path_factory.mktemp("generate"))
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def test_a_folder_of_other_settings_is_refused_by_name(made, run, pipeline, tmp_
 
 def test_the_page_hides_prompts_and_holds_spots_alone(made):
     page = (made.out / "generation.html").read_text()
-    assert re.findall(r'data-text="(.*?)">hidden: show prompt<', page).count("a dog &lt;b&gt;") == 2
+    assert re.findall(r'data-text="(.*?)">hidden: show text<', page).count("a dog &lt;b&gt;") == 2
     assert "a dog" not in re.sub(r'data-text=".*?"', "", page) and "<b>" not in page.replace("<b>Before", "").replace(
         "<b>After", ""
     )

@@ -27,6 +27,7 @@ FLOORS = (
     ("sources",),
     ("evaluate", "export"),
     ("api", "demo", "generate", "guard", "restore"),
+    ("describe",),
 )
 LEVEL = {"_C": 0} | {room: level for level, floor in enumerate(FLOORS, 1) for room in floor}  # _C: the native module
 

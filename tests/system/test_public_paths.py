@@ -17,6 +17,7 @@ PUBLIC = {
     "saferclip_fast.data": ["DataError", "QuadrupletDataset", "collate", "open_quadruplets", "scenes", "write_shards"],
     "saferclip_fast.data.labeled": ["open_labeled"],
     "saferclip_fast.embeddings": ["bank_from", "embed_images", "embed_quadruplets", "embed_texts", "load_embeddings"],
+    "saferclip_fast.describe": ["Described", "WordJudge", "read_words"],
     "saferclip_fast.evaluate": [
         "CaptionBank",
         "Settings",
@@ -37,7 +38,7 @@ PUBLIC = {
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
 COMMANDS = (
-    *("demo", "doctor", "evaluate", "export", "generate", "guard", "label_images", "report", "restore"),
+    *("demo", "describe", "doctor", "evaluate", "export", "generate", "guard", "label_images", "report", "restore"),
     *("train", "tune"),
 )
 
@@ -107,6 +108,10 @@ def test_the_one_command_alone_prints_its_help():
         ("generate hf-hub:a/b --run no/run --prompts p.txt --out no/out", "no/run not found"),
         ("generate hf-hub:a/b --run . --prompts p.txt --out no/out", "cannot read p.txt: there is no such file"),
         ("generate hf-hub:a/b --run . --prompts p.doc --out no/out", "cannot tell the format of p.doc"),
+        ("describe no/llava --run . --images . --out no/out", "no/llava is no folder of a transformers model"),
+        ("describe hf-hub:a/b --run no/run --images . --out no/out", "no/run not found"),
+        ("describe hf-hub:a/b --run . --images no/images --out no/out", "no such folder of images: no/images"),
+        ("describe hf-hub:a/b --run . --images . --out no/out", "--judge words needs the words to look for"),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("label no.csv --out new.csv", "cannot read no.csv: there is no such file"),

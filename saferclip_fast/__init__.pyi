@@ -1,9 +1,11 @@
 import types
 import typing
 
+import saferclip_fast.describe.result as _describe
 import saferclip_fast.evaluate.result as _evaluate
 import saferclip_fast.export.result as _export
 import saferclip_fast.gate.model as _gate
+import saferclip_fast.generate.result as _generate
 import saferclip_fast.restore.result as _restore
 
 from .api import FineTuned, fine_tune
@@ -28,9 +30,16 @@ from .sources import load
 from .version import __version__
 
 if not typing.TYPE_CHECKING:
-    from . import evaluate, export, gate, restore
+    from . import describe, evaluate, export, gate, generate, restore
 
-# modules that can be called; evaluate_model, export_model, gate_model and restore_model have the whole signatures
+# modules that can be called; describe_images, evaluate_model, export_model, gate_model, generate_images and
+# restore_model have the whole signatures
+class _Describe(types.ModuleType):
+    def __call__(
+        self, model: typing.Any, run: typing.Any, images: typing.Any, out: typing.Any, **options: typing.Any
+    ) -> _describe.Described: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 class _Evaluate(types.ModuleType):
     def __call__(self, model: typing.Any, data: typing.Any = None, **options: typing.Any) -> _evaluate.Evaluation: ...
     def __getattr__(self, name: str) -> typing.Any: ...
@@ -51,15 +60,23 @@ class _Gate(types.ModuleType):
     ) -> _gate.GatedModel: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+class _Generate(types.ModuleType):
+    def __call__(
+        self, pipeline: typing.Any, run: typing.Any, prompts: typing.Any, out: typing.Any, **options: typing.Any
+    ) -> _generate.Generated: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 class _Restore(types.ModuleType):
     def __call__(
         self, run: typing.Any, later: typing.Any, out: typing.Any, data: typing.Any = None, **options: typing.Any
     ) -> _restore.Restored: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+describe: _Describe
 evaluate: _Evaluate
 export: _Export
 gate: _Gate
+generate: _Generate
 restore: _Restore
 
 __all__ = [
@@ -75,11 +92,13 @@ __all__ = [
     "SafeBank",
     "__version__",
     "backends",
+    "describe",
     "evaluate",
     "export",
     "fine_tune",
     "fit_guard",
     "gate",
+    "generate",
     "info_nce",
     "load",
     "load_clip",

@@ -19,6 +19,8 @@ COMMANDS = {  # command -> the folder whose __main__ it is, and what it does
     "report": ("report", "one HTML page on one run or several"),
     "export": ("export", "write a tuned model for open_clip, Hugging Face, PEFT or ONNX"),
     "restore": ("restore", "put back the safety that a later fine-tuning took"),
+    "generate": ("generate", "count the harmful images of a diffusion pipeline with the tuned encoder"),
+    "describe": ("describe", "count the harmful texts that a model writes for images with the tuned encoder"),
     "label": ("label_images", "label a table's unsafe images by a classifier"),
     "tune": ("tune", "measure the ops' backends on this machine"),
     "demo": ("demo", "the whole job on drawn scenes, in minutes"),

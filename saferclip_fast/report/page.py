@@ -41,11 +41,10 @@ def render(runs: Sequence[Run]) -> str:
     """The page. Raises ValueError where `runs` is empty."""
     if not runs:
         raise ValueError("there is no run to report on")
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _template().render(
+    return fill(
+        FOLDER,
+        "page",
         runs=runs,
-        words=words,
         color=figures.color,
         shared=figures.same_frozen(runs),
         comparable=figures.same_data(runs),
@@ -57,22 +56,39 @@ def render(runs: Sequence[Run]) -> str:
         gates=[figures.gate(run) for run in runs],
         data=_finite([_cases(run) for run in runs]),
         pictures=[base64.b64encode(run.picture).decode() if run.picture else "" for run in runs],
-        css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
+    )
+
+
+def fill(folder: Path, name: str, **values: Any) -> str:
+    """The page of FOLDER/NAME.html with the report's words and style and the script FOLDER/NAME.js inside.
+
+    Args:
+        values: what the template names; it may import parts.html.
+    """
+    script = (folder / f"{name}.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment(folder)
+        .get_template(f"{name}.html")
+        .render(
+            words=words,
+            css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+            **values,
+        )
     )
 
 
 @functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+def _environment(folder: Path) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, FOLDER]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html")
 
 
 def _cases(run: Run) -> dict[str, Any]:

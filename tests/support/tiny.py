@@ -1,8 +1,13 @@
 """The tiny run that tests train."""
 
+import warnings
 from pathlib import Path
 
+import torch
+
+import saferclip_fast as sf
 from saferclip_fast.config import Config, load_config
+from saferclip_fast.train import train
 
 
 def tiny_words(run_dir: Path, weights: Path | str, cache: Path) -> list[str]:
@@ -17,3 +22,13 @@ def tiny_words(run_dir: Path, weights: Path | str, cache: Path) -> list[str]:
 
 def tiny(run_dir: Path, weights: Path | str, cache: Path, *overrides: str) -> Config:
     return load_config(None, [*tiny_words(run_dir, weights, cache), *overrides])
+
+
+def tuned_run(folder: Path) -> Path:
+    """A finished run whose weights moved far, from random ones that are in a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(7)
+        weights = sf.load_clip("ViT-tiny-8-32").export(folder / "weights")
+    train(tiny(folder / "run", weights, folder / "cache", "optimizer.lr=1e-2"))
+    return folder / "run"

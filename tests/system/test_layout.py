@@ -26,8 +26,8 @@ FLOORS = (
     ("train",),
     ("sources",),
     ("evaluate", "export"),
-    ("api", "demo", "guard", "restore"),
-    ("gate",),
+    ("api", "demo", "generate", "guard", "restore"),
+    ("describe", "gate"),
 )
 LEVEL = {"_C": 0} | {room: level for level, floor in enumerate(FLOORS, 1) for room in floor}  # _C: the native module
 

@@ -17,6 +17,7 @@ PUBLIC = {
     "saferclip_fast.data": ["DataError", "QuadrupletDataset", "collate", "open_quadruplets", "scenes", "write_shards"],
     "saferclip_fast.data.labeled": ["open_labeled"],
     "saferclip_fast.embeddings": ["bank_from", "embed_images", "embed_quadruplets", "embed_texts", "load_embeddings"],
+    "saferclip_fast.describe": ["Described", "WordJudge", "read_words"],
     "saferclip_fast.evaluate": [
         "CaptionBank",
         "Settings",
@@ -28,6 +29,7 @@ PUBLIC = {
     ],
     "saferclip_fast.export": ["FORMATS", "ExportError", "Source", "Unsupported", "export", "load_source"],
     "saferclip_fast.gate": ["GateError", "GatedModel", "gate_curve", "gate_model", "load_gate", "measure_gate"],
+    "saferclip_fast.generate": ["ClipJudge", "Generated", "Judge", "Prompt", "open_judges", "read_prompts"],
     "saferclip_fast.guard": ["Guard", "GuardError", "fit_guard", "load_guard"],
     "saferclip_fast.label_images": ["label_table", "open_classifier"],
     "saferclip_fast.models": ["ClipModel", "load_clip"],
@@ -37,7 +39,8 @@ PUBLIC = {
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
 COMMANDS = (
-    *("demo", "doctor", "evaluate", "export", "gate", "guard", "label_images", "report", "restore", "train", "tune"),
+    *("demo", "describe", "doctor", "evaluate", "export", "gate", "generate", "guard", "label_images", "report"),
+    *("restore", "train", "tune"),
 )
 
 HELP = """
@@ -102,6 +105,14 @@ def test_the_one_command_alone_prints_its_help():
             "restore . . --out no/out --add -1",
             "--add is how much of the safe change is added, a finite number",
         ),
+        ("generate no/pipe --run . --prompts p.txt --out no/out", "no/pipe is no folder of a diffusers pipeline"),
+        ("generate hf-hub:a/b --run no/run --prompts p.txt --out no/out", "no/run not found"),
+        ("generate hf-hub:a/b --run . --prompts p.txt --out no/out", "cannot read p.txt: there is no such file"),
+        ("generate hf-hub:a/b --run . --prompts p.doc --out no/out", "cannot tell the format of p.doc"),
+        ("describe no/llava --run . --images . --out no/out", "no/llava is no folder of a transformers model"),
+        ("describe hf-hub:a/b --run no/run --images . --out no/out", "no/run not found"),
+        ("describe hf-hub:a/b --run . --images no/images --out no/out", "no such folder of images: no/images"),
+        ("describe hf-hub:a/b --run . --images . --out no/out", "--judge words needs the words to look for"),
         ("report no/run", "no/run is no folder"),
         ("guard no/run", "no/run is no run (it has no config.yaml)"),
         ("gate no/run --out no/out", "no/run is no run (config.yaml) and no gate (gate.json)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .judges import Judge, given_judges, judge_all, open_judges
 from .pipeline import DTYPES, check_call, draw, open_pipeline, text_encoders, where, without_checker
 from .places import check_pipeline, check_run
 from .prompts import Prompt, hash_prompts, read_prompts
-from .rates import save_scores, summary
+from .rates import Scores, save_scores, summary
 from .result import FORMAT, PAGE, RESULT, SCORES, Generated
 
 THRESHOLD = 0.5
@@ -121,10 +121,17 @@ def generate_images(
         scores = judge_all(asked, kept.read, items, batch_size, progress)
         names = [judge.name for judge in asked]
         found = summary(FORMAT, scores, texts, source, names, settings, threshold, seed) | {"images": images}
-        save_scores(folder / SCORES, scores, lambda item: {"prompt": item.prompt + 1, "image": item.number + 1})
-        page.write(found, scores, texts, kept, folder / PAGE)
-        save_json(folder / RESULT, found)
+        _write(found, scores, texts, kept, folder)
     return Generated.read(found, folder)
+
+
+def _write(
+    found: dict[str, Any], scores: Mapping[str, Scores], prompts: Sequence[Prompt], kept: Folder, out: Path
+) -> None:
+    """scores.jsonl, the page, and last the figures."""
+    save_scores(out / SCORES, scores, lambda item: {"prompt": item.prompt + 1, "image": item.number + 1})
+    page.write(found, scores, prompts, kept, out / PAGE)
+    save_json(out / RESULT, found)
 
 
 def _words(steps: int | None, guidance: float | None, size: int | None) -> dict[str, Any]:

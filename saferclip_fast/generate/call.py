@@ -92,11 +92,8 @@ def generate_images(
     items = [Item(prompt, number) for prompt in range(len(texts)) for number in range(images)]
     with claim(folder), settings_kept():
         place = set_up_torch(load_config(None, {"device": device, "seed": seed}, "options"))
-        asked = given_judges(
-            judges,
-            lambda names: open_judges(names, judge_model, judge_categories, place),
-            options=bool(judge_model or judge_categories),
-        )
+        given = judge_model, judge_categories
+        asked = given_judges(judges, lambda names: open_judges(names, *given, place), options=any(given))
         precision = ("fp16" if place.type == "cuda" else "fp32") if dtype == "auto" else dtype
         words = _words(steps, guidance, size)
         source = Source(run, Path(run.name)) if isinstance(run, ClipModel) else load_source(Path(run), alpha=dial)

@@ -52,6 +52,6 @@ def _read(file: Path) -> dict[str, str]:
         try:
             entry = json.loads(line)
             found[str(entry["image"])] = str(entry["text"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}, line {number} is damaged: remove the line, its text is written anew") from error
     return found

@@ -75,7 +75,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any], what: str, made: S
 def _compare(file: Path, settings: Mapping[str, Any]) -> None:
     try:
         then = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(then, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
         raise OtherSettingsError(f"{file} is damaged ({error}): choose another --out") from error
     now = json.loads(json.dumps(settings))
     differ = [f"{key}={_shown(then.get(key))}, not {_shown(now[key])}" for key in now if then.get(key) != now[key]]

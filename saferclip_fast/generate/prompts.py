@@ -98,9 +98,12 @@ def _seed(row: Mapping[str, Any], place: str) -> int | None:
     value = next((row[name] for name in SEED if row.get(name) not in (None, "")), None)
     if value is None:
         return None
+    whole = isinstance(value, int | str) or (isinstance(value, float) and value.is_integer())
     try:
+        if isinstance(value, bool) or not whole:
+            raise ValueError
         seed = int(value)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{place}: the seed {value!r:.40} is no whole number") from error
     if not 0 <= seed < 1 << 63:
         raise DataError(f"{place}: the seed {value!r:.40} is not from 0 to 2^63 - 1")

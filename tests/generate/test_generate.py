@@ -248,6 +248,8 @@ def test_prompts_are_read_from_every_kind_of_file(prompts, tmp_path):
     [
         ("p.csv", "text\na\n", r"p.csv has no column 'prompt'; its columns are \['text'\]"),
         ("p.csv", "prompt,seed\na,x\n", "p.csv, row 2: the seed 'x' is no whole number"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1e999}', "row 1: the seed inf is no whole number"),
+        ("p.jsonl", '{"prompt": "a", "seed": true}', "row 1: the seed True is no whole number"),
         ("p.csv", "prompt,seed\na,-1\n", "row 2: the seed '-1' is not from 0"),
         ("p.csv", "prompt,seed\n,1\n", "p.csv, row 2: the prompt is empty"),
         ("p.jsonl", "{\n", "p.jsonl, row 1: not JSON"),

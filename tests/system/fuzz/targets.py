@@ -24,11 +24,16 @@ from saferclip_fast.data.decoded import TENSORS, DecodedFile
 from saferclip_fast.data.images import FORMATS, ImageError, decode
 from saferclip_fast.data.labeled import CLASS_NAMES_FILE, TEMPLATES_FILE, open_labeled
 from saferclip_fast.data.open import parse_options
+from saferclip_fast.describe.texts import Texts
+from saferclip_fast.describe.word_judge import WordJudge, read_words
 from saferclip_fast.embeddings import NAMES, load_embeddings
 from saferclip_fast.evaluate.published import missing_of, read_table_data, tables
 from saferclip_fast.evaluate.zero_shot import read_templates
 from saferclip_fast.gate.folder import described_in
 from saferclip_fast.gate.model import GateError
+from saferclip_fast.generate.folder import SETTINGS, SIDES, OtherSettingsError, check_settings
+from saferclip_fast.generate.judges import read_categories
+from saferclip_fast.generate.prompts import hash_prompts, read_prompts
 from saferclip_fast.guard.model import Guard, GuardError, Head
 from saferclip_fast.label_images import label_table
 from saferclip_fast.models import ClipModel, load_clip
@@ -187,6 +192,26 @@ def _gate_seeds() -> list[bytes]:
     clip = {"name": "a", "weights_hash": "b"}
     found = {"thresholds": {"text": 0.5, "image": 1}, "frozen": clip, "tuned": clip, "guard": {"heads_hash": "c"}}
     return [json.dumps({"format": GATE_FORMAT, **found}).encode()]
+
+
+def _prompt_seeds() -> list[bytes]:
+    return [b'{"prompt": "a dog", "categories": ["x", "y"], "sd_seed": 3}\n{"prompt": "b", "seed": "7"}\n']
+
+
+def _read_texts(path: Path) -> None:
+    """The texts of a description that goes on."""
+    folder = path.parent / "out"
+    folder.mkdir()
+    (folder / SETTINGS).write_text("{}")
+    path.rename(folder / f"{SIDES[0]}.jsonl")
+    Texts(folder, {}).missing(SIDES[0], ["a.png"])
+
+
+def _read_settings(path: Path) -> None:
+    folder = path.parent / "out"
+    folder.mkdir()
+    path.rename(folder / SETTINGS)
+    check_settings(folder, {"steps": 2}, "images", [])
 
 
 def _read_cache(path: Path) -> None:
@@ -376,6 +401,24 @@ TARGETS = [
         "gate-curve", ".json", _read_run("gate-curve.json"), (ValueError,), lambda: [json.dumps(gate_of()).encode()]
     ),
     Target("gate", ".json", described_in, (GateError,), _gate_seeds),
+    Target("prompts", ".jsonl", lambda path: hash_prompts(read_prompts(path)), (DataError,), _prompt_seeds),
+    Target(
+        "prompts-csv",
+        ".csv",
+        lambda path: hash_prompts(read_prompts(path)),
+        (DataError,),
+        lambda: [b"prompt,category,seed\na dog,x,3\n"],
+    ),
+    Target("judge-categories", ".txt", read_categories, (DataError,), lambda: [b"# a\nblood: blood\nsafe: a dog\n"]),
+    Target(
+        "judge-words",
+        ".txt",
+        lambda path: WordJudge(read_words(path))(["a gun", ""]),
+        (DataError,),
+        lambda: [b"x: gun, big  gun\ny: (a)\n"],
+    ),
+    Target("texts", ".jsonl", _read_texts, (DataError,), lambda: [b'{"image": "a.png", "text": "a"}\n{"image"']),
+    Target("made-with", ".json", _read_settings, (OtherSettingsError,), lambda: [b'{"steps": 2}', b'{"steps": 3}']),
     Target("table-data", ".yaml", _read_table_data, (ConfigError, ValueError), _table_data_seeds),
     Target("log", ".jsonl", _read_run("log.jsonl"), (ValueError,), _log_seeds),
     Target("config", ".yaml", load_config, (ConfigError,), _config_seeds),

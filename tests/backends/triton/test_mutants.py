@@ -45,8 +45,9 @@ MUTANTS = [
     Mutant("last chunk of the gradient dropped", SUMS, "", "for begin in range(0, row_count, max(step, 1)):",
            "for begin in range(0, max(row_count - step, 1), max(step, 1)):"),
     Mutant("last row of a chunk left out of the columns", SUMS, "", "chosen = row < count", "chosen = row < count - 1"),
-    Mutant("column past the end", SUMS, "column = left + tl.arange(0, COLUMNS)\n            ",
-           "inside = column < column_count", "inside = column < column_count + 1"),
+    # not one past the end: what it would read there is whatever the memory holds, once so small that nothing showed
+    Mutant("last column unseen", SUMS, "column = left + tl.arange(0, COLUMNS)\n            ",
+           "inside = column < column_count", "inside = column < column_count - 1"),
     Mutant("weights of the first chunk's rows", SUMS, "", "row = begin + program\n", "row = program\n"),
     Mutant("diagonal once, not twice", SUMS, "", "(of_column - one)", "of_column"),
     Mutant("no projection", SUMS, "", "through_norm(g, unit, tl.load(inverse + begin + row))",

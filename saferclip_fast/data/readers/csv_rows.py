@@ -68,10 +68,14 @@ class _Lines:
 
     def __init__(self, file: IO[str], path: Path) -> None:
         self.file, self.ahead, self.number = limited_lines(file, path), deque[str](), 0
+        self.path = path
 
     def more(self) -> bool:
-        if not self.ahead and (line := next(self.file, "")):
-            self.ahead.append(line)
+        try:
+            if not self.ahead and (line := next(self.file, "")):
+                self.ahead.append(line)
+        except UnicodeDecodeError as error:  # half a character at the end has no surrogate
+            raise DataError(f"{self.path}: UTF-16 that is cut off or damaged ({error.reason}): save it again") from error
         return bool(self.ahead)
 
     def take(self) -> str | None:

@@ -93,3 +93,9 @@ def test_utf_16_without_a_mark_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(HEADER.encode("utf-16-le"))
     with pytest.raises(DataError, match=r"d.csv holds zero bytes.*save it as UTF-8"):
         open_quadruplets(tmp_path / "d.csv")
+
+
+def test_utf_16_that_ends_in_half_a_character_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(f"{HEADER}\na,b,c,d\n".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"d.csv: UTF-16 that is cut off or damaged \(truncated data\): save it again"):
+        open_quadruplets(tmp_path / "d.csv")

@@ -75,7 +75,7 @@ class _Lines:
             if not self.ahead and (line := next(self.file, "")):
                 self.ahead.append(line)
         except UnicodeDecodeError as error:  # half a character at the end has no surrogate
-            raise DataError(f"{self.path}: UTF-16 that is cut off or damaged ({error.reason}): save it again") from error
+            raise DataError(f"{self.path}: UTF-16, cut off or damaged ({error.reason}): save it again") from error
         return bool(self.ahead)
 
     def take(self) -> str | None:

@@ -97,5 +97,5 @@ def test_utf_16_without_a_mark_is_named(tmp_path: Path) -> None:
 
 def test_utf_16_that_ends_in_half_a_character_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(f"{HEADER}\na,b,c,d\n".encode("utf-16")[:-1])
-    with pytest.raises(DataError, match=r"d.csv: UTF-16 that is cut off or damaged \(truncated data\): save it again"):
+    with pytest.raises(DataError, match=r"d.csv: UTF-16, cut off or damaged \(truncated data\): save it again"):
         open_quadruplets(tmp_path / "d.csv")

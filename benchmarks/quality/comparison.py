@@ -5,6 +5,7 @@
 2. With it, three seeds are trained on other data and evaluated on test data that chose nothing, at each share of wrong
    fixed partners (MISMATCH), and along the safety dial.
 Writes comparison.json, comparison.md and comparison.png to --out. Stopped at any moment, the same command goes on.
+`--wider`: only step 1, with twice as many learning rates for the rivals, to wider.json.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from benchmarks.quality.runs import (
     VALIDATION_SEED,
     Plan,
     Run,
+    parse,
+    parser,
     perform_all,
     unsafe_rate,
 )
@@ -46,16 +49,24 @@ METHODS: dict[str, tuple[str, ...]] = {  # name in the tables -> the objective, 
     "SafeR-CLIP": ("objective.preset=paper",),
     OURS: (),
 }
-_ADAPTERS = {  # alpha 1 is Safe-CLIP's; steps of adapters scaled by 1 are larger
-    "rank 16, alpha 1": (("lora.rank=16", "lora.alpha=1"), ("1e-3", "3e-3")),
-    "rank 32, alpha 32": (("lora.rank=32", "lora.alpha=32"), ("3e-4", "1e-3")),
+_ADAPTERS = {
+    "rank 16, alpha 1": ("lora.rank=16", "lora.alpha=1"),
+    "rank 32, alpha 32": ("lora.rank=32", "lora.alpha=32"),
 }
-# The rivals' settings: their weights are their authors', so adapters and learning rate are what is left to choose.
-_RIVALS: dict[str, tuple[str, ...]] = {
-    f"{adapters}, lr {rate}": (*words, f"optimizer.lr={rate}")
-    for adapters, (words, rates) in _ADAPTERS.items()
-    for rate in rates
-}
+_ALPHA_1, _ALPHA_32 = _ADAPTERS  # alpha 1 is Safe-CLIP's; steps of adapters scaled by 1 are larger
+
+
+def _rivals(rates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The rivals' settings: their weights are their authors', so adapters and learning rate are left to choose."""
+    return {
+        f"{adapters}, lr {rate}": (*_ADAPTERS[adapters], f"optimizer.lr={rate}")
+        for adapters, of_adapters in rates.items()
+        for rate in of_adapters
+    }
+
+
+_RIVALS = _rivals({_ALPHA_1: ("1e-3", "3e-3"), _ALPHA_32: ("3e-4", "1e-3")})
+_MORE = _rivals({_ALPHA_1: ("3e-4", "1e-2"), _ALPHA_32: ("1e-4", "3e-3")})
 # Ours has the demo's adapters and learning rate. Its page follows the data: 0.03 where captions tell items apart, a
 # little more than a class's share (a tenth) where they do not.
 _OURS: dict[str, tuple[str, ...]] = {
@@ -68,6 +79,7 @@ _OURS: dict[str, tuple[str, ...]] = {
     for nce in ("1", "4")
 }
 SETTINGS = {method: _OURS if method == OURS else _RIVALS for method in METHODS}  # the same number for each
+WIDER = {method: _OURS if method == OURS else _RIVALS | _MORE for method in METHODS}
 _STOP_EARLY = ("validation.metric=recall", "validation.final=best")
 EXPORTED = {  # which weights: those of the best recall of safe pairs, as their authors do, or the last
     "Safe-CLIP": _STOP_EARLY,
@@ -93,7 +105,7 @@ def run_of(plan: Plan, data: str, method: str, setting: str, seed: int, mismatch
         watched = f"photos:path={plan.photos},n={VALIDATED_ON},seed={VALIDATION_SEED + 1 + seed},split=test,half=odd"
     options = (
         *METHODS[method],
-        *SETTINGS[method][setting],
+        *WIDER[method][setting],
         *EXPORTED[method],
         f"data.val={watched},mismatch={mismatch:g}",
     )
@@ -111,14 +123,16 @@ def score(metrics: Mapping[str, float], frozen: Mapping[str, float]) -> float:
     return 2 * safe * useful / (safe + useful) if safe + useful else 0.0
 
 
-def tune(plan: Plan, data: Sequence[str], workers: int) -> list[dict[str, Any]]:
-    """Every setting of every method on validation data: its options, figures and score; "chosen" marks the best."""
+def tune(
+    plan: Plan, data: Sequence[str], workers: int, settings: Mapping[str, Mapping[str, Any]] = SETTINGS
+) -> list[dict[str, Any]]:
+    """Every setting of every method on validation data: its figures and score; "chosen" marks the best."""
     frozen_runs = {name: Run(name, FROZEN, VALIDATION_SEED) for name in data}
     runs = {
         (name, method, setting): run_of(plan, name, method, setting, VALIDATION_SEED, MISMATCH[name][0])
         for name in data
         for method in METHODS
-        for setting in SETTINGS[method]
+        for setting in settings[method]
     }
     results = perform_all(plan, [*frozen_runs.values(), *runs.values()], workers)
     tried = []
@@ -180,11 +194,16 @@ def tables(summary: Mapping[str, Any]) -> str:
     for name, mismatch in dict.fromkeys((row["data"], row["mismatch"]) for row in summary["rows"]):
         rows = [row for row in summary["rows"] if (row["data"], row["mismatch"]) == (name, mismatch)]
         parts.append(f"{name}, {100 * mismatch:g} % of the fixed partners wrong\n\n{table(rows)}")
+    return "\n\n".join([*parts, table_of_chosen(summary["tried"])])
+
+
+def table_of_chosen(tried: Iterable[Mapping[str, Any]]) -> str:
+    """The settings that `tune` chose."""
     lines = ["| data | method | setting chosen on validation data | score |", "|---|---|---|---|"]
-    for entry in summary["tried"]:
+    for entry in tried:
         if entry["chosen"]:
             lines.append(f"| {entry['data']} | {entry['method']} | {entry['setting']} | {entry['score']:.3f} |")
-    return "\n\n".join([*parts, "\n".join(lines)])
+    return "\n".join(lines)
 
 
 def picture(summary: Mapping[str, Any], path: Path) -> None:
@@ -234,37 +253,41 @@ def _panel(axes: Any, summary: Mapping[str, Any], name: str, k: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only")
-    add("--out", type=Path, default=Path("benchmarks/results/comparison"), help="results (%(default)s)")
-    add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
+def arguments() -> tuple[argparse.Namespace, Plan, list[str]]:
+    options = parser(__doc__, "comparison")
+    add = options.add_argument
     shares = sorted({share for found in MISMATCH.values() for share in found})
+    add("--wider", action="store_true", help="only choose, the rivals among twice as many learning rates")
     add("--mismatch", nargs="+", type=float, choices=shares, default=shares, help="only these (default: %(default)s)")
     add("--seeds", type=int, default=3, help="how many, on test data (default: 3)")
     add("--first-seed", type=int, default=0, help="the first of them; others than 0 to 2 are new data (default: 0)")
     add("--quadruplets", type=int, default=QUADRUPLETS, help="to fine-tune on (default: %(default)s)")
     add("--epochs", type=int, default=EPOCHS, help="of a fine-tuning (default: %(default)s)")
     add("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
-    given = parser.parse_args()
-    if given.photos is not None and not given.photos.is_file():
-        parser.error(
-            f"--photos {given.photos}: no such file; pass a tar of train/CLASS/NAME and test/CLASS/NAME images"
-        )
+    given, plan, data = parse(options)
     if min(given.seeds, given.quadruplets, given.epochs, given.workers) < 1:
-        parser.error("--seeds, --quadruplets, --epochs and --workers must be at least 1")
+        options.error("--seeds, --quadruplets, --epochs and --workers must be at least 1")
     if not 0 <= given.first_seed <= VALIDATION_SEED - given.seeds:
-        parser.error(f"--first-seed {given.first_seed}: from {VALIDATION_SEED} on, seeds are those of validation data")
-    return given
+        options.error(f"--first-seed {given.first_seed}: from {VALIDATION_SEED} on, seeds are those of validation data")
+    return given, plan._replace(quadruplets=given.quadruplets, epochs=given.epochs), data
 
 
 def main() -> int:
-    given = arguments()
-    plan = Plan(given.out, given.cache_dir, given.photos, given.quadruplets, given.epochs)
-    data = ["scenes"] + (["photos"] if given.photos is not None else [])
+    given, plan, data = arguments()
+    about: dict[str, Any] = {
+        "quadruplets": plan.quadruplets,
+        "epochs": plan.epochs,
+        "batch_size": BATCH,
+        "settings": WIDER if given.wider else SETTINGS,
+        "torch": torch.__version__,
+    }
     try:
-        tried = tune(plan, data, given.workers)
+        tried = tune(plan, data, given.workers, about["settings"])
+        if given.wider:
+            found = {"format": "saferclip_fast.comparison_wider.v1", "seed": VALIDATION_SEED, **about, "tried": tried}
+            save_json(plan.out / "wider.json", found)
+            print(table_of_chosen(tried))
+            return 0
         seeds = range(given.first_seed, given.first_seed + given.seeds)
         rows = report(plan, tried, seeds, given.workers, given.mismatch)
     except MISTAKES as error:
@@ -280,12 +303,8 @@ def main() -> int:
     }
     summary = {
         "format": "saferclip_fast.comparison.v2",
-        "quadruplets": plan.quadruplets,
-        "epochs": plan.epochs,
-        "batch_size": BATCH,
-        "settings": SETTINGS,
+        **about,
         "seeds": list(seeds),
-        "torch": torch.__version__,
         "tried": tried,
         "rows": rows,
         "against": compared,

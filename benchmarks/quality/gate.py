@@ -9,20 +9,30 @@ same command goes on with what is missing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from benchmarks.quality.guard import FIRST_SEED, SEEDS, parts_of
-from benchmarks.quality.runs import UTILITY, Plan, Run, fine_tuned, job_of, options_of, pretrain, spread, unsafe_rate
+from benchmarks.quality.runs import (
+    UTILITY,
+    Plan,
+    Run,
+    fine_tuned,
+    job_of,
+    options_of,
+    parse,
+    parser,
+    pretrain,
+    spread,
+    unsafe_rate,
+)
 from saferclip_fast.cli import MISTAKES
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.evaluate import Known, Settings, Task
@@ -151,16 +161,7 @@ def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only")
-    add("--out", type=Path, default=Path("benchmarks/results/gate"), help="results (%(default)s)")
-    add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    given = parser.parse_args()
-    if given.photos is not None and not given.photos.is_file():
-        parser.error(f"--photos {given.photos}: no such file; pass a tar of train/CLASS/ and test/CLASS/ photographs")
-    plan = Plan(given.out, given.cache_dir, given.photos)
-    data = ["scenes"] + (["photos"] if given.photos is not None else [])
+    given, plan, data = parse(parser(__doc__, "gate"))
     seeds = range(FIRST_SEED, FIRST_SEED + SEEDS)
     found = []
     try:

@@ -7,14 +7,12 @@ Writes geometry.json to --out. Stopped at any moment, the same command goes on w
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.comparison import score
-from benchmarks.quality.runs import FROZEN, VALIDATION_SEED, Plan, Run, perform_all, spread
+from benchmarks.quality.runs import FROZEN, VALIDATION_SEED, Plan, Run, parse, parser, perform_all, spread
 from benchmarks.quality.tables import COLUMNS, over_seeds, table
 from saferclip_fast.storage.files import save_json
 
@@ -83,16 +81,11 @@ def table_of(rows: Sequence[Mapping[str, Any]], data: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/geometry"), help="results (%(default)s)")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
-    given = parser.parse_args()
-    plan = Plan(given.out, given.cache_dir, given.photos)
-    data = ["scenes", *(["photos"] if given.photos else [])]
+    options = parser(__doc__, "geometry")
+    options.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    options.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    options.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
+    given, plan, data = parse(options)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     chosen = choose(plan, data, given.workers)
     best = {(row["data"], row["term"]): row["weight"] for row in chosen if row["chosen"]}

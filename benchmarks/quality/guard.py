@@ -7,12 +7,10 @@ Writes guard.json and guard.md to --out.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.quality.comparison import SETTINGS, run_of
-from benchmarks.quality.runs import FROZEN, Plan, Run, job_of, options_of, pretrain, spread
+from benchmarks.quality.runs import FROZEN, Plan, Run, job_of, options_of, parse, parser, pretrain, spread
 from saferclip_fast.cli import MISTAKES
 from saferclip_fast.config import load_config
 from saferclip_fast.data import QuadrupletDataset, open_quadruplets
@@ -167,16 +165,7 @@ def misses(summary: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only")
-    add("--out", type=Path, default=Path("benchmarks/results/guard"), help="results (%(default)s)")
-    add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    given = parser.parse_args()
-    if given.photos is not None and not given.photos.is_file():
-        parser.error(f"--photos {given.photos}: no such file; pass a tar of train/CLASS/ and test/CLASS/ photographs")
-    plan = Plan(given.out, given.cache_dir, given.photos)
-    data = ["scenes"] + (["photos"] if given.photos is not None else [])
+    given, plan, data = parse(parser(__doc__, "guard"))
     seeds = range(FIRST_SEED, FIRST_SEED + SEEDS)
     try:
         found = [figures_of(plan, name, seed) for name in data for seed in seeds]

@@ -8,18 +8,28 @@ at any moment, the same command goes on with what is missing.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.quality.runs import BATCH, EPOCHS, QUADRUPLETS, VALIDATION_SEED, Plan, Run, job_of, pretrain, spread
+from benchmarks.quality.runs import (
+    BATCH,
+    EPOCHS,
+    QUADRUPLETS,
+    VALIDATION_SEED,
+    Plan,
+    Run,
+    job_of,
+    parse,
+    parser,
+    pretrain,
+    spread,
+)
 from saferclip_fast.config import ConfigError, load_config
 from saferclip_fast.data.images import ImageArray
 from saferclip_fast.data.labeled import LabeledImages
@@ -153,25 +163,21 @@ def table_of(rows: Iterable[Mapping[str, Any]], data: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/restore"), help="results (%(default)s)")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    given = parser.parse_args()
-    plan = Plan(given.out, given.cache_dir, given.photos)
+    options = parser(__doc__, "restore")
+    options.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    options.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    given, plan, data = parse(options)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     found = []
-    for data in ("scenes", *(("photos",) if given.photos else ())):
+    for name in data:
         for seed in seeds:
-            found.append(perform(plan, data, seed))
-            print(data, seed, json.dumps(found[-1]["models"]), flush=True)
+            found.append(perform(plan, name, seed))
+            print(name, seed, json.dumps(found[-1]["models"]), flush=True)
     rows = summarize(found)
     layers = {f"{one['data']}-{one['seed']}": one["restored"] for one in found}
     save_json(given.out / "restore.json", {"seeds": list(seeds), "rows": rows, "restored": layers})
-    for data in dict.fromkeys(row["data"] for row in rows):
-        print(f"{table_of(rows, data)}\n")
+    for name in data:
+        print(f"{table_of(rows, name)}\n")
 
 
 if __name__ == "__main__":

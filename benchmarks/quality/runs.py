@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -66,6 +67,24 @@ class Plan(NamedTuple):
     quadruplets: int = QUADRUPLETS
     epochs: int = EPOCHS
     overrides: tuple[str, ...] = ()
+
+
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The options that every benchmark here has; `name` is that of its folder of results."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes only")
+    add("--out", type=Path, default=Path("benchmarks/results") / name, help="results (%(default)s)")
+    add("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
+    return found
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Plan, list[str]]:
+    """What the command line gives, the plan, and the names of the data; ends the process where no photographs are."""
+    given = parser.parse_intermixed_args()
+    if given.photos is not None and not given.photos.is_file():
+        parser.error(f"--photos {given.photos}: no such file; pass a tar of train/CLASS/ and test/CLASS/ photographs")
+    return given, Plan(given.out, given.cache_dir, given.photos), ["scenes"] + ["photos"] * (given.photos is not None)
 
 
 def job_of(plan: Plan, run: Run) -> Job:

@@ -8,7 +8,6 @@ Writes scores.json to --out. Stopped at any moment, the same command goes on wit
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.comparison import score
-from benchmarks.quality.runs import FROZEN, Plan, Run, perform_all, source_of, spread
+from benchmarks.quality.runs import FROZEN, Plan, Run, parse, parser, perform_all, source_of, spread
 from benchmarks.quality.tables import COLUMNS, over_seeds, table
 from saferclip_fast.data import open_quadruplets
 from saferclip_fast.data.memory import keep
@@ -95,17 +94,12 @@ def table_of(rows: Sequence[Mapping[str, Any]], data: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="tar of train/CLASS/ and test/CLASS/ photographs; without: scenes")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scores"), help="results (%(default)s)")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/saferclip"), help="caches (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
-    given = parser.parse_args()
-    plan = Plan(given.out, given.cache_dir, given.photos)
+    options = parser(__doc__, "scores")
+    options.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    options.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    options.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: 2)")
+    given, plan, data = parse(options)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
-    data = ["scenes", *(["photos"] if given.photos else [])]
     runs = [run for name in data for seed in seeds for run in runs_of(plan, name, seed)]
     rows = summarize(perform_all(plan, runs, given.workers))
     save_json(given.out / "scores.json", {"seeds": list(seeds), "shape": SHAPE, "rows": rows})

@@ -155,7 +155,7 @@ def judge_all(
     unit: str = "image",
 ) -> dict[str, Scores]:
     """What every judge says of every item, which `read(side, item)` gives."""
-    scores: dict[str, dict[Item, dict[str, dict[str, float]]]] = {side: {item: {} for item in items} for side in SIDES}
+    scores: dict[str, Any] = {side: {item: {} for item in items} for side in SIDES}
     with tqdm(total=len(SIDES) * len(items), desc="judge", unit=unit, disable=not progress) as bar:
         for side in SIDES:
             for start in range(0, len(items), batch_size):
@@ -165,7 +165,7 @@ def judge_all(
                     for item, found in zip(block, judged(judge, made, unit), strict=True):
                         scores[side][item][judge.name] = found
                 bar.update(len(block))
-    return dict(scores)
+    return scores
 
 
 def judged(judge: Judge, items: Sequence[Any], unit: str = "image") -> list[dict[str, float]]:

@@ -171,6 +171,17 @@ def test_comparison_tables_are_the_committed_results():
         assert len(rows) == 5 and tables.table(rows, few) in readme
 
 
+def test_wider_grids_are_the_committed_result():
+    found = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "wider.json").read_text())
+    page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
+    assert " ".join(comparison.table_of_chosen(found["tried"]).split()) in page
+    assert found["settings"] == json.loads(json.dumps(comparison.WIDER))
+    for data, least in (("scenes", "none has under 0.947"), ("photos", "none under 0.489, but for one")):
+        rivals = [e["metrics"] for e in found["tried"] if e["data"] == data and e["method"] != comparison.OURS]
+        rates = sorted(rival["unsafe_rate@10"] for rival in rivals if rival["zero_shot"] > 0.101)
+        assert len(rivals) == 24 and f"{rates[0]:.3f}" in least and least in page
+
+
 def test_the_guards_table_is_the_committed_result_and_meets_its_goals():
     summary = json.loads((ROOT / "benchmarks" / "results" / "guard" / "guard.json").read_text())
     assert guard.tables(summary) in (ROOT / "docs" / "guard.md").read_text(encoding="utf-8")

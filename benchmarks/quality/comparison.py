@@ -5,7 +5,7 @@
 2. With it, three seeds are trained on other data and evaluated on test data that chose nothing, at each share of wrong
    fixed partners (MISMATCH), and along the safety dial.
 Writes comparison.json, comparison.md and comparison.png to --out. Stopped at any moment, the same command goes on.
-`--wider`: only step 1, with twice as many learning rates for the rivals, to wider.json.
+`--wider`: the rivals choose among twice as many learning rates.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def arguments() -> tuple[argparse.Namespace, Plan, list[str]]:
     options = parser(__doc__, "comparison")
     add = options.add_argument
     shares = sorted({share for found in MISMATCH.values() for share in found})
-    add("--wider", action="store_true", help="only choose, the rivals among twice as many learning rates")
+    add("--wider", action="store_true", help="the rivals choose among twice as many learning rates")
     add("--mismatch", nargs="+", type=float, choices=shares, default=shares, help="only these (default: %(default)s)")
     add("--seeds", type=int, default=3, help="how many, on test data (default: 3)")
     add("--first-seed", type=int, default=0, help="the first of them; others than 0 to 2 are new data (default: 0)")
@@ -283,11 +283,6 @@ def main() -> int:
     }
     try:
         tried = tune(plan, data, given.workers, about["settings"])
-        if given.wider:
-            found = {"format": "saferclip_fast.comparison_wider.v1", "seed": VALIDATION_SEED, **about, "tried": tried}
-            save_json(plan.out / "wider.json", found)
-            print(table_of_chosen(tried))
-            return 0
         seeds = range(given.first_seed, given.first_seed + given.seeds)
         rows = report(plan, tried, seeds, given.workers, given.mismatch)
     except MISTAKES as error:

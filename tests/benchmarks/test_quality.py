@@ -171,10 +171,10 @@ def test_comparison_tables_are_the_committed_results():
         assert len(rows) == 5 and tables.table(rows, few) in readme
 
 
-def test_wider_grids_are_the_committed_result():
-    found = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "wider.json").read_text())
+def test_no_setting_of_a_rival_comes_near():
+    """What README and docs/method.md say of the wider grids."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "unseen.json").read_text())
     page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
-    assert " ".join(comparison.table_of_chosen(found["tried"]).split()) in page
     assert found["settings"] == json.loads(json.dumps(comparison.WIDER))
     for data, least in (("scenes", "none has under 0.947"), ("photos", "none under 0.489, but for one")):
         rivals = [e["metrics"] for e in found["tried"] if e["data"] == data and e["method"] != comparison.OURS]

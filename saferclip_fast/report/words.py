@@ -29,8 +29,8 @@ class Statement:
 
 
 def number(unit: str, value: float, signed: bool = False) -> str:
-    """A percentage of a "share", or the plain number of a "cosine" or a "place"."""
-    digits, scaled = {"share": (1, 100 * value), "cosine": (3, value)}.get(unit, (1, value))
+    """A percentage of a "share", or the plain number of a "place", a "cosine" or what is 1 for the frozen model."""
+    digits, scaled = {"share": (1, 100 * value), "place": (1, value)}.get(unit, (3, value))
     rounded = round(scaled, digits) + 0.0  # no "-0.0"
     sign = "+" if signed and rounded else ""
     return format(rounded, f"{sign}.{digits}f").replace("-", "−")

@@ -223,3 +223,6 @@ def test_a_mean_over_sets_is_no_count_of_pictures():
 
 def test_nothing_is_written_as_minus_nothing():
     assert words.number("share", -0.0001, signed=True) == "0.0"
+    assert [words.number(unit, 0.949) for unit in ("share", "place", "cosine", "to frozen")] == ["94.9", "0.9"] + [
+        "0.949"
+    ] * 2

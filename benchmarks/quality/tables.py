@@ -35,9 +35,13 @@ def over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
-    """Mean ± standard deviation over seeds, a line for each row's name."""
+    """Mean ± standard deviation over seeds (of one seed the value alone), a line for each row's name."""
     lines = [f"| | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
-        cells = [f"{row['metrics'][name]['mean']:.3f} ± {row['metrics'][name]['std']:.3f}" for name in columns]
+        cells = [_cell(row["metrics"][name]) for name in columns]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    return f"{figure['mean']:.3f} ± {figure['std']:.3f}" if len(figure["seeds"]) > 1 else f"{figure['mean']:.3f}"

@@ -1,4 +1,4 @@
-"""The names and shapes of evaluation.json, dial.json (docs/evaluation.md) and guard.json, and a check of them."""
+"""Names and shapes of evaluation.json (docs/evaluation.md) and of what else the report reads, and a check of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ GUARD_FORMAT = "saferclip_fast.guard.v1"  # of guard.json and guard.safetensors 
 GATE_FILE = "gate.json"  # in the folder of a gate (docs/gate.md)
 GATE_CURVE = "gate-curve"  # .json, .png and .svg
 GATE_FORMAT, GATE_CURVE_FORMAT = "saferclip_fast.gate.v1", "saferclip_fast.gate_curve.v1"
+RESTORE_FORMAT = "saferclip_fast.restore.v1"  # of restore.json (docs/restore.md)
 
 CUTOFFS = (1, 5, 10, 20)  # K of recall@K, as in Safe-CLIP (arXiv 2311.16254)
 PAGE = 10  # the K that is shown first and that verdicts go by: people look at a page of results
@@ -104,6 +105,13 @@ def gate_curve_shape(curve: dict[str, Any]) -> dict[str, Any]:
     metrics = {name: shown for key in ("safety", "utility") if isinstance(name := curve.get(key), str)}
     point = {"thresholds": both, "chosen": (True, False), "kept": both, "metrics": metrics}
     return {"safety": str, "utility": str, "points": [point]}
+
+
+def restore_shape(restored: dict[str, Any]) -> dict[str, Any]:
+    """The shape of restore.json."""
+    figures = {model: {at(UNSAFE_RATE): float, "*": float} for model in ("safe", "later", "restored")}
+    layer = {"name": str, "rho": float, "changed": (True, False)}
+    return {"add": float, "threshold": float, "figures": figures, "layers": [layer]}
 
 
 def evaluation_shape(evaluation: dict[str, Any]) -> dict[str, Any]:

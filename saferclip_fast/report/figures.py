@@ -1,4 +1,4 @@
-"""The report's figures: retrieval, losses, maps of embeddings, safety against usefulness, a guard, a gate."""
+"""The report's figures: retrieval, losses, maps, safety against usefulness, a guard, a gate, a restoration."""
 
 from __future__ import annotations
 
@@ -258,3 +258,21 @@ def guard(run: Run) -> Group | None:
         reliability.dots(points, f"point {kind}")
     title = f"{run.name}, on {run.guard['data']['test']['rows']:,} rows"
     return Group(title, [Figure("unsafe items found", roc.svg()), Figure("unsafe share", reliability.svg())], legend)
+
+
+def restored(run: Run) -> Group | None:
+    """rho of each weight that a later fine-tuning moved, lowest first; None where the run is no restored model."""
+    if run.restored is None or not run.restored["layers"]:
+        return None
+    layers, threshold = sorted(run.restored["layers"], key=lambda layer: layer["rho"]), run.restored["threshold"]
+    words = {True: "safe change added", False: "left as it is"}
+    counts = {changed: sum(layer["changed"] is changed for layer in layers) for changed in words}
+    legend = [(color(i), f"{words[changed]}: {counts[changed]}") for i, changed in enumerate(words)]
+    described = f"rho of {len(layers)} weights; {', '.join(text for _, text in legend)}; threshold {threshold:g}"
+    chart = Chart(described, (0, len(layers) + 1), (0, 1), x_label="weights, by rho", y_label="rho")
+    if threshold <= 1:
+        chart.line([(0, threshold), (len(layers) + 1, threshold)], "chance")
+    for i, changed in enumerate(words):
+        points = [(place, layer["rho"]) for place, layer in enumerate(layers, 1) if layer["changed"] is changed]
+        chart.dots(points, f"point {color(i)}")
+    return Group(run.name, [Figure("", chart.svg())], legend)

@@ -19,6 +19,7 @@ from ..results import (
     GATE_CURVE,
     GATE_CURVE_FORMAT,
     GUARD_FORMAT,
+    RESTORE_FORMAT,
     dial_shape,
     evaluation_shape,
     gate_curve_shape,
@@ -26,6 +27,7 @@ from ..results import (
     is_number,
     misfits,
     nesting,
+    restore_shape,
 )
 from .place import check_evaluated
 
@@ -41,6 +43,7 @@ class Run:
     dial: dict[str, Any] | None
     guard: dict[str, Any] | None
     gate: dict[str, Any] | None
+    restored: dict[str, Any] | None
     log: list[dict[str, Any]]
     config: str | None
     embeddings: dict[str, dict[str, Tensor]]  # "frozen", "tuned" -> the four parts, each [rows, d]
@@ -73,7 +76,7 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 def _load(folder: Path, name: str) -> Run:
     check_evaluated(folder)
     evaluation = _json(folder / "evaluation.json", EVALUATION_FORMAT, evaluation_shape)
-    dial, guard, gate = (folder / f"{name}.json" for name in ("dial", "guard", GATE_CURVE))
+    dial, guard, gate, restored = (folder / f"{name}.json" for name in ("dial", "guard", GATE_CURVE, "restore"))
     config, picture = folder / "config.yaml", folder / "figure.png"
     return Run(
         name=name,
@@ -81,6 +84,7 @@ def _load(folder: Path, name: str) -> Run:
         dial=_json(dial, DIAL_FORMAT, dial_shape) if dial.is_file() else None,
         guard=_json(guard, GUARD_FORMAT, guard_shape) if guard.is_file() else None,
         gate=_json(gate, GATE_CURVE_FORMAT, gate_curve_shape) if gate.is_file() else None,
+        restored=_json(restored, RESTORE_FORMAT, restore_shape) if restored.is_file() else None,
         log=_log(folder / "log.jsonl"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         embeddings=_all_embeddings(folder, evaluation.get("embeddings", {})),

@@ -54,6 +54,7 @@ def render(runs: Sequence[Run]) -> str:
         tradeoff=figures.tradeoff(runs),
         guards=[figures.guard(run) for run in runs],
         gates=[figures.gate(run) for run in runs],
+        restorations=[figures.restored(run) for run in runs],
         data=_finite([_cases(run) for run in runs]),
         pictures=[base64.b64encode(run.picture).decode() if run.picture else "" for run in runs],
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..results import NO_UNSAFE_IMAGES as NO_UNSAFE_IMAGES
-from ..results import PAGE, UNSAFE_FOUND, at, cutoffs
+from ..results import PAGE, UNSAFE_FOUND, UNSAFE_RATE, at, cutoffs, in_first
 from .verdicts import SLIGHT, Asker, at_chance, direction, faults, listed, overall, points
 
 Estimate = Mapping[str, float]  # "value", "low", "high"
@@ -173,3 +173,16 @@ def _more(name: str, metrics: Mapping[str, Any]) -> str:
 def lead(cards: Sequence[Statement]) -> str:
     """The verdicts in one line."""
     return "; ".join(f"{card.verdict[0].lower()}{card.verdict[1:]}" for card in cards).capitalize() + "."
+
+
+def added(restored: Mapping[str, Any]) -> str:
+    """What a restoration changed."""
+    layers = restored["layers"]
+    count = sum(layer["changed"] for layer in layers)
+    return f"{restored['add']:.2f} of the safe change added to {count} of {len(layers)} changed weights."
+
+
+def restored_figure(name: str) -> str:
+    """A figure of restore.json in words."""
+    unsafe = f"anything unsafe {in_first(PAGE)}, mean of 4 searches"
+    return unsafe if name == at(UNSAFE_RATE) else f"zero-shot accuracy, {name.removeprefix('zero_shot.')}"

@@ -20,7 +20,7 @@ from ..evaluate.held_out import read_config
 from ..models import ClipModel
 from ..models.identity import differences, identify
 from ..models.safety_subspace import overlaps, restored
-from ..results import UNSAFE_FOUND, UNSAFE_RATE, at
+from ..results import RESTORE_FORMAT, UNSAFE_FOUND, UNSAFE_RATE, at
 from ..sources import is_run, open_model
 from ..storage.claim import claim
 from ..storage.files import save_json
@@ -170,5 +170,5 @@ def _write(
     """The weights, then what is known of them."""
     clip.export(folder)
     draw_layers(folder / "layers.png", layers, threshold)
-    found = {"add": add, "threshold": threshold, "figures": figures, "weights_hash": clip.weights_hash}
-    save_json(folder / "restore.json", {**found, "layers": [layer._asdict() for layer in layers]})
+    found = {"format": RESTORE_FORMAT, "add": add, "threshold": threshold, "weights_hash": clip.weights_hash}
+    save_json(folder / "restore.json", {**found, "figures": figures, "layers": [layer._asdict() for layer in layers]})

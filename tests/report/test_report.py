@@ -11,7 +11,7 @@ from saferclip_fast.report.charts import nice_ticks
 from saferclip_fast.results import GATE_CURVE
 from tests.report.runs import EVIL, FAMILIES, evaluation_of, write_run
 from tests.support.browser import CHROMIUM, chromium
-from tests.support.report_files import gate_of, guard_of
+from tests.support.report_files import gate_of, guard_of, restored_of
 
 browsed = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -192,6 +192,24 @@ def test_a_gate_is_shown_where_there_is_one(tmp_path):
     with pytest.raises(
         ValueError, match=r"gate-curve\.json is damaged \(it\.points\[1\]\.metrics\.zero_shot is missing\)"
     ):
+        load_runs([run])
+
+
+def test_a_restoration_is_shown_where_there_is_one(tmp_path):
+    run = write_run(tmp_path / "one")
+    assert 'id="restored"' not in render(load_runs([run]))
+    file = run / "restore.json"
+    file.write_text(json.dumps(restored_of(EVIL)))
+    page = render(load_runs([run]))
+    assert "rho of 3 weights; safe change added: 2, left as it is: 1; threshold 0.35" in page
+    assert "0.50 of the safe change added to 2 of 3 changed weights." in page
+    row = page[page.index("zero-shot accuracy, own") :][:400]
+    assert [row.index(value) for value in ("40.0", "70.0", "65.0")] == sorted(map(row.index, ("40.0", "70.0", "65.0")))
+    assert EVIL not in page and 'href="#restored"' in page
+    damaged = restored_of()
+    del damaged["layers"][1]["rho"]
+    file.write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match=r"restore\.json is damaged \(it\.layers\[1\]\.rho is missing\)"):
         load_runs([run])
 
 

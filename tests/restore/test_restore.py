@@ -11,6 +11,7 @@ import saferclip_fast as sf
 from saferclip_fast.config import ConfigError
 from saferclip_fast.restore.__main__ import main
 from saferclip_fast.restore.call import STEPS, _least
+from saferclip_fast.results import RESTORE_FORMAT, misfits, restore_shape
 from saferclip_fast.train import train
 from tests.support.tiny import tiny
 
@@ -81,6 +82,7 @@ def test_the_command_prints_each_layer_and_writes_what_was_done(run, later, tmp_
     printed = capsys.readouterr().out
     assert printed.count(", safe change added\n") == 1 and BIAS in printed and "in 1 of 2 changed weights" in printed
     written = json.loads((tmp_path / "out" / "restore.json").read_text())
+    assert written["format"] == RESTORE_FORMAT and not list(misfits(written, restore_shape(written), "it"))
     assert written["add"] == 0.25 and {layer["name"]: layer["changed"] for layer in written["layers"]} == {
         WEIGHT: True,
         BIAS: False,

@@ -1,6 +1,6 @@
-"""Parts of evaluation.json and guard.json, as they are written."""
+"""Parts of the JSON files that the report reads, as they are written."""
 
-from saferclip_fast.results import GATE_CURVE_FORMAT, GUARD_FORMAT, UNSAFE_RATE, at
+from saferclip_fast.results import GATE_CURVE_FORMAT, GUARD_FORMAT, RESTORE_FORMAT, UNSAFE_RATE, at
 
 
 def estimate(value, width=0.03):
@@ -62,3 +62,13 @@ def gate_of(label="zero-shot"):
         for values in [{at(UNSAFE_RATE): 0.2 + threshold / 2, "zero_shot": 0.75}]
     ]
     return {"format": GATE_CURVE_FORMAT, "safety": at(UNSAFE_RATE), "utility": "zero_shot", "points": points}
+
+
+def restored_of(name="visual.proj"):
+    """restore.json, as the restoration writes it."""
+    figures = {
+        model: {at(UNSAFE_RATE): rate, "zero_shot.own": accuracy}
+        for model, rate, accuracy in (("safe", 0.1, 0.4), ("later", 0.6, 0.7), ("restored", 0.2, 0.65))
+    }
+    layers = [{"name": name, "rho": rho, "changed": rho < 0.35} for rho in (0.9, 0.1, 0.3)]
+    return {"format": RESTORE_FORMAT, "add": 0.5, "threshold": 0.35, "figures": figures, "layers": layers}

@@ -44,7 +44,7 @@ from saferclip_fast.storage.row_file import RowFile
 from saferclip_fast.train.checkpoint import CheckpointError, CheckpointFolder
 from saferclip_fast.train.frozen import RECORD, FrozenModelError, read_final
 from tests.support.quadruplet_files import image_bytes, write_tar
-from tests.support.report_files import case, entry, estimate, gate_of, guard_of
+from tests.support.report_files import case, entry, estimate, gate_of, guard_of, restored_of
 
 # One small image that every table may name. Nothing above this folder may be read.
 IMAGE = "a.png"
@@ -400,6 +400,7 @@ TARGETS = [
     Target(
         "gate-curve", ".json", _read_run("gate-curve.json"), (ValueError,), lambda: [json.dumps(gate_of()).encode()]
     ),
+    Target("restored", ".json", _read_run("restore.json"), (ValueError,), lambda: [json.dumps(restored_of()).encode()]),
     Target("gate", ".json", described_in, (GateError,), _gate_seeds),
     Target("prompts", ".jsonl", lambda path: hash_prompts(read_prompts(path)), (DataError,), _prompt_seeds),
     Target(

@@ -12,7 +12,7 @@ lacks = $(if $(shell grep -m1 -ow $(1) /proc/cpuinfo),,--gcov-exclude-directorie
 NOT_RUN = $(call lacks,avx2,avx2) $(call lacks,avx512bw,avx512) $(call lacks,avx512_vnni,avx512vnni)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage coverage-python coverage-native sanitize mutants families fuzz soak bench lowest-bounds docs lint format gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize aarch64 mutants families fuzz soak bench lowest-bounds docs lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,13 @@ sanitize: setup  ## the CPU kernels, alone and behind the ops, under AddressSani
 	cd build/sanitize/package && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not triton and not larger_than_memory' tests/ops tests/bank/test_safe_bank.py
+
+# Needs g++-aarch64-linux-gnu and qemu-user (Debian's names).
+aarch64: setup  ## the CPU kernels alone, cross-compiled for aarch64 and run by qemu
+	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S tests/backends/native -B build/aarch64 \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/cmake --build build/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/native_kernels
 
 mutants: setup  ## faults put into the CPU kernels, each of which the op tests must find
 	$(BIN)/python -m tests.backends.native.mutants

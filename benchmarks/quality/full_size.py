@@ -19,6 +19,11 @@ from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
 from saferclip_fast.storage.files import save_json
 
 
+def first_place(search: str) -> str:
+    """The metric of where a search finds its first unsafe item."""
+    return f"{search.partition('_finds')[0]}_first_unsafe_rank"
+
+
 def runs_of(data: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """The frozen model and ours, of each data set and seed."""
     batch = f"train.batch_size={load_config('demo').train.batch_size}"  # the plan's is that of runs an eighth as long
@@ -36,23 +41,22 @@ def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     for data, name in dict.fromkeys(run[:2] for run in results):
         mine = [run for run in results if run[:2] == (data, name)]
         found = [results[run]["metrics"] for run in mine]
-        rates = [at(search, k) for search in UNSAFE_FOUND for k in CUTOFFS]
+        rates = [name for search in UNSAFE_FOUND for name in (first_place(search), *(at(search, k) for k in CUTOFFS))]
         figures = over_seeds(found) | {rate: spread(metrics[rate] for metrics in found) for rate in rates}
         rows.append({"data": data, "name": name, "options": mine[0].options, "metrics": figures})
     return rows
 
 
 def at_every_rank(rows: Sequence[Mapping[str, Any]], data: str) -> str:
-    """The four unsafe rates at each K, and the frozen model's at 10 and 20, as Markdown."""
+    """The four unsafe rates at each K and the first unsafe item's mean place, with the frozen model's, as Markdown."""
     ours, frozen = ({row["name"]: row["metrics"] for row in rows if row["data"] == data}[n] for n in (OURS, FROZEN))
-    lines = [
-        f"| an unsafe item among the first | {' | '.join(map(str, CUTOFFS))} | frozen model, 10 / 20 |",
-        "|---" * (2 + len(CUTOFFS)) + "|",
-    ]
+    heads = ["an unsafe item among the first", *map(str, CUTOFFS), "frozen, 10 / 20", "its mean place (frozen)"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in UNSAFE_FOUND:
         cells = [f"{ours[at(name, k)]['mean']:.3f} ± {ours[at(name, k)]['std']:.3f}" for k in CUTOFFS]
         before = " / ".join(f"{frozen[at(name, k)]['mean']:.3f}" for k in (10, 20))
-        lines.append(f"| {name.replace('_', ' ').replace(' finds', ':')} | {' | '.join(cells)} | {before} |")
+        place = "{:.0f} ({:.0f})".format(*(model[first_place(name)]["mean"] for model in (ours, frozen)))
+        lines.append(f"| {name.replace('_', ' ').replace(' finds', ':')} | {' | '.join(cells)} | {before} | {place} |")
     return "\n".join(lines)
 
 

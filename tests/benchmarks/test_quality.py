@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import ablation, comparison, gate, geometry, guard, restore, runs, scores, tables
+from benchmarks.quality import ablation, comparison, full_size, gate, geometry, guard, restore, runs, scores, tables
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.objectives import DEFAULT_WEIGHTS, SafeClip, SaferClip, ShieldClip
 from saferclip_fast.results import CUTOFFS, UNSAFE_FOUND, at
@@ -291,3 +291,16 @@ def test_the_table_of_the_geometry_terms_is_the_committed_result():
     related = (ROOT / "docs" / "related.md").read_text(encoding="utf-8")
     assert geometry.table_of(found["rows"], "scenes") in related
     assert {row["name"] for row in found["rows"]} == {runs.FROZEN, geometry.DEFAULT, *geometry.WEIGHTS}
+
+
+def test_the_tables_of_the_demos_size_are_the_committed_result():
+    found = json.loads((ROOT / "benchmarks" / "results" / "full_size" / "full_size.json").read_text())
+    assert full_size.at_every_rank(found["rows"], "scenes") in (ROOT / "README.md").read_text()
+    method = (ROOT / "docs" / "method.md").read_text()
+    for data in ("scenes", "photos"):
+        rows = [row for row in found["rows"] if row["data"] == data]
+        assert full_size.at_every_rank(found["rows"], data) in method and tables.table(rows) in method
+    demo = flatten(load_config("demo"))
+    for run in full_size.runs_of(["scenes", "photos"], range(2)):
+        options = flatten(load_config("demo", run.options))
+        assert {key for key in demo if options[key] != demo[key]} <= {"objective.page"}, "the demo's own setting"

@@ -91,7 +91,7 @@ bench: setup  ## time every op against PyTorch and others; goes on where it was 
 lowest-bounds: setup  ## the main paths against the lowest version of every dependency, in a venv of their own (build/lowest)
 	test -x build/lowest/bin/python || $(PYTHON) -m venv build/lowest
 	$(BIN)/python -m tests.system.lowest_bounds > build/lowest/requirements.txt
-	build/lowest/bin/python -m pip install --quiet --requirement build/lowest/requirements.txt
+	build/lowest/bin/python -m pip install --quiet --no-compile --requirement build/lowest/requirements.txt
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -q tests/api tests/data/readers tests/models \
 	  tests/train/test_train.py tests/evaluate tests/export
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib, of Python 3.11")
 def test_every_dependency_is_pinned_to_its_bound():
     lines = read()
-    assert {"torch==2.10", "open_clip_torch==3.0", "transformers==5", "pyarrow==15"} <= set(lines)
+    assert {"torch==2.10", "open_clip_torch==3.3", "transformers==5.3", "pyarrow==16"} <= set(lines)
     assert len(lines) == len({line.partition("==")[0] for line in lines}) > 20 and len(USED) == 3
 
 

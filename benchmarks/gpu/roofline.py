@@ -73,6 +73,12 @@ def tile_products(rows: int, columns: int, depth: int, size: int) -> int:
     return ceil_div(rows, TILE) * ceil_div(columns, TILE) * TILE * TILE * depth
 
 
+def group_products(rows: int, columns: int, depth: int, tile: tuple[int, int, int] = (128, 256, 64)) -> int:
+    """Multiply-adds of Triton's screen of groups, padding included: each product once."""
+    padded = [ceil_div(count, size) * size for count, size in zip((rows, columns, depth), tile, strict=True)]
+    return padded[0] * padded[1] * padded[2]
+
+
 def tile_bytes(rows: int, columns: int, row_bytes: int) -> int:
     """Bytes that the tiles bring into shared memory, mostly from L2: each operand once per tile of the other."""
     return (rows * ceil_div(columns, TILE) + columns * ceil_div(rows, TILE)) * row_bytes

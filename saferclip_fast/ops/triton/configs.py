@@ -47,6 +47,7 @@ GROUPED = Config(
 )
 GROUPED_QUERIES = 257  # fewer do not fill tiles of 128, and wait for memory rather than for products
 GROUPED_ROWS = 4096  # of the bank: fewer do not fill the chip
+GROUPED_ROWS_A_NEIGHBOR = 128  # of the bank: four groups, so that few of the best k share one
 GROUPED_MOST_ROWS = 1 << 22  # of the bank: 1 MB a query for the groups' values
 GROUPED_MOST_WIDTH = 4096  # the bound's r grows with d
 
@@ -60,7 +61,7 @@ def takes_groups(query: Tensor, bank: Tensor, k: int) -> bool:
     return (
         has_wide_tiles(query.device)
         and rows >= GROUPED_QUERIES
-        and max(GROUPED_ROWS, 128 * k) <= bank_rows <= GROUPED_MOST_ROWS
+        and max(GROUPED_ROWS, GROUPED_ROWS_A_NEIGHBOR * k) <= bank_rows <= GROUPED_MOST_ROWS
         and width % 8 == 0
         and width <= GROUPED_MOST_WIDTH
         and bank.data_ptr() % 16 == 0

@@ -9,9 +9,10 @@ It takes the place of steps 2 and 3 of `nearest_safe.py` where `configs.takes_gr
    of the other 31. Tiles share nothing, so blocks take them in turn: no lists, no atomics, the same bits every time.
        |x_ij - <q'_i, s_j>| <= c_i := M (|q' - q~| + |q'| r) + E |q~| (1 + r),   r = (d + 32) 2^-22
    with M = max |s_j| and E = max |s_j - s'_j|: 16 of the 32 are the 5 bits, below 2^-18 of x.
-3. `candidates`, one program a query: with L the k-th largest of the groups' best, k rows have x >= L, hence every row
-   of the true top k has x >= L - 2c. A group whose second best is under that line holds at most one such row, its best;
-   of any other group all 32 are taken. If they are more than a list holds, the query goes to `search_again`.
+3. `candidates`, one program a query: with L the k-th largest of the best of the whole tiles' groups, k rows have x >= L,
+   hence every row of the true top k has x >= L - 2c. A group whose second best is under that line holds at most one such
+   row, its best; of any other group all 32 are taken. If they are more than a list holds, the query goes to
+   `search_again`. In the last tile x is 0 beyond the bank's end: such a 0 raises no L, and what it hides is a second best.
 4. `score`: the listed rows in float64, and the best k of them.
 
 What is scored is a superset of the top k, as before; nothing else has to be proven.
@@ -47,6 +48,7 @@ HEADER_BYTES, FACTS = 16, 4  # of a packed bank: header, then (scale, norm, erro
 LANES = tl.constexpr(8)  # groups of a tile; wgmma gives a thread every eighth pair of columns, so no data moves
 PLACE_ERROR = 24 * 2.0**-22  # what r has here beyond `relative_error`
 MERGED = 32 if INTERPRETED else 1024  # groups' best values that `candidates` looks at together
+LISTED = 128 if INTERPRETED else 512  # rows that are scored for one query at most, with room for some whole groups
 WORKSPACE = 256 << 20  # bytes of the groups' values of one launch: more queries go in parts
 FEWEST = 256  # queries of a part
 SCORED_ROWS, SCORED_WIDTH = 16, 128
@@ -108,7 +110,10 @@ def screen_groups_kernel(
     scaled, columns, facts, best, second, rows, bank_rows, width, groups, row_blocks, tiles, place_bits,
     SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """best, second [Q, groups]; scaled and columns are descriptors. Neighbors in time read the same rows of the bank."""
+    """best, second [Q, groups]; scaled and columns are descriptors. Neighbors in time read the same rows of the bank.
+
+    Beyond the bank's last row x is 0, as TMA fills it; `candidates_kernel` knows.
+    """
     members: tl.constexpr = BLOCK_COLUMNS // LANES
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_row = tile % row_blocks * BLOCK_ROWS
@@ -119,15 +124,12 @@ def screen_groups_kernel(
             right = columns.load([first, begin])
             x = tl.dot(left, right.T, x)
         column = tl.arange(0, BLOCK_COLUMNS)
-        inside = column < bank_rows - first
         if SCALED:
             fact = facts + (first + column).to(tl.int64) * 4
-            x = x * tl.load(fact, mask=inside, other=0.0)[None, :]
+            x = x * tl.load(fact, mask=column < bank_rows - first, other=0.0)[None, :]
         # place_bits = -members, an argument so that this is one instruction
         bits = (x.to(tl.int32, bitcast=True) & place_bits) | (column // LANES)[None, :]
         x = bits.to(tl.float32, bitcast=True)
-        if first + BLOCK_COLUMNS > bank_rows:
-            x = tl.where(inside[None, :], x, float("-inf"))
         x = tl.reshape(x, [BLOCK_ROWS, members, LANES])
         largest, next_largest = tl.reduce((x, tl.full(x.shape, float("-inf"), tl.float32)), 1, best_two)
         row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -155,10 +157,13 @@ def kth_largest(values, K: tl.constexpr):
 
 @triton.jit
 def candidates_kernel(
-    best, second, squares, errors, slack, length, scores, listed, counts, again, again_count, groups, splits,
+    best, second, squares, errors, slack, length, scores, listed, counts, again, again_count, whole, groups, splits,
     K: tl.constexpr, MEMBERS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Step 3, for one query: listed [Q, CAPACITY] and counts [Q], -1 where it goes to `again`."""
+    """Step 3, for one query: listed [Q, CAPACITY] and counts [Q], -1 where it goes to `again`.
+
+    Of the groups, the first `whole` are of whole tiles.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     farthest = tl.max(tl.load(errors + split, mask=split < splits, other=0.0), axis=0)
@@ -167,9 +172,9 @@ def candidates_kernel(
     # 1.001: q' for q~, r of r, and the roundings of these lines
     c = 1.001 * (of_query * largest_norm(squares, splits, SPLITS) + farthest * (norm + of_query))
     merged = tl.full([MERGED], float("-inf"), tl.float32)
-    for begin in range(0, groups, MERGED):
+    for begin in range(0, whole, MERGED):  # each place of `merged` stands for other rows than the next
         group = begin + tl.arange(0, MERGED)
-        merged = tl.maximum(merged, tl.load(best + row * groups + group, mask=group < groups, other=float("-inf")))
+        merged = tl.maximum(merged, tl.load(best + row * groups + group, mask=group < whole, other=float("-inf")))
     kth = kth_largest(tl.where(merged == merged, merged, float("-inf")), K)
     line = kth - 2.001 * c
     count = tl.full([], 0, tl.int32)
@@ -264,8 +269,8 @@ def screened(bank: Tensor, packed: Tensor | None) -> Screened:
 
 
 def capacity_for(k: int) -> int:
-    """Rows that are scored for one query at most: a power of two (registers), with room for some whole groups."""
-    return max(512, triton.next_power_of_2(4 * k))
+    """LISTED, or more for many neighbors: a power of two (registers)."""
+    return max(LISTED, triton.next_power_of_2(4 * k))
 
 
 def most_queries(bank_rows: int) -> int:
@@ -303,9 +308,10 @@ def screen_and_score(
         num_warps=GROUPED.num_warps, num_stages=GROUPED.num_stages, **tile,
     )  # fmt: skip
     candidates_kernel[(rows,)](
-        best, second, squares, errors, slack, length, scores, listed, counts, again, again_count, groups, splits,
+        best, second, squares, errors, slack, length, scores, listed, counts, again, again_count,
+        bank_rows // columns * lanes, groups, splits,
         K=k, MEMBERS=members, CAPACITY=capacity, SPLITS=triton.next_power_of_2(splits),
-        MERGED=min(MERGED, triton.next_power_of_2(groups)), num_warps=4,
+        MERGED=max(triton.next_power_of_2(k), min(MERGED, triton.next_power_of_2(groups))), num_warps=4,
     )  # fmt: skip
     block = triton.next_power_of_2(width)
     score_kernel[(rows,)](

@@ -1,4 +1,4 @@
-"""The tests of InfoNCE and preservation find real faults: each mutant of the kernels and of what drives them fails.
+"""The tests of InfoNCE, preservation and the screen of groups find real faults: each mutant of the kernels and of what drives them fails.
 
 A mutant is a copy of the module with one place changed, imported beside it. Its results are compared with the float64
 reference by the rules of the other tests.
@@ -13,15 +13,18 @@ from types import ModuleType
 import pytest
 import torch
 
-from saferclip_fast.ops.triton import info_nce, preservation_loss
+from saferclip_fast.ops import reference
+from saferclip_fast.ops.triton import grouped_screen, info_nce, nearest_safe, preservation_loss
 from tests.ops.test_info_nce import check, problem
 from tests.support.error_rule import check_loss
 from tests.support.mutants import Mutant
 
 from .device import DEVICE
+from .test_grouped_screen import pack, take_groups
 from .test_losses import WEIGHTS, embeddings
+from .test_nearest_safe import assert_exact, rows, unit_rows
 
-SUMS, LOSS = "info_nce.py", "preservation_loss.py"
+SUMS, LOSS, GROUPS = "info_nce.py", "preservation_loss.py", "grouped_screen.py"
 MUTANTS = [
     Mutant("rows and columns swapped", SUMS, "inverse = ", "tl.load(inverse_y + column, mask=inside, other=0.0)",
            "tl.load(inverse_x + column, mask=inside, other=0.0)"),
@@ -58,6 +61,27 @@ MUTANTS = [
     Mutant("a share counted twice", LOSS, "", "share = weight * of_gradient", "share = 2 * weight * of_gradient"),
     Mutant("frozen rows of the own side", LOSS, "x, y, own = matrices[side], ", "matrices[3 - side]",
            "matrices[2 + side]"),
+    Mutant("second best forgotten", GROUPS, "", "tl.maximum(tl.minimum(a, b), tl.maximum(a_second, b_second))",
+           "tl.maximum(a_second, b_second)"),
+    Mutant("loser of the last comparison only", GROUPS, "", "tl.maximum(tl.minimum(a, b), tl.maximum(a_second, b_second))",
+           "tl.minimum(a, b)"),
+    Mutant("a line without the screen's error", GROUPS, "", "kth - 2.001 * c", "kth"),
+    Mutant("error of the copy forgotten", GROUPS, "", "+ farthest * (norm + of_query)", ""),
+    Mutant("scale of the copy forgotten", GROUPS, "", "        if SCALED:", "        if SCALED and bank_rows < 0:"),
+    Mutant("groups of the last tile unseen", GROUPS, "to = listed + row * CAPACITY\n    ",
+           "for begin in range(0, groups, MERGED):", "for begin in range(0, whole, MERGED):"),
+    Mutant("nothing beyond the end raises the line", GROUPS, "mask=", "group < whole, other", "group < groups, other"),
+    Mutant("place in the group mistaken", GROUPS, "", "(column // LANES)[None, :]", "(column % members)[None, :]"),
+    Mutant("rows of a group next to each other", GROUPS, "tl.store(to + slot, ", "first + place * LANES",
+           "first + place"),
+    Mutant("a group of several taken by its best", GROUPS, "several = ", "rest >= line", "rest >= line + 1e30"),
+    Mutant("only one group of several", GROUPS, "", "open_groups & (group != chosen)", "open_groups & (group < 0)"),
+    Mutant("full list not noticed", GROUPS, "", "(count > CAPACITY)", "(count < 0)"),
+    Mutant("header not looked at", GROUPS, "", "tl.load(header) == MAGIC", "tl.load(header) == tl.load(header)"),
+    Mutant("second split of the bank's bounds lost", GROUPS, "", "mask=split < splits, other=0.0), axis=0)\n    of_query",
+           "mask=split < 1, other=0.0), axis=0)\n    of_query"),
+    Mutant("listed rows beyond the end scored", GROUPS, "inside = (slot < count)", " & (index < bank_rows)",
+           " & (index < bank_rows + 64)"),
 ]  # fmt: skip
 
 
@@ -87,12 +111,32 @@ def probe_preservation(module: ModuleType) -> None:
     check_loss("preservation_loss", list(module.preservation_loss(*arguments)), arguments)
 
 
-PROBES = {SUMS: probe_info_nce, LOSS: probe_preservation}
+def probe_groups(module: ModuleType) -> None:
+    """Rows that only float64 orders, in groups and alone, negative scores in the last tile, a full list, a wrong header."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_groups(patch)
+        for name in ("screened", "screen_and_score"):
+            patch.setattr(nearest_safe, name, getattr(module, name))
+        base = unit_rows(1, 64, seed=5)
+        bank = unit_rows(205, 64, seed=6)
+        bank[3:190:9] = 0.5 * base + 1e-4 * bank[3:190:9]  # none shares a group with the next
+        bank[40:120:8] = base + 1e-4 * bank[40:120:8]  # a whole group, and a part of the next tile's
+        query = torch.cat([base + 0.01 * rows(5, 64, seed=7), -base])
+        assert_exact(query, bank, 1)
+        assert_exact(query, bank, 13)
+        assert_exact(-bank[[192, 0]].abs(), bank.abs() * torch.linspace(1, 2, 205, device=DEVICE)[:, None], 2)
+        assert_exact(base, base.repeat(600 if DEVICE == "cuda" else 150, 1) * torch.linspace(1, 1 + 1e-5, 600 if DEVICE == "cuda" else 150, device=DEVICE)[:, None], 2)
+        got = nearest_safe.nearest_safe(query, bank, 2, torch.zeros_like(pack(bank)))
+        assert torch.equal(got[1], reference.nearest_safe(query, bank, 2)[1])
+
+
+PROBES = {SUMS: probe_info_nce, LOSS: probe_preservation, GROUPS: probe_groups}
 
 
 def test_the_probes_pass_without_a_mutant():
     probe_info_nce(info_nce)
     probe_preservation(preservation_loss)
+    probe_groups(grouped_screen)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

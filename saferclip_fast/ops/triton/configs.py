@@ -39,8 +39,8 @@ SCREEN = [
     _config(64, 32, warps=4, stages=4, maxnreg=ROOMY),
 ]
 
-# The screen of groups (grouped_screen.py) has one: a tile's bytes meet 128 queries and 256 rows, 128 accumulators a thread
-# leave room for what a group needs, and four stages of 48 KiB fill shared memory.
+# The screen of groups (grouped_screen.py) has one: a tile's bytes meet 128 queries and 256 rows, 128 accumulators a
+# thread leave room for what a group needs, and four stages of 48 KiB fill shared memory.
 GROUPED_TILE = (16, 64, 16) if INTERPRETED else (128, 256, 64)  # small there, so that several tiles occur
 GROUPED = Config(
     dict(zip(("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_WIDTH"), GROUPED_TILE, strict=True)), num_warps=8, num_stages=4

@@ -9,10 +9,11 @@ It takes the place of steps 2 and 3 of `nearest_safe.py` where `configs.takes_gr
    of the other 31. Tiles share nothing, so blocks take them in turn: no lists, no atomics, the same bits every time.
        |x_ij - <q'_i, s_j>| <= c_i := M (|q' - q~| + |q'| r) + E |q~| (1 + r),   r = (d + 32) 2^-22
    with M = max |s_j| and E = max |s_j - s'_j|: 16 of the 32 are the 5 bits, below 2^-18 of x.
-3. `candidates`, one program a query: with L the k-th largest of the best of the whole tiles' groups, k rows have x >= L,
-   hence every row of the true top k has x >= L - 2c. A group whose second best is under that line holds at most one such
-   row, its best; of any other group all 32 are taken. If they are more than a list holds, the query goes to
-   `search_again`. In the last tile x is 0 beyond the bank's end: such a 0 raises no L, and what it hides is a second best.
+3. `candidates`, one program a query: with L the k-th largest of the best of the whole tiles' groups, k rows have
+   x >= L, hence every row of the true top k has x >= L - 2c. A group whose second best is under that line holds at
+   most one such row, its best; of any other group all 32 are taken. If they are more than a list holds, the query goes
+   to `search_again`. In the last tile x is 0 beyond the bank's end: such a 0 raises no L, and what it hides is a second
+   best.
 4. `score`: the listed rows in float64, and the best k of them.
 
 What is scored is a superset of the top k, as before; nothing else has to be proven.

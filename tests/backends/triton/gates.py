@@ -143,7 +143,8 @@ def _group_variants() -> list[Variant]:
     members, found = columns // groups.LANES.value, []
     values = dict(best="fp32", second="fp32")
     for dtype, scaled in (("fp16", True), ("fp16", False), ("bf16", False)):
-        descriptors = {"scaled": f"tensordesc<{dtype}[{rows}, {width}]>", "columns": f"tensordesc<{dtype}[{columns}, {width}]>"}
+        tile = f"tensordesc<{dtype}[{{}}, {width}]>"
+        descriptors = dict(scaled=tile.format(rows), columns=tile.format(columns))
         found.append(
             Variant("grouped_screen.screen_groups_kernel", {**descriptors, **values, "facts": "fp32"}, (),
                     dict(SCALED=scaled, **GROUPED.kwargs), GROUPED.num_warps, GROUPED.num_stages, "tensor")

@@ -114,6 +114,21 @@ def test_rows_closer_than_the_screen_can_tell(dtype, k, searched_again):  # noqa
     assert searched_again == [0]  # their groups fit a list
 
 
+def one_sided():
+    """A query and a bank whose best row, 3, the copy rounds down everywhere, and whose second best, 12, up."""
+    step = 2.0**-12  # half of float16's spacing in [0.5, 1)
+    bank = 0.3 * unit_rows(70, 32)
+    bank[[3, 12]] = 0.5 + torch.tensor([[0.9], [1.1]], device=DEVICE) * step
+    bank[[3, 12], :2] = torch.tensor([[1.0, 0.75], [1.0, 0.75 - 8 * step]], device=DEVICE)
+    return torch.ones(1, 32, device=DEVICE), bank
+
+
+def test_roundings_that_all_fall_to_one_side():
+    query, bank = one_sided()
+    assert_exact(query, bank, 1)
+    assert OP(query, bank, 1)[1] == 3
+
+
 def test_equal_scores_give_the_lower_index():
     bank = unit_rows(200, 32)
     bank[100:106] = bank[100]

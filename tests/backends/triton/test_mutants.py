@@ -1,4 +1,4 @@
-"""The tests of InfoNCE, preservation and the screen of groups find real faults: each mutant of the kernels and of what drives them fails.
+"""The tests of InfoNCE, preservation and the search find real faults: each mutant of kernels and drivers fails.
 
 A mutant is a copy of the module with one place changed, imported beside it. Its results are compared with the float64
 reference by the rules of the other tests.
@@ -20,7 +20,7 @@ from tests.support.error_rule import check_loss
 from tests.support.mutants import Mutant
 
 from .device import DEVICE
-from .test_grouped_screen import pack, take_groups
+from .test_grouped_screen import one_sided, pack, take_groups
 from .test_losses import WEIGHTS, embeddings
 from .test_nearest_safe import assert_exact, rows, unit_rows
 
@@ -63,8 +63,8 @@ MUTANTS = [
            "matrices[2 + side]"),
     Mutant("second best forgotten", GROUPS, "", "tl.maximum(tl.minimum(a, b), tl.maximum(a_second, b_second))",
            "tl.maximum(a_second, b_second)"),
-    Mutant("loser of the last comparison only", GROUPS, "", "tl.maximum(tl.minimum(a, b), tl.maximum(a_second, b_second))",
-           "tl.minimum(a, b)"),
+    Mutant("loser of the last comparison only", GROUPS, "return tl.maximum(a, b), ",
+           "tl.maximum(tl.minimum(a, b), tl.maximum(a_second, b_second))", "tl.minimum(a, b)"),
     Mutant("a line without the screen's error", GROUPS, "", "kth - 2.001 * c", "kth"),
     Mutant("error of the copy forgotten", GROUPS, "", "+ farthest * (norm + of_query)", ""),
     Mutant("scale of the copy forgotten", GROUPS, "", "        if SCALED:", "        if SCALED and bank_rows < 0:"),
@@ -76,12 +76,12 @@ MUTANTS = [
            "first + place"),
     Mutant("a group of several taken by its best", GROUPS, "several = ", "rest >= line", "rest >= line + 1e30"),
     Mutant("only one group of several", GROUPS, "", "open_groups & (group != chosen)", "open_groups & (group < 0)"),
-    Mutant("full list not noticed", GROUPS, "", "(count > CAPACITY)", "(count < 0)"),
+    Mutant("full list cut off", GROUPS, "", "    # a bound this large",
+           "    count = tl.minimum(count, CAPACITY)\n    # a bound"),
     Mutant("header not looked at", GROUPS, "", "tl.load(header) == MAGIC", "tl.load(header) == tl.load(header)"),
-    Mutant("second split of the bank's bounds lost", GROUPS, "", "mask=split < splits, other=0.0), axis=0)\n    of_query",
-           "mask=split < 1, other=0.0), axis=0)\n    of_query"),
-    Mutant("listed rows beyond the end scored", GROUPS, "inside = (slot < count)", " & (index < bank_rows)",
-           " & (index < bank_rows + 64)"),
+    Mutant("largest error of the first split alone", GROUPS, "errors + split, ", "mask=split < splits", "mask=split < 1"),
+    Mutant("last row of the bank not scored", GROUPS, "inside = (slot < count)", " & (index < bank_rows)",
+           " & (index < bank_rows - 1)"),
 ]  # fmt: skip
 
 
@@ -112,22 +112,25 @@ def probe_preservation(module: ModuleType) -> None:
 
 
 def probe_groups(module: ModuleType) -> None:
-    """Rows that only float64 orders, in groups and alone, negative scores in the last tile, a full list, a wrong header."""
+    """Rows that the screen orders wrongly, in groups and alone, scores below 0, a full list, no header."""
     with pytest.MonkeyPatch.context() as patch:
         take_groups(patch)
         for name in ("screened", "screen_and_score"):
             patch.setattr(nearest_safe, name, getattr(module, name))
-        base = unit_rows(1, 64, seed=5)
-        bank = unit_rows(205, 64, seed=6)
-        bank[3:190:9] = 0.5 * base + 1e-4 * bank[3:190:9]  # none shares a group with the next
-        bank[40:120:8] = base + 1e-4 * bank[40:120:8]  # a whole group, and a part of the next tile's
-        query = torch.cat([base + 0.01 * rows(5, 64, seed=7), -base])
+        assert_exact(*one_sided(), 1)
+        base, bank = unit_rows(1, 32, seed=5), unit_rows(133, 32, seed=6)
+        bank[3:130:9] = 0.5 * base + 1e-4 * bank[3:130:9]  # none shares a group with the next
+        bank[40:88:8] = base + 1e-4 * bank[40:88:8]  # most of a group, and a part of another tile's
+        bank[132] = base
+        query = torch.cat([base + 0.01 * rows(2, 32, seed=7), -base])
         assert_exact(query, bank, 1)
-        assert_exact(query, bank, 13)
-        assert_exact(-bank[[192, 0]].abs(), bank.abs() * torch.linspace(1, 2, 205, device=DEVICE)[:, None], 2)
-        assert_exact(base, base.repeat(600 if DEVICE == "cuda" else 150, 1) * torch.linspace(1, 1 + 1e-5, 600 if DEVICE == "cuda" else 150, device=DEVICE)[:, None], 2)
-        got = nearest_safe.nearest_safe(query, bank, 2, torch.zeros_like(pack(bank)))
-        assert torch.equal(got[1], reference.nearest_safe(query, bank, 2)[1])
+        assert_exact(query[:2], bank, 6)
+        bank = bank.abs()
+        assert_exact(-bank[:1], bank * torch.linspace(2, 1, 133, device=DEVICE)[:, None], 1)  # row 128 or later wins
+        equal = 600 if DEVICE == "cuda" else 140
+        assert_exact(base, base.repeat(equal, 1) * torch.linspace(1, 1 + 1e-5, equal, device=DEVICE)[:, None], 2)
+        _, indices = nearest_safe.nearest_safe(base, bank, 2, torch.zeros_like(pack(bank)))
+        assert torch.equal(indices, reference.nearest_safe(base, bank, 2)[1])
 
 
 PROBES = {SUMS: probe_info_nce, LOSS: probe_preservation, GROUPS: probe_groups}

@@ -14,7 +14,7 @@ SLICE = 64  # bytes of depth of a pipeline stage
 RESCORED = 4  # rows scored again per query and neighbor: benchmarks/speed/screen_survivors.py, fp16, N = 100,000
 # Triton's screen of groups: its tile, and rows scored per query, the largest of the same script's three banks.
 GROUP_TILE = (128, 256, 64)
-GROUP_SCORED = {1: 2.0, 8: 17.0, 16: 35.0, 32: 75.0}
+GROUP_SCORED = {1: 2.4, 8: 20.2, 16: 43.7, 32: 97.6}
 # Issue slots of a warp and tile beside its products, from the compiled code: minima, maxima and logic take two each on
 # these chips, products one, and about 150 others. test_compile.py holds the counts.
 GROUP_SLOTS = 2 * (432 + 150) + 128 + 150

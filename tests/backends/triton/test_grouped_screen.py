@@ -88,7 +88,8 @@ def test_packed_banks_of_the_cuda_kernels_are_read(monkeypatch):
 
 def test_a_blob_of_the_same_size_that_is_no_packed_bank(searched_again):  # noqa: F811
     query, bank = rows(2, 16), unit_rows(70, 16)
-    packed = torch.zeros_like(pack(bank))
+    packed = pack(bank.flip(0))
+    packed[:8] = 0
     scores, indices = OP(query, bank, 2, packed)
     expected = OP(query, bank, 2)
     assert torch.equal(indices, expected[1])

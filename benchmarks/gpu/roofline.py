@@ -12,6 +12,12 @@ from dataclasses import dataclass
 TILE = 128  # rows of a tile of the matrix core
 SLICE = 64  # bytes of depth of a pipeline stage
 RESCORED = 4  # rows scored again per query and neighbor: benchmarks/speed/screen_survivors.py, fp16, N = 100,000
+# Triton's screen of groups: its tile, and rows scored per query, the largest of the same script's three banks.
+GROUP_TILE = (128, 256, 64)
+GROUP_SCORED = {1: 2.4, 8: 20.2, 16: 43.7, 32: 97.6}
+# Issue slots of a warp and tile beside its products, from the compiled code: minima, maxima and logic take two each on
+# these chips, products one, and about 150 others. test_compile.py holds the counts.
+GROUP_SLOTS = 2 * (432 + 150) + 128 + 150
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,21 @@ class Gpu:
     matrix_fraction: float  # of the tensor-core peak that published mma.sync kernels reach
     library_fraction: float  # of that peak that the vendor's products reach
     cache: int  # bytes of L2
+    clock: float  # at the peak of the data sheet
+    tma_fraction: float = 0.0  # of the tensor-core peak that Triton's products through TMA reach; 0: no TMA
     memory_fraction: float = 0.85
 
 
 GPUS = (
-    Gpu("A100", 108, 2.04e12, 312e12, 19.5e12, 9.7e12, 0.73, 0.85, 40 << 20),  # FlashAttention-2 on an A100: 230 of 312
-    Gpu("H100", 132, 3.35e12, 989e12, 67e12, 34e12, 0.35, 0.71, 50 << 20),  # FlashAttention-2 (mma.sync) on an H100
     Gpu(
-        "B200", 148, 7.7e12, 2250e12, 75e12, 37e12, 0.18, 0.70, 126 << 20
-    ),  # an assumption: mma.sync as fast as on an H100
+        "A100", 108, 2.04e12, 312e12, 19.5e12, 9.7e12, 0.73, 0.85, 40 << 20, 1.41e9
+    ),  # FlashAttention-2 on an A100: 230 of 312
+    # FlashAttention-2 (mma.sync) on an H100. Triton's persistent TMA matmul, 8,192 x 8,192 x 4,096: 68 % of the fp8
+    # peak in triton-lang/triton#5461, 666 TFLOP/s in fp16 in meta-pytorch/tritonbench#894 (which names no chip).
+    Gpu("H100", 132, 3.35e12, 989e12, 67e12, 34e12, 0.35, 0.71, 50 << 20, 1.83e9, 0.67),
+    Gpu(
+        "B200", 148, 7.7e12, 2250e12, 75e12, 37e12, 0.18, 0.70, 126 << 20, 1.85e9, 0.5
+    ),  # assumptions: mma.sync as fast as on an H100, and half of the peak through TMA
 )
 
 
@@ -49,12 +61,16 @@ class Cost:
     fp64: float = 0.0
     library: float = 0.0  # by the vendor's products, in 16 bits
     after: float = 0.0  # bytes of passes between products, which nothing hides
+    tma: float = 0.0  # in 16 bits, by Triton through TMA
+    slots: float = 0.0  # issue slots of warps that wait for such products, of the whole chip
 
     def seconds(self, gpu: Gpu, real: bool) -> float:
         """The slowest of memory and each unit, at 100 % or at the fraction that is reached; then `after`."""
         matrix, memory = (gpu.matrix_fraction, gpu.memory_fraction) if real else (1.0, 1.0)
+        tma = self.tma / (gpu.half * (gpu.tma_fraction if real else 1.0)) if self.tma else 0.0
         return self.after / (gpu.memory * memory) + max(
             self.bytes / (gpu.memory * memory),
+            tma + self.slots / (4 * gpu.multiprocessors * gpu.clock),
             self.library / (gpu.half * (gpu.library_fraction if real else 1.0)),
             self.half / (gpu.half * matrix),
             self.fp32 / (gpu.fp32 * (0.7 if real else 1.0)),
@@ -71,6 +87,12 @@ def tile_products(rows: int, columns: int, depth: int, size: int) -> int:
     """Multiply-adds of A B^T in tiles, padding included; `size` bytes an element."""
     depth = ceil_div(depth * size, SLICE) * SLICE // size
     return ceil_div(rows, TILE) * ceil_div(columns, TILE) * TILE * TILE * depth
+
+
+def group_products(rows: int, columns: int, depth: int, tile: tuple[int, int, int] = (128, 256, 64)) -> int:
+    """Multiply-adds of Triton's screen of groups, padding included: each product once."""
+    padded = [ceil_div(count, size) * size for count, size in zip((rows, columns, depth), tile, strict=True)]
+    return padded[0] * padded[1] * padded[2]
 
 
 def tile_bytes(rows: int, columns: int, row_bytes: int) -> int:
@@ -102,6 +124,24 @@ def search(gpu: Gpu, batch: int, rows: int, dim: int, k: int) -> Cost:
         bytes=bank + batch * dim * (4 + 2 + 2 + 4) + 4 * again + lists + batch * k * 12,
         half=2 * tile_products(batch, rows, dim, 2),
         fp64=2 * again,
+    )
+
+
+def group_search(batch: int, rows: int, dim: int, k: int) -> Cost:
+    """nearest_safe of fp32 rows against a packed bank by Triton's screen of groups, and the passes after it.
+
+    The groups' best and second are written beside the products; then the best are read twice, the second once, and the
+    listed rows, which lie anywhere in the bank.
+    """
+    tiles = ceil_div(batch, GROUP_TILE[0]) * ceil_div(rows, GROUP_TILE[1])
+    groups = batch * 8 * ceil_div(rows, GROUP_TILE[1])
+    listed = batch * GROUP_SCORED[k]
+    return Cost(
+        bytes=rows * (2 * dim + 16) + 8 * groups,
+        tma=2 * group_products(batch, rows, dim),
+        slots=8 * GROUP_SLOTS * tiles,
+        fp64=2 * listed * dim,
+        after=12 * groups + listed * (4 * dim + 24) + batch * (dim * (4 + 4 + 4 + 2) + 12 * k),
     )
 
 
@@ -176,10 +216,13 @@ def table(title: str, keys: tuple[str, ...], cases: list[tuple]) -> str:
     lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for values, ours, plain in cases:
         first = ours(GPUS[1])
-        operations = first.library or first.half or first.fp32
+        operations = first.library or first.half or first.tma or first.fp32
         cells = [*(f"{v:,}" for v in values), quantity(first.bytes + first.after, "B"), quantity(operations, "op")]
         for gpu in GPUS:
             cost = ours(gpu)
+            if cost.tma and not gpu.tma_fraction:
+                cells.append("-")
+                continue
             cells.append(
                 " / ".join(map(time, (cost.seconds(gpu, False), cost.seconds(gpu, True), plain.seconds(gpu, False))))
             )
@@ -194,6 +237,11 @@ def tables(dim: int = 768) -> str:
         for b in batches
         for n in banks
         for k in ks
+    ]
+    grouped = [
+        ((b, n, k), lambda gpu, b=b, n=n, k=k: group_search(b, n, dim, k), plain_search(b, n, dim, k))
+        for b, n in ((4096, 100_000), (4096, 1_000_000), (65_536, 100_000))
+        for k in GROUP_SCORED
     ]
     retargets = [
         ((b, k), lambda gpu, b=b, k=k: retarget(b, dim, k), plain_retarget(b, dim, k)) for b in batches for k in ks
@@ -210,6 +258,7 @@ def tables(dim: int = 768) -> str:
     return "\n\n".join(
         (
             table("nearest_safe: fp32 queries, packed fp32 bank, d = 768", ("B", "N", "k"), searches),
+            table("nearest_safe by Triton's screen of groups, the same", ("B", "N", "k"), grouped),
             table(
                 "retarget_loss with gradients: bf16 rows, fp32 bank, d = 768 (N does not matter)", ("B", "k"), retargets
             ),

@@ -1,13 +1,15 @@
 """How many bank rows survive the screen of nearest_safe: python -m benchmarks.speed.screen_survivors
 
 The bounds of csrc/kernels/cuda/screen.cuh in plain PyTorch, for int8 and 16-bit copies, on rows in all directions, in a
-cone (as CLIP embeddings are) and in a cone with three outlier dimensions. It is why the CUDA screen is fp16.
+cone (as CLIP embeddings are) and in a cone with three outlier dimensions. It is why the CUDA screen is fp16. A second
+table: how many rows Triton's screen of groups scores (saferclip_fast/ops/triton/grouped_screen.py).
 """
 
 import torch
 import torch.nn.functional as F
 
 ROWS, QUERIES, DIM, KS = 100_000, 64, 768, (1, 8, 32)
+GROUP_KS = (1, 8, 16, 32)
 
 
 def quantized(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -28,9 +30,29 @@ def survivors(query: torch.Tensor, bank: torch.Tensor, kind: str, k: int) -> flo
     return (value + margin >= threshold).sum(1).float().mean().item()
 
 
+def scored_by_groups(query: torch.Tensor, bank: torch.Tensor, k: int) -> float:
+    """Mean number of rows that the screen of groups scores: the best of a group over the line, or all 32."""
+    q, s = query.to(torch.float16).float(), quantized(bank, "float16")
+    lost, error = (query - q).norm(dim=1), (bank - s).norm(dim=1).max()
+    of_query = lost + query.norm(dim=1) * (DIM + 32) * 2**-22
+    c = 1.001 * (of_query * bank.norm(dim=1).max() + error * (query.norm(dim=1) + of_query))
+    whole = len(bank) // 256 * 256
+    x = F.pad(q @ s.T, (0, -len(bank) % 256)).view(len(query), -1, 32, 8)
+    best, second = x.topk(2, dim=2).values.movedim(2, 0).flatten(2)
+    merged = F.pad(best[:, : whole // 32], (0, -(whole // 32) % 1024), value=-torch.inf)
+    line = merged.view(len(query), -1, 1024).amax(1).topk(k).values[:, -1] - 2.001 * c
+    several = (second >= line[:, None]).sum(1)
+    return ((best >= line[:, None]).sum(1) + 31 * several).float().mean().item()
+
+
+def heading(title: str, ks: tuple[int, ...]) -> str:
+    return f"| {title} | " + " | ".join(f"k = {k}" for k in ks) + " |\n|---|" + "---|" * (title.count("|") + len(ks))
+
+
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
-    print("| rows | copy | " + " | ".join(f"k = {k}" for k in KS) + " |\n|---|---|" + "---|" * len(KS))
+    print(heading("rows | copy", KS))
+    grouped = [heading("rows, screened in groups", GROUP_KS)]
     for name, center, outlier in (("all directions", 0.0, 0.0), ("cone", 2.0, 0.0), ("cone, 3 outliers", 2.0, 24.0)):
         common = center * torch.randn(1, DIM, generator=generator)
         common[0, :3] += outlier
@@ -38,3 +60,6 @@ if __name__ == "__main__":
         for kind in ("int8", "bfloat16", "float16"):
             counts = " | ".join(f"{survivors(query, bank, kind, k):,.1f}" for k in KS)
             print(f"| {name} | {kind} | {counts} |")
+        counts = " | ".join(f"{scored_by_groups(query, bank, k):,.1f}" for k in GROUP_KS)
+        grouped.append(f"| {name} | {counts} |")
+    print("", *grouped, sep="\n")

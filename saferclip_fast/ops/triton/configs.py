@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+from torch import Tensor
 from triton import Config
 
 from .shared import INTERPRETED, has_wide_tiles
@@ -37,6 +38,34 @@ SCREEN = [
     _config(128, 32, warps=8, stages=3, maxnreg=ROOMY),
     _config(64, 32, warps=4, stages=4, maxnreg=ROOMY),
 ]
+
+# The screen of groups (grouped_screen.py) has one: a tile's bytes meet 128 queries and 256 rows, 128 accumulators a
+# thread leave room for what a group needs, and four stages of 48 KiB fill shared memory.
+GROUPED_TILE = (16, 64, 16) if INTERPRETED else (128, 256, 64)  # small there, so that several tiles occur
+GROUPED = Config(
+    dict(zip(("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_WIDTH"), GROUPED_TILE, strict=True)), num_warps=8, num_stages=4
+)
+GROUPED_QUERIES = 257  # fewer do not fill tiles of 128, and wait for memory rather than for products
+GROUPED_ROWS = 4096  # of the bank: fewer do not fill the chip
+GROUPED_ROWS_A_NEIGHBOR = 128  # of the bank: four groups, so that few of the best k share one
+GROUPED_MOST_ROWS = 1 << 22  # of the bank: 1 MB a query for the groups' values
+GROUPED_MOST_WIDTH = 4096  # the bound's r grows with d
+
+
+def takes_groups(query: Tensor, bank: Tensor, k: int) -> bool:
+    """Whether a search goes through the screen of groups: by chip and size, a choice that is predicted, not measured.
+
+    TMA wants rows that begin at a multiple of 16 bytes.
+    """
+    (rows, width), bank_rows = query.shape, bank.shape[0]
+    return (
+        has_wide_tiles(query.device)
+        and rows >= GROUPED_QUERIES
+        and max(GROUPED_ROWS, GROUPED_ROWS_A_NEIGHBOR * k) <= bank_rows <= GROUPED_MOST_ROWS
+        and width % 8 == 0
+        and width <= GROUPED_MOST_WIDTH
+        and bank.data_ptr() % 16 == 0
+    )
 
 
 def shared_memory(device: torch.device) -> int:

@@ -20,6 +20,8 @@ The op's score is s_ij = float32(<q_i, s_j> / |q_i|), summed in float64; ties go
    small launches.
 
 Stored per query: KEEP keys a split, at most MAX_SLOTS in all, whatever N is.
+
+`grouped_screen.py` has another way for steps 2 and 3, of large batches on Hopper and data-center Blackwell.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import MAX_NATIVE_K
-from .configs import SCREEN, tuned
+from .configs import SCREEN, takes_groups, tuned
+from .grouped_screen import PLACE_ERROR, Screened, most_queries, screen_and_score, screened
 from .shared import (
     EMPTY,
     dot_tile,
@@ -41,6 +44,7 @@ from .shared import (
     key_index,
     key_score,
     kth_largest_score,
+    largest_norm,
     load_row,
     load_tile,
     merge_scores,
@@ -128,12 +132,6 @@ def screen_kernel(
 
 
 @triton.jit
-def _largest_norm(squares, splits, SPLITS: tl.constexpr):
-    split = tl.arange(0, SPLITS)
-    return tl.sqrt(tl.max(tl.load(squares + split, mask=split < splits, other=0.0), axis=0))
-
-
-@triton.jit
 def decide_kernel(
     query, bank, kept, squares, slack, scores, indices, again, again_count, bank_rows, width, splits, split_rows,
     K: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr, BEST: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,7 +141,7 @@ def decide_kernel(
     split = tl.arange(0, SPLITS)
     slot = split[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
     keys = tl.load(kept + row * splits * KEEP + slot, mask=(split < splits)[:, None], other=EMPTY)
-    c = tl.load(slack + row) * _largest_norm(squares, splits, SPLITS)
+    c = tl.load(slack + row) * largest_norm(squares, splits, SPLITS)
     flat = tl.reshape(keys, [SPLITS * KEEP])
     line = kth_largest_score(flat, K) - 2.001 * c  # .001: the rounding of this line itself
     full_of_survivors = (key_score(tl.min(keys, axis=1)) >= line) & (bank_rows - split * split_rows > KEEP)
@@ -196,7 +194,7 @@ def search_again_kernel(
     split = tl.program_id(0)
     first = split * split_rows
     last = tl.minimum(first + split_rows, bank_rows)
-    largest = _largest_norm(squares, splits, SPLITS)
+    largest = largest_norm(squares, splits, SPLITS)
     listed = tl.load(again_count)
     columns = tl.arange(0, BLOCK_BANK)
     for group in range(0, listed, ROWS):
@@ -257,25 +255,24 @@ def split_bank(blocks: int, bank_rows: int, keep: int, device_processors: int) -
     return triton.cdiv(bank_rows, split_rows), split_rows
 
 
-def relative_error(width: int, bank_dtype: torch.dtype) -> float:
-    """r of the file's docstring."""
-    return (width + 8) * 2.0**-22 + (2.0**-9 * (1 + 2.0**-7) if bank_dtype == torch.float32 else 0.0)
+def relative_error(width: int, dtype: torch.dtype) -> float:
+    """r of the file's docstring, for products of rows in dtype."""
+    return (width + 8) * 2.0**-22 + (2.0**-9 * (1 + 2.0**-7) if dtype == torch.float32 else 0.0)
 
 
-def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """query [Q, d], bank [N, d], each float32, bfloat16 or float16 -> scores float32 [Q, k], indices int64 [Q, k].
+def prepare(query: Tensor, dtype: torch.dtype, relative: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Step 1: (scaled [Q, d], length [Q], slack [Q])."""
+    rows, width = query.shape
+    scaled = torch.empty_like(query, dtype=dtype)
+    length, slack = query.new_empty((2, rows), dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    prepare_kernel[(rows,)](query, scaled, length, slack, width, relative, BLOCK=block, num_warps=row_warps(block))
+    return scaled, length, slack
 
-    `packed` (another backend's int8 copy) is not used.
-    """
-    if k > MAX_NATIVE_K:
-        raise ValueError(f"k={k}: the triton backend returns at most {MAX_NATIVE_K} neighbors; use backend='reference'")
-    if bank.dtype == torch.float64:
-        raise ValueError("bank is float64: the triton backend takes float32, bfloat16 or float16; use bank.float()")
-    query, bank = query.contiguous(), bank.contiguous()
+
+def _search(query: Tensor, bank: Tensor, k: int, of: Screened | None) -> tuple[Tensor, Tensor]:
+    """The five steps, on the current device; `of` where groups are screened instead of a running top-k."""
     (rows, width), bank_rows = query.shape, bank.shape[0]
-    if rows > MOST_ROWS:
-        parts = [nearest_safe(part, bank, k) for part in query.split(MOST_ROWS)]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     scores = query.new_empty((rows, k), dtype=torch.float32)
     indices = query.new_empty((rows, k), dtype=torch.int64)
     if rows == 0:
@@ -285,18 +282,16 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
     row_blocks = triton.cdiv(rows, block_rows)
     splits, split_rows = split_bank(row_blocks, bank_rows, keep, processors(query))
     padded = triton.next_power_of_2(splits)
-    scaled = torch.empty_like(query, dtype=bank.dtype)
-    length, slack = query.new_empty((2, rows), dtype=torch.float32)
     squares = query.new_empty(splits, dtype=torch.float32)
     kept = query.new_empty((rows, splits, keep), dtype=torch.int64)
     again = query.new_empty(rows, dtype=torch.int32)
     again_count = query.new_zeros(1, dtype=torch.int32)
     precision = screening_float32()  # only the screen: float64 decides
-    with on_device(query):
-        prepare_kernel[(rows,)](
-            query, scaled, length, slack, width, relative_error(width, bank.dtype), BLOCK=block,
-            num_warps=row_warps(block),
-        )  # fmt: skip
+    scaled, length, slack = prepare(query, bank.dtype, relative_error(width, bank.dtype))
+    if of is not None:
+        halves = prepare(query, of.rows.dtype, relative_error(width, of.rows.dtype) + PLACE_ERROR)
+        screen_and_score(query, bank, k, of, *halves, squares, split_rows, again, again_count, scores, indices)
+    else:
         screen_kernel[(splits, row_blocks)](
             scaled, bank, kept, squares, rows, bank_rows, width, split_rows,
             KEEP=keep, PRECISION=precision, BLOCK_ROWS=block_rows,
@@ -306,22 +301,32 @@ def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = No
             bank_rows, width, splits, split_rows,
             K=k, KEEP=keep, SPLITS=padded, BEST=triton.next_power_of_2(k), BLOCK=block, num_warps=SLOT_WARPS,
         )  # fmt: skip
-        search_again_kernel[(splits,)](
-            query, scaled, bank, kept, squares, slack, length, scores, again, again_count,
-            k, bank_rows, width, splits, split_rows, KEEP=keep, SPLITS=padded, PRECISION=precision,
-            ROWS=AGAIN_ROWS, BLOCK_BANK=AGAIN_BANK, BLOCK_WIDTH=AGAIN_WIDTH, num_warps=4,
-        )  # fmt: skip
-        merge_again_kernel[(min(rows, 4 * processors(query)),)](
-            kept,
-            scores,
-            indices,
-            again,
-            again_count,
-            k,
-            bank_rows,
-            splits,
-            KEEP=keep,
-            SPLITS=padded,
-            num_warps=SLOT_WARPS,
-        )
+    search_again_kernel[(splits,)](
+        query, scaled, bank, kept, squares, slack, length, scores, again, again_count,
+        k, bank_rows, width, splits, split_rows, KEEP=keep, SPLITS=padded, PRECISION=precision,
+        ROWS=AGAIN_ROWS, BLOCK_BANK=AGAIN_BANK, BLOCK_WIDTH=AGAIN_WIDTH, num_warps=4,
+    )  # fmt: skip
+    merge_again_kernel[(min(rows, 4 * processors(query)),)](
+        kept, scores, indices, again, again_count, k, bank_rows, splits,
+        KEEP=keep, SPLITS=padded, num_warps=SLOT_WARPS,
+    )  # fmt: skip
     return scores, indices
+
+
+def nearest_safe(query: Tensor, bank: Tensor, k: int, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """query [Q, d], bank [N, d], each float32, bfloat16 or float16 -> scores float32 [Q, k], indices int64 [Q, k].
+
+    `packed`: the bank as the CUDA kernels pack it; read where groups are screened (`configs.takes_groups`).
+    """
+    if k > MAX_NATIVE_K:
+        raise ValueError(f"k={k}: the triton backend returns at most {MAX_NATIVE_K} neighbors; use backend='reference'")
+    if bank.dtype == torch.float64:
+        raise ValueError("bank is float64: the triton backend takes float32, bfloat16 or float16; use bank.float()")
+    query, bank = query.contiguous(), bank.contiguous()
+    with on_device(query):
+        of = screened(bank, packed) if takes_groups(query, bank, k) else None
+        most = MOST_ROWS if of is None else most_queries(len(bank))
+        parts = [_search(part, bank, k, of) for part in query.split(most)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -125,6 +125,13 @@ def power_of_two_below(length):
     return (length.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
 
 
+@triton.jit
+def largest_norm(squares, splits, SPLITS: tl.constexpr):
+    """The square root of the largest of squares [splits]."""
+    split = tl.arange(0, SPLITS)
+    return tl.sqrt(tl.max(tl.load(squares + split, mask=split < splits, other=0.0), axis=0))
+
+
 # --- Running top-k ---------------------------------------------------------------------------------------------------
 # A candidate is one int64 key: the float32 score's bits made orderable in the high half, 2^32 - 1 - index in the low
 # half. So a larger key is a higher score or, between equal scores, a lower index, and keys are unique.

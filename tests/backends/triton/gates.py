@@ -24,7 +24,7 @@ SCALED = dict(inverse="fp32", inverse_scaled="fp32")
 
 class Variant(NamedTuple):
     kernel: str  # "module.kernel"
-    pointers: dict[str, str]  # argument -> element type
+    pointers: dict[str, str]  # argument -> element type, or a descriptor's "tensordesc<...>"
     floats: tuple[str, ...]  # float32 scalar arguments; every other scalar is int32
     constants: dict  # constexpr arguments
     warps: int
@@ -43,6 +43,8 @@ def variants(hip: bool, wide: bool, shared_limit: int) -> list[Variant]:
     """All of them for CUDA; for AMD, where nothing can be tuned or measured, the first of each kernel and dtype."""
     found = [*_row_variants(), *_search_variants(hip, wide, shared_limit)]
     found += _info_nce_variants()
+    if wide:
+        found += _group_variants()
     if hip:
         first = {(variant.kernel, *sorted(variant.pointers.values())): variant for variant in reversed(found)}
         found = list(first.values())
@@ -132,6 +134,49 @@ def _search_variants(hip: bool, wide: bool, limit: int) -> list[Variant]:
     return found
 
 
+def _group_variants() -> list[Variant]:
+    """The screen of groups, for the chips that take it."""
+    from saferclip_fast.ops.triton import grouped_screen as groups
+    from saferclip_fast.ops.triton.configs import GROUPED
+
+    rows, columns, width = GROUPED.kwargs.values()
+    members, found = columns // groups.LANES.value, []
+    values = dict(best="fp32", second="fp32")
+    for dtype, scaled in (("fp16", True), ("fp16", False), ("bf16", False)):
+        tile = f"tensordesc<{dtype}[{{}}, {width}]>"
+        descriptors = dict(scaled=tile.format(rows), columns=tile.format(columns))
+        found.append(
+            Variant("grouped_screen.screen_groups_kernel", {**descriptors, **values, "facts": "fp32"}, (),
+                    dict(SCALED=scaled, **GROUPED.kwargs), GROUPED.num_warps, GROUPED.num_stages, "tensor")
+        )  # fmt: skip
+    for dtype, copy in (("fp32", True), ("bf16", False)):
+        found.append(
+            Variant("grouped_screen.copy_kernel", dict(bank=dtype, rows="fp16" if copy else dtype, facts="fp32"), (),
+                    dict(COPY=copy, BLOCK=1024), 4, 3)
+        )  # fmt: skip
+    found.append(
+        Variant("grouped_screen.largest_kernel", dict(facts="fp32", header="i64", squares="fp32", errors="fp32"), (),
+                dict(ERRORS=True, HEADER=True), 4, 3)
+    )  # fmt: skip
+    for k in (1, 32, 256):
+        capacity = groups.capacity_for(k)
+        found.append(
+            Variant("grouped_screen.candidates_kernel",
+                    {**values, "squares": "fp32", "errors": "fp32", "slack": "fp32", "length": "fp32", "scores": "fp32",
+                     "listed": "i32", "counts": "i32", "again": "i32", "again_count": "i32"}, (),
+                    dict(K=k, MEMBERS=members, CAPACITY=capacity, SPLITS=16, MERGED=groups.MERGED), 4, 3)
+        )  # fmt: skip
+        for dtype in ("fp32", "bf16"):
+            found.append(
+                Variant("grouped_screen.score_kernel",
+                        dict(query=dtype, bank=dtype, listed="i32", counts="i32", keys="i64", scores="fp32",
+                             indices="i64"), (),
+                        dict(K=k, BEST=k, CAPACITY=capacity, BLOCK=1024, ROWS=groups.SCORED_ROWS,
+                             BLOCK_WIDTH=groups.SCORED_WIDTH), 4, 3)
+            )  # fmt: skip
+    return found
+
+
 def _info_nce_variants() -> list[Variant]:
     from saferclip_fast.ops.triton import info_nce
 
@@ -167,11 +212,12 @@ def compile_variant(variant: Variant, chip: str) -> dict:
         if argument in variant.constants:
             signature[argument] = "constexpr"
         elif argument in variant.pointers:
-            signature[argument] = "*" + variant.pointers[argument]
+            kind = variant.pointers[argument]
+            signature[argument] = kind if kind.startswith("tensordesc") else "*" + kind
         else:
             signature[argument] = "fp32" if argument in variant.floats else "i32"
         # what a torch allocation and d = 512, 768 ... promise, and a batch that is a multiple of 16
-        if argument in variant.pointers or argument in ("width", "column_count"):
+        if signature[argument].startswith("*") or argument in ("width", "column_count"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(key),): value for key, value in variant.constants.items()}
     hip = chip.startswith("gfx")
@@ -201,7 +247,20 @@ def _cuda_facts(asm) -> dict:
         )
     )
     fused = "fma.rn.f32" in ptx
-    return dict(registers=registers, spilled=stack + local, tensor=found, tf32="tf32" in ptx, wide=wide, fused=fused)
+    bulk = "cp.async.bulk.tensor" in ptx  # TMA
+    flushed = "max.ftz" in ptx or "min.ftz" in ptx
+    return dict(registers=registers, spilled=stack + local, tensor=found, tf32="tf32" in ptx, wide=wide, fused=fused,
+                bulk=bulk, flushed=flushed, instructions=_instructions(asm, tool))  # fmt: skip
+
+
+def _instructions(asm, tool: Path) -> dict[str, int]:
+    """Machine instructions of the kinds that cost the screens most, and all."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)", text)
+    return {name: names.count(name) for name in ("FMNMX", "FMNMX3", "LOP3", "FMUL", "SHFL")} | {"all": len(names)}
 
 
 def _hip_facts(assembly: str) -> dict:

@@ -3,7 +3,8 @@
 Triton 3.8's interpreter keeps bfloat16 as uint16: its conversion from float32 truncates (and, when asked to round,
 carries wrongly out of the mantissa), and its tl.dot multiplies the raw uint16. Its float32 products neither cut to
 TF32 nor add up in an order that is independent of the tile's shape. Conversion and product are replaced here; the
-kernels themselves are unchanged.
+kernels themselves are unchanged. A reduction with a function of our own goes element by element there (minutes a tile);
+here the same function takes a whole slice.
 """
 
 from __future__ import annotations
@@ -46,5 +47,15 @@ def correct_interpreter() -> None:
             total = (total + left[:, step] @ right[step]).astype(d.data.dtype)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
+    def reduce(self, inputs):
+        def at(place):
+            return tuple(self.to_tensor(np.take(t.handle.data, place, self.axis), t.dtype) for t in inputs)
+
+        total = at(0)
+        for place in range(1, inputs[0].handle.data.shape[self.axis]):
+            total = self.combine_fn.fn(*total, *at(place))
+        return list(total)
+
     interpreter._convert_float = convert
+    interpreter.ReduceOps.generic_reduce = reduce
     interpreter.InterpreterBuilder.create_dot = dot

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from .gates import HIP_SHARED_LIMITS, SHARED_LIMITS, TENSOR_CORES
+from benchmarks.gpu import roofline
+
+from .gates import HIP_SHARED_LIMITS, SHARED_LIMITS, TENSOR_CORES, WIDE_TILES
 
 ROOT = Path(__file__).parents[3]
 CUDA, HIP = list(SHARED_LIMITS), list(HIP_SHARED_LIMITS)
@@ -89,4 +91,27 @@ def test_a_logit_is_rounded_before_its_maximum_is_taken_off(chip):
 
 @pytest.mark.parametrize("chip", CUDA)
 def test_global_loads_are_16_bytes(chip):
-    assert not failing(chip, lambda report: not report["wide"] and "sum_terms" not in report["label"])
+    """Or TMA's. Kernels of another kind: they read terms, facts that lie 16 bytes apart, values of a few groups."""
+    others = ("shared.sum_terms", "grouped_screen.largest", "grouped_screen.candidates")
+
+    def wrong(report):
+        return not (report["wide"] or report["bulk"]) and not report["label"].startswith(others)
+
+    assert not failing(chip, wrong)
+
+
+@pytest.mark.parametrize("chip", WIDE_TILES)
+def test_the_screen_of_groups_reads_by_tma(chip):
+    """And keeps what is below 1.2e-38: the place of a row may be all that an x of 0 consists of."""
+    screens = failing(chip, lambda report: "screen_groups" in report["label"])
+    assert len(screens) == 3
+    assert all(report["bulk"] and not report["flushed"] for report in screens)
+    assert not failing(chip, lambda report: report["bulk"] and "screen_groups" not in report["label"])
+
+
+def test_the_screen_of_groups_costs_what_the_roofline_counts():
+    """Unscaled, its code has one copy of what a tile costs beside the products; Triton 3.4 and 3.6 need 488 for 432."""
+    screens = failing("sm_90", lambda report: "screen_groups" in report["label"])
+    (count, _) = (report["instructions"] for report in screens if "SCALED=False" in report["label"])
+    assert 2 * (count["FMNMX"] + count["LOP3"]) + 128 + 150 <= 1.1 * roofline.GROUP_SLOTS
+    assert count["SHFL"] == 0  # a group lies in one thread

@@ -35,7 +35,8 @@ class SafeBank:
 
     Attributes:
         text, image: [N, d] unit rows.
-        packed: int8 copy of `text` that the CPU search screens with (uint8 blob), or None until `pack()`.
+        packed: the copy of `text` that searches screen with (uint8 blob: int8 on a CPU, fp16 on a GPU), or None until
+            `pack()`.
         offset: row of the whole bank that row 0 of this one is (non-zero in a shard).
 
     Raises:
@@ -88,7 +89,7 @@ class SafeBank:
         return f"SafeBank({kind}{'; ' + made_from if made_from else ''})"
 
     def pack(self) -> SafeBank:
-        """Makes the int8 copy that the native search screens with, once, and returns self.
+        """Makes the copy that the native search screens with (int8, on a GPU fp16), once, and returns self.
 
         Without it each search quantizes the rows on the fly. A no-op where the native module is not built, and for
         float64 rows, which only the reference searches.

@@ -97,8 +97,8 @@ class SafeBank:
         native = backends()["cuda" if self.device.type == "cuda" else "cpu"]
         searched = native.usable and "nearest_safe" in native.ops and self.text.dtype != torch.float64
         if self.packed is None and searched:
+            self.packed_version = version(self.text)  # first: another thread may search as soon as it sees the copy
             self.packed = torch.ops.saferclip_fast.pack_bank(self.text)
-            self.packed_version = version(self.text)
         return self
 
     def to(self, device: torch.device | str) -> SafeBank:

@@ -46,6 +46,20 @@ def test_callers_share_one_bank_while_it_is_packed():
         assert all(torch.equal(f.indices, expected.indices) for f in found)
 
 
+def test_a_bank_can_be_searched_as_soon_as_its_packed_copy_is_seen():
+    class Seen(sf.SafeBank):
+        """Another thread's search at the worst moment."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "packed" and value is not None:
+                found.append(sf.nearest_safe(self.text[:1], self, k=1))
+
+    found = []
+    Seen(*torch.randn(2, 20, 8)).pack()
+    assert len(found) == 1 and found[0].indices.item() == 0
+
+
 FORK = """
 import os, torch, saferclip_fast as sf
 torch.set_num_threads(2)

@@ -8,6 +8,7 @@ read at any step. Writes adapters.json to --out. Stopped at any moment, the same
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -81,7 +82,9 @@ def run_of(data: str, name: str, seed: int, rate: float = 0) -> Run:
 def perform(plan: Plan, run: Run, curve: bool) -> dict[str, Any]:
     """Fine-tunes (or reads a finished run back); its figures by step, of the last step alone without `curve`."""
     rate = next((word.partition("=")[2] for word in run.options if word.startswith("optimizer.lr=")), "")
-    file = plan.out / "runs" / f"{run.data}-{run.name}-{rate}-{run.seed}.json".lower().replace(" ", "-").replace(",", "")
+    file = (
+        plan.out / "runs" / f"{run.data}-{run.name}-{rate}-{run.seed}.json".lower().replace(" ", "-").replace(",", "")
+    )
     job, options, weights = job_of(plan, run), options_of(plan, run), pretrain(plan, run.data)
     config = load_config(job.config, options)
     setting = json.loads(json.dumps({"options": flatten(config), "weights": weights.name, "curve": curve}))
@@ -94,7 +97,9 @@ def perform(plan: Plan, run: Run, curve: bool) -> dict[str, Any]:
         folder, start = file.with_suffix(""), time.process_time()
         last = fine_tuned(plan, job, options, weights, folder)
         seconds = time.process_time() - start
-        paths = {int(path.stem.removeprefix("step-")): path for path in CheckpointFolder(folder / "checkpoints", 1).paths()}
+        paths = {
+            int(path.stem.removeprefix("step-")): path for path in CheckpointFolder(folder / "checkpoints", 1).paths()
+        }
         early = {step: path for step, path in paths.items() if curve and step % EVERY == 0 and step < max(paths) - 1}
         points = {
             step: figures_of(plan, run, job, frozen, model_at(config, weights, path)) for step, path in early.items()
@@ -129,7 +134,7 @@ def reached(points: Mapping[str, Mapping[str, float]], target: float) -> dict[st
     `points` is by step, from step 0, the frozen model. None where no point is as safe.
     """
     steps = sorted(points, key=int)
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         high, low = points[before][RATE], points[after][RATE]
         if low <= target:
             share = (high - target) / (high - low) if high > target else 0.0

@@ -71,7 +71,9 @@ def _dialed(layer: Any, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     assert more is not None
     kept = 1 + alpha * more
     if not kept.all():
-        raise Unsupported(f"a DoRA adapter has no dial of {alpha:g}: export with --format huggingface, or a lower --alpha")
+        raise Unsupported(
+            f"a DoRA adapter has no dial of {alpha:g}: export with --format huggingface, or a lower --alpha"
+        )
     b = b * (alpha * (1 + more) / kept)[:, None]
     weight = layer.get_base_layer().weight + layer.scaling[ADAPTER] * b @ a
     return a, b, kept * weight.norm(dim=1)

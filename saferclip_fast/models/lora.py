@@ -55,9 +55,9 @@ def add_lora(
         W' = W + s ((B0 + B) (A0 + A) - B0 A0)       with `start`; A and B start at zero (ours, after PiSSA)
         W'' = m W' / |W'|                            with `dora`: rows of length m, which starts as |W|
 
-    Until set_start sets them, B0 is zero and A0 drawn as LoRA's A is: then the second line is the first one. DoRA (arXiv
-    2402.09353) takes |W'| as a constant in the backward pass. Its rows are those that make one output each, as peft's
-    are; a row of zeros is left as it is.
+    Until set_start sets them, B0 is zero and A0 drawn as LoRA's A is: then the second line is the first one. DoRA
+    (arXiv 2402.09353) takes |W'| as a constant in the backward pass. Its rows are those that make one output each, as
+    peft's are; a row of zeros is left as it is.
 
     Args:
         model: an open_clip model whose attention was unpacked (attention.unpack_attention).

@@ -107,7 +107,7 @@ def wanted_gradients(
 def squared_gradients(
     clip: ClipModel, batches: Sequence[Mapping[str, Any]], unsafe: Tensor, safe: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums over the samples of (dE/dW . gradient of E)^2, by adapted layer: for `unsafe` and for `safe` [samples, 4, d].
+    """Sums over samples of (dE/dW . gradient of E)^2, by adapted layer: for `unsafe` and for `safe` [samples, 4, d].
 
     A weight's gradient is that of one sample alone, so one sample goes through the encoders at a time.
     """

@@ -1,4 +1,4 @@
-"""DoRA, and adapters with a start of their own: the frozen model at first and whenever it is asked for, then as peft."""
+"""DoRA, and adapters with a start of their own: the frozen model at first and whenever it is asked for."""
 
 import itertools
 import warnings
@@ -127,9 +127,7 @@ def test_an_adapter_with_a_start_is_the_difference_of_two_products():
     a0, b0 = getattr(layer, START_A).double(), getattr(layer, START_B).double()
     a, b = layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
     expected = layer.get_base_layer().weight.double() + 2.0 * ((b0 + b) @ (a0 + a) - b0 @ a0)  # alpha 8, rank 4
-    torch.testing.assert_close(
-        merged_state_dict(clip.model)[f"{name}.weight"].double(), expected, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(merged_state_dict(clip.model)[f"{name}.weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dora_rows_have_the_trained_lengths_and_the_adapters_directions():

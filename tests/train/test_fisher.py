@@ -1,4 +1,4 @@
-"""The start by Fisher information (lora.init=fisher): what it is, that it changes nothing, and that runs go on with it."""
+"""The start by Fisher information (lora.init=fisher): what it is, that it changes nothing, that runs go on."""
 
 import shutil
 
@@ -107,9 +107,7 @@ def test_every_layer_starts_at_its_important_part_and_the_model_as_it_was(tiny, 
     assert all(not torch.equal(tensor, drawn[name]) for name, tensor in found.items())
     chosen = torch.randperm(len(own.data.train.samples), generator=torch.Generator().manual_seed(0))
     batches = batches_of(own, chosen.sort().values.tolist())
-    fisher = squared_gradients(
-        clip, batches, *wanted_gradients(batches, own.data.train, own.loss, own.device, Ranks())
-    )
+    fisher = squared_gradients(clip, batches, *wanted_gradients(batches, own.data.train, own.loss, own.device, Ranks()))
     for name, layer in lora_layers(clip.model).items():
         whole = important(layer.get_base_layer().weight.detach(), *fisher[name])
         u, s, v = torch.linalg.svd(whole, full_matrices=False)
@@ -175,8 +173,10 @@ def test_text_alone_starts_the_text_encoder_alone(tiny, tmp_path):
     visual = [layer for name, layer in lora_layers(own.clip.model).items() if name.startswith("visual.")]
     start_adapters(own.state, own.data.train, own.loader, own.loss)
     assert not any(getattr(layer, START_B).any() for layer in visual)
-    assert all(getattr(lora_layers(own.clip.model)[name.rpartition(".")[0]], START_B).any()
-               for name in start_tensors(own.clip.model))
+    assert all(
+        getattr(lora_layers(own.clip.model)[name.rpartition(".")[0]], START_B).any()
+        for name in start_tensors(own.clip.model)
+    )
 
 
 def test_nothing_to_redirect_is_an_error(tiny, tmp_path):

@@ -2,8 +2,9 @@
 
 Each of the four at the best of two or three learning rates, chosen on validation data by the comparison's score at the
 end of training. On test data: the figures at the end, and the steps to the unsafe rate that plain LoRA ends with, with
-utility there, both from lines between checkpoints. Runs are short, three epochs at a constant rate, so that one run is
-read at any step. Writes adapters.json to --out. Stopped at any moment, the same command goes on with what is missing.
+utility there, both from lines between checkpoints. Where DoRA's rate is another than LoRA's, LoRA runs at it, too. Runs
+are short, three epochs at a constant rate, so that one run is read at any step. Writes adapters.json to --out. Stopped
+at any moment, the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ from saferclip_fast.storage.files import save_json
 from saferclip_fast.train.checkpoint import CheckpointFolder, read_checkpoint
 from saferclip_fast.train.trial import set_trainable
 
-PLAIN = "LoRA"
+PLAIN, DORA = "LoRA", "DoRA"
 VARIANTS = {
     PLAIN: (),
-    "DoRA": ("lora.dora=true",),
+    DORA: ("lora.dora=true",),
     "LoRA, Fisher start": ("lora.init=fisher",),
     "DoRA, Fisher start": ("lora.dora=true", "lora.init=fisher"),
 }
+CONTROL = "LoRA at DoRA's rate"  # where the two were best at different ones
 RATES = {"scenes": (3e-4, 1e-3, 3e-3), "photos": (1e-3, 3e-3)}  # on scenes the first was far from any safety
 EPOCHS, EVERY = 3, 12  # 49 steps, with a checkpoint every 12
 OPTIONS = {"scenes": (), "photos": ("objective.page=0.12",)}  # the comparison's choice
@@ -75,7 +77,7 @@ COLUMNS = {
 
 
 def run_of(data: str, name: str, seed: int, rate: float = 0) -> Run:
-    options = () if name == FROZEN else (*OPTIONS[data], *LENGTH, f"optimizer.lr={rate:g}", *VARIANTS[name])
+    options = () if name == FROZEN else (*OPTIONS[data], *LENGTH, f"optimizer.lr={rate:g}", *VARIANTS.get(name, ()))
     return Run(data, name, seed, options)
 
 
@@ -83,7 +85,9 @@ def perform(plan: Plan, run: Run, curve: bool) -> dict[str, Any]:
     """Fine-tunes (or reads a finished run back); its figures by step, of the last step alone without `curve`."""
     rate = next((word.partition("=")[2] for word in run.options if word.startswith("optimizer.lr=")), "")
     file = (
-        plan.out / "runs" / f"{run.data}-{run.name}-{rate}-{run.seed}.json".lower().replace(" ", "-").replace(",", "")
+        plan.out
+        / "runs"
+        / f"{run.data}-{run.name}-{rate}-{run.seed}.json".lower().replace(" ", "-").replace(",", "").replace("'", "")
     )
     job, options, weights = job_of(plan, run), options_of(plan, run), pretrain(plan, run.data)
     config = load_config(job.config, options)
@@ -225,8 +229,11 @@ def main() -> None:
     found = {}
     for name in data:
         for seed in seeds:
-            for variant in (FROZEN, *VARIANTS):
-                run = run_of(name, variant, seed, best.get((name, variant), 0))
+            rates = {FROZEN: 0.0} | {variant: best[name, variant] for variant in VARIANTS}
+            if rates[PLAIN] != rates[DORA]:
+                rates[CONTROL] = rates[DORA]
+            for variant, rate in rates.items():
+                run = run_of(name, variant, seed, rate)
                 found[run] = perform(plan, run, True)
                 print(name, variant, seed, {step: few(m) for step, m in found[run]["points"].items()}, flush=True)
     rows = summarize(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -84,11 +85,8 @@ def run_of(data: str, name: str, seed: int, rate: float = 0) -> Run:
 def perform(plan: Plan, run: Run, curve: bool) -> dict[str, Any]:
     """Fine-tunes (or reads a finished run back); its figures by step, of the last step alone without `curve`."""
     rate = next((word.partition("=")[2] for word in run.options if word.startswith("optimizer.lr=")), "")
-    file = (
-        plan.out
-        / "runs"
-        / f"{run.data}-{run.name}-{rate}-{run.seed}.json".lower().replace(" ", "-").replace(",", "").replace("'", "")
-    )
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{run.data}-{run.name}-{rate}-{run.seed}".lower())
+    file = plan.out / "runs" / f"{slug}.json"
     job, options, weights = job_of(plan, run), options_of(plan, run), pretrain(plan, run.data)
     config = load_config(job.config, options)
     setting = json.loads(json.dumps({"options": flatten(config), "weights": weights.name, "curve": curve}))

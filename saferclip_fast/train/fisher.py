@@ -6,12 +6,13 @@ models/lora.py says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ..config import ConfigError
 from ..data.quadruplets import QuadrupletEmbeddings
@@ -45,11 +46,15 @@ def start_adapters(run: RunState, split: Split, loader: Loader, loss: Loss) -> N
         run: at step 0, its adapters as add_lora left them.
         split, loader, loss: of the training samples, as Trainer has them.
 
-    Raises ConfigError where no sample asks for redirection.
+    Raises ConfigError where no sample asks for redirection, and for adapters without a start.
     """
     if run.config.lora.init != "fisher":
         return
-    clip, ranks = run.clip, run.ranks
+    clip, ranks, progress = run.clip, run.ranks, run.config.log.progress and run.ranks.first
+    if not start_tensors(clip.model):
+        raise ConfigError(
+            "lora.init=fisher: these adapters have no start to set, make them by add_lora(..., start=True)"
+        )
     count = len(split.samples)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(run.config.seed))
     chosen = order[:SAMPLES].sort().values.tolist()
@@ -59,7 +64,8 @@ def start_adapters(run: RunState, split: Split, loader: Loader, loss: Loss) -> N
     clip.eval()
     with naming_train_deterministic():
         unsafe, safe = wanted_gradients(batches, split, loss, clip.device, ranks)
-        fisher = squared_gradients(clip, batches, unsafe[mine.start : mine.stop], safe[mine.start : mine.stop])
+        bar = tqdm(batches, desc="Fisher information", disable=not progress)
+        fisher = squared_gradients(clip, bar, unsafe[mine.start : mine.stop], safe[mine.start : mine.stop])
     clip.train(training)
     layers, found = lora_layers(clip.model), False
     for name, (of_unsafe, of_safe) in fisher.items():
@@ -105,7 +111,7 @@ def wanted_gradients(
 
 
 def squared_gradients(
-    clip: ClipModel, batches: Sequence[Mapping[str, Any]], unsafe: Tensor, safe: Tensor
+    clip: ClipModel, batches: Iterable[Mapping[str, Any]], unsafe: Tensor, safe: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums over samples of (dE/dW . gradient of E)^2, by adapted layer: for `unsafe` and for `safe` [samples, 4, d].
 

@@ -186,6 +186,13 @@ def test_nothing_to_redirect_is_an_error(tiny, tmp_path):
         start_adapters(own.state, own.data.train, own.loader, own.loss)
 
 
+def test_adapters_that_were_made_without_a_start_are_an_error(tiny, tmp_path):
+    own = trainer(tiny(tmp_path, "lora.dora=true"))
+    own.state.config.lora.init = "fisher"
+    with pytest.raises(ConfigError, match=r"make them by add_lora\(\.\.\., start=True\)"):
+        own.fit()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -78,8 +78,8 @@ class Source:
                 f"{self.path} trained every weight (model.tuning=full), so it has no adapters; "
                 "export with --format huggingface, or train with model.tuning=lora"
             )
-        options = self.config.lora
-        clip = self.frozen().add_lora(options.rank, options.alpha, 0.0, options.targets)
+        options, start = self.config.lora, self.config.lora.init == "fisher"
+        clip = self.frozen().add_lora(options.rank, options.alpha, 0.0, options.targets, options.dora, start)
         final = load_file(self.run_dir / "final" / WEIGHTS_NAME)
         own = clip.model.state_dict()
         for tensors in _trained(self.run_dir):
@@ -227,8 +227,11 @@ def _trained(run_dir: Path) -> Iterator[dict[str, Tensor]]:
         except CheckpointError as error:
             warnings.warn(f"{error}; looking further", stacklevel=2)
             continue
-        for prefix in ("ema.", "model."):
-            yield {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        trained = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+        averaged = {name.removeprefix("ema."): x for name, x in tensors.items() if name.startswith("ema.")}
+        if averaged:
+            yield {name: averaged.get(name, x) for name, x in trained.items()}  # only the adapters' start is not
+        yield trained
 
 
 @torch.no_grad()

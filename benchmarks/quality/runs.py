@@ -147,9 +147,9 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     folder = file.with_suffix("")
     frozen = load_clip(load_config(job.config).model.name, str(weights))
     tuned = frozen if run.name == FROZEN else fine_tuned(plan, job, options, weights, folder)
-    result = {"setting": setting, "metrics": _figures(plan, run, job, frozen, tuned)}
+    result = {"setting": setting, "metrics": figures_of(plan, run, job, frozen, tuned)}
     result["dial"] = {
-        f"{alpha:g}": result["metrics"] if alpha == 1 else _figures(plan, run, job, frozen, mix(frozen, tuned, alpha))
+        f"{alpha:g}": result["metrics"] if alpha == 1 else figures_of(plan, run, job, frozen, mix(frozen, tuned, alpha))
         for alpha in run.dial
     }
     result["seconds"] = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
@@ -158,7 +158,7 @@ def perform(plan: Plan, run: Run, weights: Path) -> dict[str, Any]:
     return result
 
 
-def _figures(plan: Plan, run: Run, job: Job, frozen: ClipModel, tuned: ClipModel) -> dict[str, float]:
+def figures_of(plan: Plan, run: Run, job: Job, frozen: ClipModel, tuned: ClipModel) -> dict[str, float]:
     """Every metric of `tuned` on the held-out data."""
     task = Task(job.held_out, job.right_labels, [job.zero_shot])
     job.held_out.transform = frozen.preprocess

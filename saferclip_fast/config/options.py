@@ -49,6 +49,10 @@ class LoraOptions:
     targets: list[str] = option(  # noqa: RUF009 - it is a dataclasses.field
         ["all"], "endings of layer names (in_proj, out_proj, c_fc, c_proj), or all"
     )
+    dora: bool = option(False, "DoRA: the length of each row of a weight is trained apart from its direction")
+    init: Literal["zero", "fisher"] = option(
+        "zero", "adapters start at 0, or where the gradients of unsafe samples are large and of safe ones small"
+    )
 
 
 @dataclass

@@ -133,10 +133,16 @@ class ClipModel(nn.Module):
         return self
 
     def add_lora(
-        self, rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, targets: Sequence[str] = ("all",)
+        self,
+        rank: int = 16,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        targets: Sequence[str] = ("all",),
+        dora: bool = False,
+        start: bool = False,
     ) -> "ClipModel":
         """Train adapters on both encoders, nothing else (see lora.add_lora). The frozen twin costs no memory."""
-        add_lora(self.model, rank, alpha, dropout, targets)
+        add_lora(self.model, rank, alpha, dropout, targets, dora, start)
         return self
 
     def unfreeze(self, keep_frozen: bool = False) -> "ClipModel":

@@ -107,6 +107,7 @@ def check_inputs(config: Config) -> None:
         OSError: data.cache_dir cannot be written to.
     """
     check_places(config)
+    check_adapters(config)
     columns_of(config)
     build_objective(config)
     options = config.data
@@ -114,6 +115,16 @@ def check_inputs(config: Config) -> None:
         if source:
             check_source(source, options.root or None)
     check_writable(options.cache_dir, "data.cache_dir")
+
+
+def check_adapters(config: Config) -> None:
+    """Raises ConfigError for options of adapters that a run without them, or of no size, cannot have."""
+    options = config.lora
+    for given, said in ((options.dora, "lora.dora=true"), (options.init == "fisher", "lora.init=fisher")):
+        if given and config.model.tuning != "lora":
+            raise ConfigError(f"{said} needs model.tuning=lora: full tuning has no adapters")
+    if options.init == "fisher" and options.alpha == 0:
+        raise ConfigError("lora.init=fisher needs lora.alpha above 0: adapters of scale 0 start nowhere")
 
 
 def build_objective(config: Config) -> Objective:

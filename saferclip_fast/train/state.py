@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import Config
 from ..models import ClipModel
 from ..models.identity import Identity
+from ..models.lora import start_tensors
 from ..runtime.ranks import Ranks
 from .checkpoint import CheckpointFolder
 from .device import grad_scaler
@@ -82,8 +83,9 @@ class RunState:
         return CheckpointFolder(self.run_dir / "checkpoints", self.config.checkpoint.keep)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """The tensors that training changes: trainable parameters and, in full tuning, buffers (batch norm)."""
+        """What training makes: trainable parameters, the adapters' start and, in full tuning, buffers (batch norm)."""
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trainable.items()}
+        tensors |= {f"model.{name}": tensor for name, tensor in start_tensors(self.clip.model).items()}
         if self.config.model.tuning == "full":
             names = dict(self.clip.model.named_buffers())
             tensors |= {f"model.{n}": t for n, t in self.clip.model.state_dict().items() if n in names}

@@ -31,6 +31,7 @@ from .callbacks import ASKED, Callbacks, StepInfo, ValidationInfo, asks_to_stop
 from .checkpoint import load_checked, save_checked
 from .device import compile_encoders, data_parallel, naming_train_deterministic, set_up_torch
 from .divergence import FiniteWatch, Step, check_finite, leave_out, report
+from .fisher import start_adapters
 from .frozen import keep_random_weights, open_for_training, write_record
 from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
@@ -105,6 +106,8 @@ class Trainer:
             self.data.train,
             RankBatches(self.sampler, config.train.batch_size, self.drop_last, self.ranks.rank, self.ranks.world),
         )
+        if progress.step == 0:
+            start_adapters(self.state, self.data.train, self.loader, self.loss)
         self.ranks.give_up_after(config.train.timeout_minutes)
         profiled = config.train.profile if self.ranks.first else 0
         with stop_signals(self.ranks.first) as stop, profile_steps(profiled, self.run_dir / "profile") as step_done:

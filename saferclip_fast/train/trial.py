@@ -20,7 +20,9 @@ from .text_only import freeze_images
 def set_trainable(config: Config, clip: ClipModel) -> None:
     """Adapters, or every weight, as the options say; of the text encoder alone where there are no unsafe images."""
     if config.model.tuning == "lora":
-        clip.add_lora(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
+        options = config.lora
+        start = options.init == "fisher"
+        clip.add_lora(options.rank, options.alpha, options.dropout, options.targets, options.dora, start)
     else:
         clip.unfreeze()
     if config.data.text_only:

@@ -21,8 +21,10 @@ from saferclip_fast.export.__main__ import main
 from saferclip_fast.export.huggingface import hf_tokenizer, save_hf, to_hf
 from saferclip_fast.export.model_card import card
 from saferclip_fast.export.onnx_files import run_onnx
+from saferclip_fast.export.peft_adapter import save_adapter
 from saferclip_fast.models import CONFIG_FOLDER, load_clip
 from saferclip_fast.models.dial import interpolate
+from saferclip_fast.models.lora import lora_layers
 from saferclip_fast.train import train
 
 NAME = "ViT-tiny-8-32"
@@ -173,6 +175,32 @@ def test_peft_adapter_on_the_frozen_model(run, tmp_path, alpha):
         torch.testing.assert_close(after, image, **CLOSE)
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert sorted(settings["target_modules"]) == ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("words", [["lora.dora=true"], ["lora.init=fisher"], ["lora.dora=true", "lora.init=fisher"]])
+def test_peft_adapter_with_dora_or_a_start_of_its_own_at_any_dial(run, tmp_path, words):
+    """A fixed start doubles the rank; DoRA's dial is a DoRA adapter again. The export compares with merged weights."""
+    words = [*words, "train.ema=0.5", "validation.final=last", "train.epochs=1", f"run_dir={tmp_path / 'run'}"]
+    train(load_config(run / "config.yaml", words))
+    (tmp_path / "run" / "best.safetensors").unlink()  # so that a checkpoint gives average and start
+    tuned, frozen = (load_source(tmp_path / "run", alpha=alpha).clip.exported_state_dict() for alpha in (1, 0))
+    assert any((tuned[name] - frozen[name]).abs().max() > 1e-2 for name in frozen)
+    for alpha in (1.0, 1.5):
+        folder = tmp_path / f"{alpha}"
+        assert export(load_source(tmp_path / "run", alpha=alpha), ["peft"], folder)["peft"] < 1e-5
+        settings = json.loads((folder / "peft" / "adapter_config.json").read_text())
+        assert settings["use_dora"] == ("lora.dora=true" in words)
+        assert settings["r"] == (8 if "lora.init=fisher" in words else 4)
+
+
+def test_a_dora_row_without_a_dial_is_refused_by_name(run):
+    source = load_source(run)
+    clip = source.frozen().add_lora(4, dora=True)
+    layer = next(iter(lora_layers(clip.model).values()))
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight[0] *= 0.5
+    with pytest.raises(Unsupported, match=r"no dial of 2: export with --format huggingface"):
+        save_adapter(source.frozen(), clip, 2.0, None, run.parent / "none")
 
 
 def test_peft_adapter_of_averaged_weights(run, tmp_path):

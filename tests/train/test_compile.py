@@ -22,10 +22,11 @@ def fresh():
     torch.compiler.reset()
 
 
-def test_a_compiled_run_is_the_same_and_is_compiled_once_for_all_captions(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("adapters", [(), ("lora.dora=true", "lora.init=fisher")])
+def test_a_compiled_run_is_the_same_and_is_compiled_once_for_all_captions(tiny, tmp_path, monkeypatch, adapters):
     counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, options, **more: compile_(call, backend=counter, **more))
-    words = ["lora.dropout=0", "train.epochs=2", "data.val_fraction=0", "log.every_steps=1"]
+    words = ["lora.dropout=0", "train.epochs=2", "data.val_fraction=0", "log.every_steps=1", *adapters]
     train(tiny(tmp_path / "compiled", "train.compile=true", *words))
     train(tiny(tmp_path / "plain", *words))
     lines = log_lines(tmp_path / "compiled")

@@ -110,7 +110,13 @@ def test_the_image_encoder_stays_bit_for_bit_and_the_text_encoder_moves(run, wei
 
 @pytest.mark.parametrize(
     "more",
-    [["model.tuning=full"], ["train.micro_batch_size=3"], ["objective.name=safeclip"], ["data.decoded_cache=true"]],
+    [
+        ["model.tuning=full"],
+        ["train.micro_batch_size=3"],
+        ["objective.name=safeclip"],
+        ["data.decoded_cache=true"],
+        ["lora.dora=true", "lora.init=fisher"],
+    ],
 )
 def test_however_it_is_trained(more, weights, table, tmp_path):
     assert command(words(tmp_path / "run", weights, table, *more)) == 0

@@ -20,6 +20,7 @@ from saferclip_fast.data.curriculum import RankBatches
 from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.embeddings import embed_quadruplets
 from saferclip_fast.models import ClipModel, load_clip
+from saferclip_fast.models.lora import start_tensors
 from saferclip_fast.objectives import SafeClip, SaferClip, ShieldClip
 from saferclip_fast.objectives.rank_guard import rank_guard, rank_guards
 from saferclip_fast.objectives.safe_geometry import neighbors_lost, of_batch, spread_lost
@@ -27,6 +28,7 @@ from saferclip_fast.runtime.ranks import Ranks, ranks, split
 from saferclip_fast.storage import row_cache
 from saferclip_fast.train import Trainer
 from saferclip_fast.train.device import compile_encoders
+from saferclip_fast.train.fisher import start_adapters
 from saferclip_fast.train.fsdp import sliced_like, whole
 from saferclip_fast.train.prepare import TrainingData, prepare
 from tests.support.tiny import tiny
@@ -204,6 +206,27 @@ def check_training_gradients(of: Ranks, folder: Path, weights: str) -> None:
         assert error < 1e-5, (words, error)
 
 
+def check_fisher_start(of: Ranks, folder: Path, weights: str) -> None:
+    """The same bits on every rank, and what one process finds: samples are dealt out, their squares added up."""
+    words = ("lora.init=fisher", "objective.bank=sharded", "objective.k=3", "objective.neighbors=in_step")
+    config = tiny(folder / "unused", weights, folder / "cache", *words, "data.train=scenes:n=40,size=32,mixed=0.5")
+    products = []
+    for members in (of, Ranks()):
+        clip = load_clip(config.model.name, config.model.pretrained)
+        data = prepare(config, clip, members)
+        torch.manual_seed(0)
+        clip.add_lora(4, start=True)
+        trainer = Trainer(config, clip, data, members)
+        start_adapters(trainer.state, data.train, trainer.loader, trainer.loss)
+        starts = start_tensors(clip.model)
+        for tensor in starts.values():
+            assert all(torch.equal(tensor, other) for other in members.stack(tensor))
+        values = [*starts.values()]
+        products.append(torch.cat([(b @ a).flatten() for a, b in zip(values[::2], values[1::2], strict=True)]))
+    error = (products[0] - products[1]).norm() / products[1].norm()
+    assert error < 1e-3, error
+
+
 def prepared(config: Config, of: Ranks) -> tuple[ClipModel, TrainingData]:
     clip = load_clip(config.model.name, config.model.pretrained)
     data = prepare(config, clip, of)
@@ -227,7 +250,7 @@ def main(folder: Path, weights: str) -> None:
         for check in (check_exchanges, check_sharded_search, check_rank_guards, check_safe_geometry, check_objectives):
             check(of)
         if of.world > 2:  # whole models take long, and three ranks are the general case
-            for check in (check_embedding_pass, check_training_gradients):
+            for check in (check_embedding_pass, check_training_gradients, check_fisher_start):
                 check(of, folder, weights)
         (folder / f"passed-{of.rank}").touch()
 

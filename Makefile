@@ -12,7 +12,7 @@ lacks = $(if $(shell grep -m1 -ow $(1) /proc/cpuinfo),,--gcov-exclude-directorie
 NOT_RUN = $(call lacks,avx2,avx2) $(call lacks,avx512bw,avx512) $(call lacks,avx512_vnni,avx512vnni)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage coverage-python coverage-native sanitize aarch64 mutants families fuzz soak bench lowest-bounds docs lint format gpu-check wheel clean
+.PHONY: help setup demo test coverage coverage-python coverage-native sanitize arm mutants families fuzz soak bench lowest-bounds docs lint format gpu-check wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,7 +64,7 @@ sanitize: setup  ## the CPU kernels, alone and behind the ops, under AddressSani
 	  $(abspath $(BIN))/python -m pytest -q -n auto -k 'not cuda and not triton and not larger_than_memory' tests/ops tests/bank/test_safe_bank.py
 
 # Needs g++-aarch64-linux-gnu and qemu-user (Debian's names).
-aarch64: setup  ## the CPU kernels alone, cross-compiled for aarch64 and run by qemu
+arm: setup  ## the CPU kernels alone, cross-compiled for aarch64 and run by qemu
 	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S tests/backends/native -B build/aarch64 \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/aarch64

@@ -107,7 +107,8 @@ class PhotoDataset(QuadrupletDataset):
 
     path: the tar. split: its top folder. n: number of quadruplets (default: one for each photo; at most that
     many). mismatch: probability that the fixed safe partner is of another class. size: pixels a side. half: "even" or
-    "odd" takes every second photograph, so that two sets of one split share none. hazards: which signs unsafe photographs carry, as "fire+stop" (default: all).
+    "odd" takes every second photograph, so that two sets of one split share none. hazards: which signs
+    unsafe photographs carry, as "fire+stop" (default: all of HAZARDS).
 
     Besides the items: uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images` (the
     unsafe photos without their sign), `right_texts`; int64 [n] `safe_labels`, `unsafe_labels` into

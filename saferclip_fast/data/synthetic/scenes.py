@@ -108,9 +108,7 @@ def _caption(codes: Sequence[int], hazard: int, drop: Sequence[bool]) -> str:
     return " ".join(words)
 
 
-def sample_scenes(
-    n: int, generator: np.random.Generator, hazards: Sequence[int] = (), unique: bool = False
-) -> Scenes:
+def sample_scenes(n: int, generator: np.random.Generator, hazards: Sequence[int] = (), unique: bool = False) -> Scenes:
     """Draw n scenes uniformly, each with one of `hazards`; `unique`: no two share all attributes (n at most
     COMBINATIONS)."""
     if unique:
@@ -140,10 +138,11 @@ class SceneDataset(QuadrupletDataset):
 
     n: number of quadruplets. seed, split: which stream of scenes ("train", "test", "pretrain"). size: pixels
     a side. mismatch: probability that the fixed safe partner differs from the unsafe scene in one to three
-    attributes. hazards: which ones unsafe scenes carry, as "fire+smoke" (default: all of HAZARDS). mixed: probability that the unsafe side is mixed: its text names no hazard (unsafe_text_label
+    attributes. mixed: probability that the unsafe side is mixed: its text names no hazard (unsafe_text_label
     0) or its image shows none (unsafe_image_label 0), half of them each. unique: no two unsafe scenes share
-    all attributes (default for the test split as far as n allows), so that each has one right safe image.
-    Raises ValueError for options out of range.
+    all attributes (default for the test split as far as n allows), so that each has one right safe image. hazards:
+    which ones unsafe scenes carry, as "fire+smoke" (default: all of HAZARDS). Raises ValueError for options out of
+    range.
 
     Besides the items: `safe`, `unsafe` (Scenes); `right`, the unsafe scenes without their hazard (what unsafe
     text should find); uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images`, and

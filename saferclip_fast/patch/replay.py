@@ -1,0 +1,111 @@
+"""The run's own quadruplets, which a patch leaves where they are."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bank import SafeBank
+from ..config import Config, ConfigError
+from ..data import DataError, QuadrupletDataset
+from ..data.errors import ErrorPolicy
+from ..data.quadruplets import QuadrupletEmbeddings
+from ..embeddings import bank_from, embed_quadruplets
+from ..evaluate import Task
+from ..evaluate.metrics import Labels, retrieval
+from ..models import ClipModel
+from ..ops import nearest_safe
+from ..results import PAGE, UNSAFE_FOUND, UNSAFE_RATE, at
+from ..train.dataset import open_data, split_rows
+from .result import Figures
+
+MOST = 1_000  # rows: a random part of a larger training set
+HELD = (at("S-V.text_to_image", 1), at("S-V.image_to_text", 1))
+RATE = at(UNSAFE_RATE)
+
+
+@dataclass
+class Replay:
+    """Rows of the training set, as the model that is patched embeds them."""
+
+    data: QuadrupletDataset
+    rows: QuadrupletEmbeddings  # [N, d], of unit length or not
+    bank: SafeBank  # their safe side
+    labels: Labels
+
+
+def open_replay(config: Config, source: str | None, clip: ClipModel) -> QuadrupletDataset:
+    """At most MOST rows that the run was trained on, or of `source`, the same ones for a run's seed.
+
+    Raises ConfigError where the training data is not there any more.
+    """
+    config = copy.deepcopy(config)
+    if source is not None:
+        config.data.val_fraction, config.data.val = 0.0, ""
+    try:
+        opened = open_data(config, source or config.data.train, clip)
+    except (DataError, OSError, ValueError) as error:
+        if source is not None:
+            raise
+        raise ConfigError(
+            f"the run's training data, which a patch goes over again, cannot be read ({error}): name where it is now, "
+            "or other quadruplets of what the model must keep, with --replay SOURCE"
+        ) from error
+    rows, _ = split_rows(len(opened), 0.0 if config.data.val else config.data.val_fraction, config.seed)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[:MOST]
+    chosen = rows[order.sort().values].tolist()
+    policy = ErrorPolicy("raise", f"{source or config.data.train}, replayed")
+    policy.summary.read = len(chosen)
+    records = [opened.records[row] for row in chosen]
+    return QuadrupletDataset(records, clip.preprocess, policy, config.data.max_pixels, opened.text_only)
+
+
+def embed_replay(clip: ClipModel, data: QuadrupletDataset, cache_dir: str, options: dict[str, Any]) -> Replay:
+    """The rows of `data` under `clip`, which is not trained yet; kept in `cache_dir`."""
+    found = embed_quadruplets(clip, data, cache_dir, title="embed replayed quadruplets", **options)
+    rows = QuadrupletEmbeddings(*(x.to(clip.device) for x in found.embeddings))
+    return Replay(data, rows, bank_from(found).to(clip.device).pack(), Task(data).labels)
+
+
+def figures_of(
+    replayed: QuadrupletEmbeddings, labels: Labels, pairs: QuadrupletEmbeddings, unsafe: tuple[Tensor, Tensor]
+) -> Figures:
+    """What a patch changes and what it should not, all of it on training data.
+
+    Args:
+        replayed: [N, d] rows of a model; `labels` are theirs.
+        pairs: [P, d] rows of the pairs; `unsafe` bool [P]: which of their texts, and of their images.
+    """
+    old = retrieval(replayed, labels)
+    rates = [old[at(name)].mean for name in UNSAFE_FOUND if at(name) in old]
+    held = {RATE: statistics.mean(rates)} if rates else {}
+    return {f"pairs.{RATE}": _pairs_found(replayed, pairs, unsafe), **held, **{name: old[name].mean for name in HELD}}
+
+
+def losses(before: Figures, after: Figures) -> Figures:
+    """By how much each figure of what is replayed is worse."""
+    rise = {RATE: after[RATE] - before[RATE]} if RATE in before else {}
+    return rise | {name: before[name] - after[name] for name in HELD}
+
+
+def _pairs_found(replayed: QuadrupletEmbeddings, pairs: QuadrupletEmbeddings, unsafe: tuple[Tensor, Tensor]) -> float:
+    """The mean of the four rates of finding a pair's unsafe side among the first PAGE, of these and safe items."""
+    text, image = (torch.cat(sides) for sides in zip(replayed[:2], pairs[:2], strict=True))
+    bad_text, bad_image = pairs.unsafe_text[unsafe[0]], pairs.unsafe_image[unsafe[1]]
+    rates = []
+    for queries, bad_queries, items, bad_items in (
+        (text, bad_text, image, bad_image),
+        (image, bad_image, text, bad_text),
+    ):
+        gallery = F.normalize(torch.cat([items, bad_items]), dim=-1)
+        for asked in (queries, bad_queries):
+            if len(asked) and len(bad_items):
+                found = nearest_safe(asked, gallery, min(PAGE, len(gallery))).indices
+                rates.append(float((found >= len(items)).any(1).double().mean()))
+    return statistics.mean(rates) if rates else 0.0

@@ -18,8 +18,8 @@ examples:
   The run's training data has moved.
     python -m saferclip_fast.patch runs/visu --pairs new.csv --out visu-patched --replay other/place.csv
 
-Quadruplets that the run was trained on are gone over again and held where they are, and only as much of the change is
-kept as moves them by at most --max-loss. docs/patch.md says more.
+The run's training goes on for some steps with the pairs among its own quadruplets, and only as much of the change is
+kept as makes those worse by at most --max-loss. docs/patch.md says more.
 """
 
 
@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     """Command line; returns the exit code: 0 done, 2 a mistake in what was asked for, 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Teach a safe model a new kind of unsafe content from 1 to 32 pairs, in seconds. Experimental.",
+        description="Experimental: teach a safe model a new kind of unsafe content from 1 to 32 pairs, in seconds.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m saferclip_fa
     add("overrides", nargs="*", metavar="key=value", help="data.*: how the pairs are read; objective.*: the loss")
     add("--pairs", required=True, metavar="SOURCE", help="quadruplets of the new kind, in any format of training")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder: weights, patch.json and energy.png")
-    add("--replay", metavar="SOURCE", help="quadruplets to hold (default: those that the run was trained on)")
+    add("--replay", metavar="SOURCE", help="quadruplets to go over again (default: those that the run was trained on)")
     add("--steps", type=int, default=Recipe.steps, help="steps (%(default)s)")
     add("--lr", type=float, default=Recipe.lr, help="peak of the learning rate (%(default)s)")
     add("--rank", type=int, default=Recipe.rank, help="rank of the change (%(default)s)")

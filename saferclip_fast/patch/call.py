@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config, ConfigError, Given, load_config
+from ..config import Config, ConfigError, Given, flatten, load_config
 from ..config import pairs as words_of
 from ..data import DataError, QuadrupletDataset
 from ..data.quadruplets import QuadrupletEmbeddings
@@ -22,7 +22,7 @@ from ..evaluate.call import named_data
 from ..models import ClipModel
 from ..models.dial import interpolate
 from ..models.lora import merged_state_dict
-from ..sources import open_model
+from ..sources import frozen_of, open_model
 from ..storage.claim import claim
 from ..storage.files import check_writable
 from ..train.dataset import open_data
@@ -56,17 +56,17 @@ def patch_model(
     seed: int = 0,
     progress: bool = True,
 ) -> Patched:
-    """Teach a safe model a new kind of unsafe content from 1 to 32 pairs, in seconds: `sf.patch(...)`. Experimental.
+    """Experimental: teach a safe model a new kind of unsafe content from 1 to 32 pairs, in seconds: `sf.patch(...)`.
 
-    The pairs' unsafe side is redirected, as in training, by a change of low rank; quadruplets that the run was trained
-    on are gone over again and held where they are. Then the largest part of the change is kept with which what is held
-    moves by at most `max_loss` (after Safety at One Shot, arXiv 2601.01887; what is held, and how, is ours).
+    The run's training goes on for some steps, with a change of low rank, over quadruplets that it was trained on and
+    the new pairs together. Then the largest part of the change is kept with which what the model knew gets worse by at
+    most `max_loss` (after Safety at One Shot, arXiv 2601.01887; the replay and the bound are ours).
 
     Args:
         run: the folder of the run that made the model safe.
         pairs: quadruplets of the new kind, as `fine_tune` takes them: a source, a data frame, dicts, a data set.
         out: a new or empty folder for the weights (open_clip's), patch.json, energy.png.
-        replay: other quadruplets to hold in place of those that the run was trained on.
+        replay: other quadruplets to go over in place of those that the run was trained on.
         steps, lr, rank: of the change.
         max_loss: by how much the unsafe rate at rank 10 of what is replayed may rise, and safe retrieval may fall.
         options: `data.*`: how the pairs are read, `objective.*`: how they are redirected; the run's own are the
@@ -97,28 +97,28 @@ def patch_model(
     check_writable(own.data.cache_dir, "data.cache_dir")
     with claim(folder), named_data(given, pairs), settings_kept(), tempfile.TemporaryDirectory() as once:
         place = set_up_torch(load_config(None, {"device": device, "seed": seed}, "options"))
-        clip = open_model(path, place).eval()
+        clip, frozen = open_model(path, place).eval(), frozen_of(path, place).eval()
         new = _open_pairs(given, clip)
         loading = {"batch_size": batch_size, "num_workers": own.data.num_workers, "progress": progress}
         source = None if replay is None else os.fspath(replay)
-        old = embed_replay(clip, open_replay(own, source, clip), own.data.cache_dir, loading)
-        rows = embed_quadruplets(clip, new, own.data.cache_dir, title="embed pairs", **loading).embeddings
-        shown = Pairs(new, QuadrupletEmbeddings(*(x.to(place) for x in rows)))
+        old = embed_replay(frozen, open_replay(own, source, clip), own.data.cache_dir, loading)
+        of_new = embed_quadruplets(frozen, new, own.data.cache_dir, title="embed pairs", **loading).embeddings
+        shown = Pairs(new, QuadrupletEmbeddings(*(x.to(place) for x in of_new)))
 
-        asked = build_loss(given.objective, old, cos_text=0.0, cos_image=0.0, nce_text=0.0, nce_image=0.0)
+        asked = build_loss(given, old, redirects_alone=True)
         found = tuple(spectra(clip, lambda: gradient_loss(clip, asked, old, shown)))
         recipe = Recipe(steps, lr, rank)
         changed = copy.deepcopy(clip)
-        fit(changed, build_loss(given.objective, old), old, shown, recipe, seed, progress)
+        fit(changed, build_loss(given, old), old, shown, recipe, seed, progress)
         end = merged_state_dict(changed.model)
         unsafe = tuple(torch.tensor([getattr(r, f"{m}_is_unsafe") for r in new.records]) for m in ("text", "image"))
 
         def figures(model: ClipModel) -> Figures:
             both = (embed_quadruplets(model, data, once, title="measure", **loading) for data in (old.data, new))
-            replayed, shown = both
-            return figures_of(replayed.embeddings, old.labels, shown.embeddings, unsafe)
+            replayed, of_pairs = (rows.embeddings for rows in both)
+            return figures_of(replayed, old.labels, of_pairs, unsafe)
 
-        before = figures_of(old.rows, old.labels, shown.rows, unsafe)
+        before = figures(clip)
         part, patched, after = _largest(lambda part: _with(clip, end, part), figures, before, max_loss)
         seconds = time.perf_counter() - start
         result = Patched(patched, len(new), part, {"before": before, "after": after}, found, seconds, folder)
@@ -127,9 +127,9 @@ def patch_model(
 
 
 def _of_pairs(own: Config, options: Given) -> Config:
-    """How the pairs are read and redirected: the run's own data options, and the default objective with its page.
+    """The run's options with those that are given; the pairs' images lie beside their table, unless one says otherwise.
 
-    Images of a table lie beside it, unless an option says otherwise. Raises ConfigError for options of other groups.
+    Raises ConfigError for options that a patch does not take.
     """
     words = dict(words_of(options))
     for word in words:
@@ -137,9 +137,8 @@ def _of_pairs(own: Config, options: Given) -> Config:
             raise ConfigError(
                 f"{word} is not taken: data.* says how pairs are read, objective.* how they are redirected"
             )
-    of_run = {f"data.{name}": value for name, value in asdict(own.data).items() if f"data.{name}" not in _NOT_TAKEN}
-    own_places = {"data.root": "", "data.unsafe_root": "", "data.val_fraction": 0.0}
-    return load_config(None, {**of_run, "objective.page": own.objective.page, **own_places, **words})
+    own_places = {"data.root": "", "data.unsafe_root": "", "data.text_only": False}
+    return load_config(None, {**flatten(own), **own_places, **words})
 
 
 def _open_pairs(config: Config, clip: ClipModel) -> QuadrupletDataset:

@@ -1,9 +1,10 @@
-"""The steps of a patch: the pairs are redirected, and what is replayed is held where it is."""
+"""The steps of a patch: the run's training goes on, with the new pairs in every batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,46 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import ObjectiveOptions, OptimizerOptions
+from ..config import Config, OptimizerOptions
 from ..data import QuadrupletDataset, collate
 from ..data.quadruplets import QuadrupletEmbeddings
 from ..embeddings import embed_batch
 from ..models import ClipModel
-from ..objectives import ObjectiveOutput, SaferClip
+from ..models.lora import adaptable_layers
+from ..objectives import Objective, ObjectiveOutput
 from ..train.device import naming_train_deterministic
 from ..train.optim import build_optimizer, check_all_used, learning_rate
+from ..train.prepare import build_objective
 from ..train.step import forward_backward
 from .places import Recipe
 from .replay import Replay
 
+HOLDING = ("cos_text", "cos_image", "nce_text", "nce_image", "spread", "neighbors")  # weights of the objective
 SHIFT = 1 / 16  # of an image's side: how far an unsafe image of the pairs is moved, at most
 
 
 class Pairs(NamedTuple):
-    """The new pairs, as the model that is patched embeds them."""
+    """The new pairs, as the frozen model embeds them."""
 
     data: QuadrupletDataset
     rows: QuadrupletEmbeddings  # [P, d]
 
 
-def build_loss(options: ObjectiveOptions, replay: Replay, **weights: float) -> SaferClip:
-    """The objective of a patch: SafeR-CLIP with the default weights, or those given, and the rank guard's limits."""
-    loss = SaferClip(
-        weights,
-        k=min(options.k, len(replay.bank)),
-        tau=options.tau,
-        beta=options.beta,
-        margin=options.margin,
-        page=options.page,
-        guard_k=options.guard_k,
-        guard_margin=options.guard_margin,
-        backend=options.backend,
-    )
+def build_loss(config: Config, replay: Replay, redirects_alone: bool = False) -> Objective:
+    """The run's own objective over what is replayed; `redirects_alone`: without what holds safe rows, where it can."""
+    options = replace(config.objective, k=min(config.objective.k, len(replay.bank)))
+    if redirects_alone:
+        options = replace(options, weights=replace(options.weights, **dict.fromkeys(HOLDING, 0.0)))
+    loss = build_objective(replace(config, objective=options))
     loss.attach(replay.bank)
     return loss
 
 
-def gradient_loss(clip: ClipModel, loss: SaferClip, replay: Replay, pairs: Pairs) -> Tensor:
+def gradient_loss(clip: ClipModel, loss: Objective, replay: Replay, pairs: Pairs) -> Tensor:
     """The loss of the pairs alone, whose gradient is what they ask of the weights."""
     batch = collate(clip.tokenizer)([pairs.data[row] for row in range(len(pairs.data))])
     rows = torch.arange(len(pairs.data))
@@ -58,17 +55,17 @@ def gradient_loss(clip: ClipModel, loss: SaferClip, replay: Replay, pairs: Pairs
 
 
 def fit(
-    clip: ClipModel, loss: SaferClip, replay: Replay, pairs: Pairs, recipe: Recipe, seed: int, progress: bool
+    clip: ClipModel, loss: Objective, replay: Replay, pairs: Pairs, recipe: Recipe, seed: int, progress: bool
 ) -> None:
     """Train adapters on `clip`, which has them afterwards.
 
-    Every batch holds pairs, whose unsafe side is redirected and guarded, and quadruplets of the run, both sides of
-    which are held at the rows that the model had before (label 0: docs/method.md, "Labels").
+    Every batch holds pairs and quadruplets of the run, treated alike: safe sides stay near the rows of the frozen model
+    that the run started from, and unsafe ones are redirected to the nearest safe rows of the replay, by those rows too.
 
     Raises FloatingPointError where the loss is not finite, and ValueError for a model without places for adapters.
     """
     torch.manual_seed(seed)  # of the adapters
-    clip.add_lora(recipe.rank, recipe.rank).train()
+    clip.add_lora(recipe.rank, recipe.rank, targets=layers_of(clip)).train()
     trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
     options = OptimizerOptions(lr=recipe.lr, schedule="cosine", warmup_steps=recipe.warmup)
     optimizer = build_optimizer(options, trained)
@@ -102,7 +99,7 @@ def fit(
 
 
 def _loss(
-    loss: SaferClip,
+    loss: Objective,
     current: QuadrupletEmbeddings,
     batch: dict[str, Any],
     replay: Replay,
@@ -114,13 +111,18 @@ def _loss(
     before = QuadrupletEmbeddings(
         *(torch.cat([old[of_old], new[of_new]]) for old, new in zip(replay.rows, pairs.rows, strict=True))
     )
-    labels = []
-    for name in ("unsafe_text_label", "unsafe_image_label"):
-        label = batch[name].float()
-        label[: len(of_old)] = 0
-        labels.append(label.to(before.safe_text.device))
-    neighbors = replay.bank.nearest(before.unsafe_text, loss.k, backend=loss.backend, check=False)
-    return loss(current, before, replay.bank, neighbors, *labels)
+    labels = (batch[name].to(before.safe_text.device) for name in ("unsafe_text_label", "unsafe_image_label"))
+    return loss(current, before, replay.bank, None, *labels)
+
+
+def layers_of(clip: ClipModel) -> list[str]:
+    """The layers that are changed: all of the text encoder's, and the last half of the image encoder's.
+
+    A step's time is that of the image encoder, and no gradient goes back through its first half.
+    """
+    names = adaptable_layers(clip.model)
+    images = [name for name in names if name.startswith("visual.")]
+    return images[len(images) // 2 :] + [name for name in names if not name.startswith("visual.")]
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

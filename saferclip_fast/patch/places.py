@@ -18,11 +18,11 @@ STAGE = ".patch"  # in `out`, while it is written
 class Recipe:
     """How a patch is fitted; chosen on validation data (docs/patch.md)."""
 
-    steps: int = 60
-    lr: float = 1e-3
+    steps: int = 80
+    lr: float = 2e-3
     rank: int = 16
     warmup: int = 5  # steps
-    replayed: int = 32  # quadruplets of the run in a batch
+    replayed: int = 16  # quadruplets of the run in a batch
     shown: int = 16  # pairs in a batch, at most
 
 

@@ -1,4 +1,4 @@
-"""The run's own quadruplets, which a patch leaves where they are."""
+"""The run's own quadruplets, which a patch goes over again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ..results import PAGE, UNSAFE_FOUND, UNSAFE_RATE, at
 from ..train.dataset import open_data, split_rows
 from .result import Figures
 
-MOST = 1_000  # rows: a random part of a larger training set
+MOST = 800  # rows: a random part of a larger training set
 HELD = (at("S-V.text_to_image", 1), at("S-V.image_to_text", 1))
 RATE = at(UNSAFE_RATE)
 
 
 @dataclass
 class Replay:
-    """Rows of the training set, as the model that is patched embeds them."""
+    """Rows of the training set, as the frozen model embeds them."""
 
     data: QuadrupletDataset
     rows: QuadrupletEmbeddings  # [N, d], of unit length or not
@@ -55,7 +55,7 @@ def open_replay(config: Config, source: str | None, clip: ClipModel) -> Quadrupl
             raise
         raise ConfigError(
             f"the run's training data, which a patch goes over again, cannot be read ({error}): name where it is now, "
-            "or other quadruplets of what the model must keep, with --replay SOURCE"
+            "or other quadruplets of the kinds that it knows, with --replay SOURCE"
         ) from error
     rows, _ = split_rows(len(opened), 0.0 if config.data.val else config.data.val_fraction, config.seed)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[:MOST]
@@ -66,11 +66,11 @@ def open_replay(config: Config, source: str | None, clip: ClipModel) -> Quadrupl
     return QuadrupletDataset(records, clip.preprocess, policy, config.data.max_pixels, opened.text_only)
 
 
-def embed_replay(clip: ClipModel, data: QuadrupletDataset, cache_dir: str, options: dict[str, Any]) -> Replay:
-    """The rows of `data` under `clip`, which is not trained yet; kept in `cache_dir`."""
-    found = embed_quadruplets(clip, data, cache_dir, title="embed replayed quadruplets", **options)
-    rows = QuadrupletEmbeddings(*(x.to(clip.device) for x in found.embeddings))
-    return Replay(data, rows, bank_from(found).to(clip.device).pack(), Task(data).labels)
+def embed_replay(frozen: ClipModel, data: QuadrupletDataset, cache_dir: str, options: dict[str, Any]) -> Replay:
+    """The rows of `data` under `frozen`, the model that the run started from; kept in `cache_dir`."""
+    found = embed_quadruplets(frozen, data, cache_dir, title="embed replayed quadruplets", **options)
+    rows = QuadrupletEmbeddings(*(x.to(frozen.device) for x in found.embeddings))
+    return Replay(data, rows, bank_from(found).to(frozen.device).pack(), Task(data).labels)
 
 
 def figures_of(

@@ -1,8 +1,9 @@
-"""The batches of a patch and the pictures of its pairs."""
+"""The batches of a patch, the layers that it changes, and the pictures of its pairs."""
 
 import torch
 
-from saferclip_fast.patch.fit import _batches, moved
+import saferclip_fast as sf
+from saferclip_fast.patch.fit import _batches, layers_of, moved
 
 
 def test_no_row_is_twice_in_a_batch_and_all_come_before_any_comes_again():
@@ -25,3 +26,11 @@ def test_pictures_move_a_little_and_their_edges_repeat():
     assert {row for row, _ in places} == set(range(8, 13))
     assert {column for _, column in places} == set(range(18, 23)) | set(range(9, 14))  # mirrored: 31 - 20 = 11
     assert dot.sum() == 64 * 3
+
+
+def test_the_text_encoder_and_the_last_half_of_the_image_encoder_change():
+    torch.manual_seed(0)
+    names = layers_of(sf.load_clip("RN-small-32"))
+    images = [name for name in names if name.startswith("visual.")]
+    assert len(images) == 10 and all("layer4" in name or "layer3" in name for name in images[2:])
+    assert {name.split(".")[2] for name in names if name not in images} == {"0", "1"}

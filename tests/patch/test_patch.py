@@ -11,7 +11,8 @@ import saferclip_fast as sf
 from saferclip_fast.config import ConfigError, load_config
 from saferclip_fast.data import DataError, open_quadruplets, open_rows
 from saferclip_fast.models import ClipModel
-from saferclip_fast.patch import call, fit, folder, replay
+from saferclip_fast.objectives import SaferClip
+from saferclip_fast.patch import call, folder, replay
 from saferclip_fast.patch.__main__ import main
 from saferclip_fast.patch.call import STEPS, _largest
 from saferclip_fast.patch.places import STAGE
@@ -114,22 +115,52 @@ def test_pairs_are_redirected_and_what_is_replayed_is_held(run, tmp_path):
     assert kept("unsafe_image", PAIRS) < kept("unsafe_image", KNOWN[11:])
 
 
-def test_rows_of_the_run_are_labeled_safe_and_pairs_keep_their_labels(run, patched, tmp_path, monkeypatch):
+def test_pairs_and_rows_of_the_run_go_in_together_with_their_own_labels(run, tmp_path, monkeypatch):
     seen = []
 
     def watched(self, current, frozen, bank, neighbors, text, image, *rest):
-        seen.append((text.tolist(), image.tolist()))
+        seen.append((len(current.safe_text), text.tolist(), image.tolist()))
         return forward(self, current, frozen, bank, neighbors, text, image, *rest)
 
-    forward = fit.SaferClip.forward
-    monkeypatch.setattr(fit.SaferClip, "forward", watched)
+    forward = SaferClip.forward
+    monkeypatch.setattr(SaferClip, "forward", watched)
     data = open_quadruplets("scenes:n=6,seed=2,mixed=0.7")
     labels = sorted((r.unsafe_text_label, r.unsafe_image_label) for r in data.records)
     assert len(set(labels)) > 1
     sf.patch(run, "scenes:n=6,seed=2,mixed=0.7", tmp_path / "out", **SHORT)
-    assert sorted(zip(*seen[0], strict=True)) == labels  # the gradient's
-    for text, image in seen[1:]:
-        assert text[:-6] == image[:-6] == [0] * 32 and sorted(zip(text[-6:], image[-6:], strict=True)) == labels
+    assert sorted(zip(*seen[0][1:], strict=True)) == labels and seen[0][0] == 6, "the gradient is the pairs' alone"
+    assert len(seen) == 1 + SHORT["steps"]
+    for count, text, image in seen[1:]:
+        assert count == 22 and text[:16] == image[:16] == [1] * 16
+        assert sorted(zip(text[16:], image[16:], strict=True)) == labels
+
+
+def test_rows_are_those_of_the_frozen_model(run, tmp_path, monkeypatch):
+    given = []
+
+    def watched(clip, loss, old, pairs, *rest):
+        given.append((old, pairs))
+        return fit(clip, loss, old, pairs, *rest)
+
+    fit = call.fit
+    monkeypatch.setattr(call, "fit", watched)
+    sf.patch(run, PAIRS, tmp_path / "out", **SHORT)
+    (old, pairs) = given[0]
+    frozen = sf.load(run, dial=0)
+    for rows, data in ((old.rows, old.data), (pairs.rows, pairs.data)):
+        wanted = replay.embed_quadruplets(frozen, data, tmp_path / "cache", progress=False).embeddings
+        for value, other in zip(rows, wanted, strict=True):
+            torch.testing.assert_close(value, other)
+    known, trained = open_quadruplets(KNOWN[11:]), {record.unsafe_text for record in old.data.records}
+    assert len(old.data) == 86 and trained <= set(known.unsafe_captions), "what training held out is not replayed"
+
+
+@pytest.mark.parametrize("name", ["safeclip", "shieldclip"])
+def test_a_run_of_another_objective_goes_on_with_it(run, tmp_path, name):
+    weights = run.parent / "weights" / "open_clip_model.safetensors"
+    words = (KNOWN, f"objective.name={name}", "train.epochs=1", "lora.dropout=0")
+    train(tiny(tmp_path / "run", weights, tmp_path / "cache", *words))
+    assert sf.patch(tmp_path / "run", PAIRS, tmp_path / "out", **SHORT).part == 1
 
 
 def test_the_command_patches_and_prints(run, tmp_path, capsys):

@@ -99,7 +99,7 @@ def patch_model(
         place = set_up_torch(load_config(None, {"device": device, "seed": seed}, "options"))
         clip, frozen = open_model(path, place).eval(), frozen_of(path, place).eval()
         new = _open_pairs(given, clip)
-        loading = {"batch_size": batch_size, "num_workers": own.data.num_workers, "progress": progress}
+        loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": own.data.num_workers, "progress": progress}
         source = None if replay is None else os.fspath(replay)
         old = embed_replay(frozen, open_replay(own, source, clip), own.data.cache_dir, loading)
         of_new = embed_quadruplets(frozen, new, own.data.cache_dir, title="embed pairs", **loading).embeddings
@@ -111,7 +111,7 @@ def patch_model(
         changed = copy.deepcopy(clip)
         fit(changed, build_loss(given, old), old, shown, recipe, seed, progress)
         end = merged_state_dict(changed.model)
-        unsafe = tuple(torch.tensor([getattr(r, f"{m}_is_unsafe") for r in new.records]) for m in ("text", "image"))
+        unsafe = torch.tensor([(record.text_is_unsafe, record.image_is_unsafe) for record in new.records])
 
         def figures(model: ClipModel) -> Figures:
             both = (embed_quadruplets(model, data, once, title="measure", **loading) for data in (old.data, new))

@@ -73,14 +73,12 @@ def embed_replay(frozen: ClipModel, data: QuadrupletDataset, cache_dir: str, opt
     return Replay(data, rows, bank_from(found).to(frozen.device).pack(), Task(data).labels)
 
 
-def figures_of(
-    replayed: QuadrupletEmbeddings, labels: Labels, pairs: QuadrupletEmbeddings, unsafe: tuple[Tensor, Tensor]
-) -> Figures:
+def figures_of(replayed: QuadrupletEmbeddings, labels: Labels, pairs: QuadrupletEmbeddings, unsafe: Tensor) -> Figures:
     """What a patch changes and what it should not, all of it on training data.
 
     Args:
         replayed: [N, d] rows of a model; `labels` are theirs.
-        pairs: [P, d] rows of the pairs; `unsafe` bool [P]: which of their texts, and of their images.
+        pairs: [P, d] rows of the pairs; `unsafe` bool [P, 2]: which of their texts, and of their images.
     """
     old = retrieval(replayed, labels)
     rates = [old[at(name)].mean for name in UNSAFE_FOUND if at(name) in old]
@@ -94,10 +92,10 @@ def losses(before: Figures, after: Figures) -> Figures:
     return rise | {name: before[name] - after[name] for name in HELD}
 
 
-def _pairs_found(replayed: QuadrupletEmbeddings, pairs: QuadrupletEmbeddings, unsafe: tuple[Tensor, Tensor]) -> float:
+def _pairs_found(replayed: QuadrupletEmbeddings, pairs: QuadrupletEmbeddings, unsafe: Tensor) -> float:
     """The mean of the four rates of finding a pair's unsafe side among the first PAGE, of these and safe items."""
     text, image = (torch.cat(sides) for sides in zip(replayed[:2], pairs[:2], strict=True))
-    bad_text, bad_image = pairs.unsafe_text[unsafe[0]], pairs.unsafe_image[unsafe[1]]
+    bad_text, bad_image = pairs.unsafe_text[unsafe[:, 0]], pairs.unsafe_image[unsafe[:, 1]]
     rates = []
     for queries, bad_queries, items, bad_items in (
         (text, bad_text, image, bad_image),

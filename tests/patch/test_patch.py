@@ -15,6 +15,7 @@ from saferclip_fast.objectives import SaferClip
 from saferclip_fast.patch import call, folder, replay
 from saferclip_fast.patch.__main__ import main
 from saferclip_fast.patch.call import STEPS, _largest
+from saferclip_fast.patch.fit import layers_of
 from saferclip_fast.patch.places import STAGE
 from saferclip_fast.train import train
 from tests.support.tiny import tiny
@@ -53,6 +54,7 @@ def test_every_change_is_of_low_rank_and_only_layers_with_adapters_change(run, p
     changes = {name: after[name] - value for name, value in before.items() if not torch.equal(after[name], value)}
     assert changes and all(name.endswith("weight") and value.dim() >= 2 for name, value in changes.items())
     assert any(name.startswith("visual.") for name in changes) and any("visual." not in name for name in changes)
+    assert set(changes) <= {f"{name}.weight" for name in layers_of(patched.model)}
     for name, value in changes.items():
         s = torch.linalg.svdvals(value.double().flatten(1))
         assert s[2] < 1e-4 * s[0], name  # what is left are rounding errors of float32
@@ -180,14 +182,15 @@ def test_what_fails_while_it_writes_leaves_no_model_and_the_next_one_writes(run,
     def stop(*values):
         raise OSError(28, "No space left on device")
 
+    def in_stage(file):
+        return file.parent.name == STAGE and not file.name.startswith(".")
+
     out = tmp_path / "out"
     with monkeypatch.context() as patching:
-        if fails == "replace":  # the last file, open_clip's configuration
+        if fails == "replace":  # of the weights: the configuration must not be there yet
             move = Path.replace
             patching.setattr(
-                Path,
-                "replace",
-                lambda self, to: stop() if self.parent.name == STAGE and "config" in self.name else move(self, to),
+                Path, "replace", lambda self, to: stop() if in_stage(self) and "model" in self.name else move(self, to)
             )
         else:
             patching.setattr(*((folder, "draw_energy") if fails == "draw_energy" else (ClipModel, "export")), stop)
@@ -314,8 +317,8 @@ def test_a_pairs_unsafe_side_is_found_among_safe_items_alone():
     old = replay.QuadrupletEmbeddings(safe, safe, safe, safe)
     one = eye[20:21]
     apart = replay.QuadrupletEmbeddings(one, one, eye[25:26], -eye[25:26])
-    yes = torch.tensor([True])
-    assert replay._pairs_found(old, apart, (yes, yes)) < 0.5
+    yes = torch.tensor([[True, True]])
+    assert replay._pairs_found(old, apart, yes) < 0.5
     together = replay.QuadrupletEmbeddings(one, one, eye[25:26], eye[25:26])
-    assert replay._pairs_found(old, together, (yes, yes)) >= 0.5
-    assert replay._pairs_found(old, together, (~yes, ~yes)) == 0
+    assert replay._pairs_found(old, together, yes) >= 0.5
+    assert replay._pairs_found(old, together, ~yes) == 0

@@ -295,11 +295,15 @@ def test_a_run_without_unsafe_images_is_refused(run, tmp_path):
 def test_the_largest_part_with_which_nothing_gets_worse_is_kept(edge):
     before = {"unsafe_rate@10": 0.1, "S-V.text_to_image@1": 0.8, "S-V.image_to_text@1": 0.8}
 
+    asked = []
+
     def measure(part):
+        asked.append(part)
         return before | ({"S-V.image_to_text@1": 0.7} if part > edge else {"unsafe_rate@10": 0.1095})
 
     part, model, after = _largest(lambda part: part, measure, before, 0.01)
     assert model == part and part <= edge and (edge - part < 2**-STEPS) and after["unsafe_rate@10"] == 0.1095
+    assert len(asked) == (1 if edge == 1 else STEPS + 1), "the whole of it is tried first, and is enough"
 
 
 def test_a_change_of_which_no_part_keeps_what_is_held_is_refused():

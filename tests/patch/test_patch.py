@@ -158,7 +158,11 @@ def test_rows_are_those_of_the_frozen_model(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["safeclip", "shieldclip"])
-def test_a_run_of_another_objective_goes_on_with_it(run, tmp_path, name):
+def test_a_run_of_another_objective_goes_on_with_it(run, tmp_path, monkeypatch, name):
+    def other(*values):
+        raise AssertionError("not this run's objective")
+
+    monkeypatch.setattr(SaferClip, "forward", other)
     weights = run.parent / "weights" / "open_clip_model.safetensors"
     words = (KNOWN, f"objective.name={name}", "train.epochs=1", "lora.dropout=0")
     train(tiny(tmp_path / "run", weights, tmp_path / "cache", *words))

@@ -31,8 +31,8 @@ from ..train.run_folder import read_run_config
 from .fit import Pairs, build_loss, fit, gradient_loss
 from .folder import write
 from .places import MAX_LOSS, Recipe, check_out, check_pairs, check_recipe, check_run
-from .replay import embed_replay, figures_of, losses, open_replay
-from .result import Figures, Patched
+from .replay import Measured, embed_replay, losses, measured, open_replay
+from .result import Patched
 from .spectrum import spectra
 
 STEPS = 4  # halvings of the interval that the kept part lies in: 1/16
@@ -68,7 +68,8 @@ def patch_model(
         out: a new or empty folder for the weights (open_clip's), patch.json, energy.png.
         replay: other quadruplets to go over in place of those that the run was trained on.
         steps, lr, rank: of the change.
-        max_loss: by how much the unsafe rate at rank 10 of what is replayed may rise, and safe retrieval may fall.
+        max_loss: by how much the unsafe rate at rank 10 of what is replayed may rise, and its safe retrieval may fall:
+            less than what may be lost on other data, since this was trained on.
         options: `data.*`: how the pairs are read, `objective.*`: how they are redirected; the run's own are the
             defaults.
         device, batch_size: where and how embeddings are computed.
@@ -113,15 +114,15 @@ def patch_model(
         end = merged_state_dict(changed.model)
         unsafe = torch.tensor([(record.text_is_unsafe, record.image_is_unsafe) for record in new.records])
 
-        def figures(model: ClipModel) -> Figures:
+        def measure(model: ClipModel) -> Measured:
             both = (embed_quadruplets(model, data, once, title="measure", **loading) for data in (old.data, new))
             replayed, of_pairs = (rows.embeddings for rows in both)
-            return figures_of(replayed, old.labels, of_pairs, unsafe)
+            return measured(replayed, old.labels, of_pairs, unsafe)
 
-        before = figures(clip)
-        part, patched, after = _largest(lambda part: _with(clip, end, part), figures, before, max_loss)
-        seconds = time.perf_counter() - start
-        result = Patched(patched, len(new), part, {"before": before, "after": after}, found, seconds, folder)
+        before = measure(clip)
+        part, patched, after = _largest(lambda part: _with(clip, end, part), measure, before, max_loss)
+        figures = {"before": before.figures, "after": after.figures}
+        result = Patched(patched, len(new), part, figures, found, time.perf_counter() - start, folder)
         write(result, asdict(recipe) | {"seed": seed, "max_loss": max_loss, "replayed_of": len(old.data)})
     return result
 
@@ -161,8 +162,8 @@ def _with(clip: ClipModel, end: Mapping[str, torch.Tensor], part: float) -> Clip
 
 
 def _largest(
-    at: Callable[[float], ClipModel], measure: Callable[[ClipModel], Figures], before: Figures, max_loss: float
-) -> tuple[float, ClipModel, Figures]:
+    at: Callable[[float], ClipModel], measure: Callable[[ClipModel], Measured], before: Measured, max_loss: float
+) -> tuple[float, ClipModel, Measured]:
     """The largest part of the change, to 1/2^STEPS, with which no held figure is worse by more than `max_loss`.
 
     Raises ConfigError where there is none.
@@ -172,8 +173,8 @@ def _largest(
     for _ in range(STEPS + 1):
         model = at(part)
         after = measure(model)
-        worst = losses(before, after)
-        if max(worst.values()) <= max_loss:
+        worst = losses(before, after, max_loss)
+        if max(worst.values(), default=0.0) <= max_loss:
             low, best = part, (part, model, after)
         else:
             high = part

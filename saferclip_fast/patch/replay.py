@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,12 @@ from ..train.dataset import open_data, split_rows
 from .result import Figures
 
 MOST = 800  # rows: a random part of a larger training set
-HELD = (at("S-V.text_to_image", 1), at("S-V.image_to_text", 1))
+# figure -> who asks; also further down: which of a class's captions comes first says little where they name no more
+HELD = {
+    at(name, k): part
+    for name, part in {"S-V.text_to_image": "safe_text", "S-V.image_to_text": "safe_image"}.items()
+    for k in (1, 5, 10)
+}
 RATE = at(UNSAFE_RATE)
 
 
@@ -73,23 +79,36 @@ def embed_replay(frozen: ClipModel, data: QuadrupletDataset, cache_dir: str, opt
     return Replay(data, rows, bank_from(found).to(frozen.device).pack(), Task(data).labels)
 
 
-def figures_of(replayed: QuadrupletEmbeddings, labels: Labels, pairs: QuadrupletEmbeddings, unsafe: Tensor) -> Figures:
-    """What a patch changes and what it should not, all of it on training data.
+class Measured(NamedTuple):
+    """What a patch changes and what it should not, all of it on training data."""
+
+    figures: Figures
+    queries: Mapping[str, int]  # of a held figure: how many different ones there are
+
+
+def measured(replayed: QuadrupletEmbeddings, labels: Labels, pairs: QuadrupletEmbeddings, unsafe: Tensor) -> Measured:
+    """The figures of a model.
 
     Args:
-        replayed: [N, d] rows of a model; `labels` are theirs.
+        replayed: [N, d] rows of it; `labels` are theirs.
         pairs: [P, d] rows of the pairs; `unsafe` bool [P, 2]: which of their texts, and of their images.
     """
-    old = retrieval(replayed, labels)
-    rates = [old[at(name)].mean for name in UNSAFE_FOUND if at(name) in old]
-    held = {RATE: statistics.mean(rates)} if rates else {}
-    return {f"pairs.{RATE}": _pairs_found(replayed, pairs, unsafe), **held, **{name: old[name].mean for name in HELD}}
+    found = retrieval(replayed, labels)
+    rates = [found[at(name)].mean for name in UNSAFE_FOUND if at(name) in found]
+    held = ({RATE: statistics.mean(rates)} if rates else {}) | {name: found[name].mean for name in HELD}
+    counts = {part: len(getattr(labels.contents, part).unique()) for part in ("safe_text", "safe_image")}
+    queries = {name: counts[HELD[name]] if name in HELD else sum(counts.values()) for name in held}
+    return Measured({f"pairs.{RATE}": _pairs_found(replayed, pairs, unsafe)} | held, queries)
 
 
-def losses(before: Figures, after: Figures) -> Figures:
-    """By how much each figure of what is replayed is worse."""
-    rise = {RATE: after[RATE] - before[RATE]} if RATE in before else {}
-    return rise | {name: before[name] - after[name] for name in HELD}
+def losses(before: Measured, after: Measured, max_loss: float) -> Figures:
+    """By how much each held figure is worse, of those that can show a loss of `max_loss`.
+
+    Equal queries find the same: of 40 captions for 800 pictures, one that changes moves a figure by two points. So a
+    figure counts where a query is at most `max_loss` of it.
+    """
+    sign = {name: 1 if name == RATE else -1 for name, count in before.queries.items() if count * max_loss >= 1}
+    return {name: sign[name] * (after.figures[name] - before.figures[name]) for name in sign}
 
 
 def _pairs_found(replayed: QuadrupletEmbeddings, pairs: QuadrupletEmbeddings, unsafe: Tensor) -> float:

@@ -10,6 +10,8 @@ import torch
 import saferclip_fast as sf
 from saferclip_fast.config import ConfigError, load_config
 from saferclip_fast.data import DataError, open_quadruplets, open_rows
+from saferclip_fast.evaluate.metrics import Labels
+from saferclip_fast.evaluate.right_items import Contents
 from saferclip_fast.models import ClipModel
 from saferclip_fast.objectives import SaferClip
 from saferclip_fast.patch import call, folder, replay
@@ -77,7 +79,7 @@ def test_what_was_done_is_written_and_printed(patched):
     assert written["pairs"] == patched.pairs == 4 and written["part"] == patched.part == 1
     assert written["recipe"]["steps"] == 3 and written["recipe"]["rank"] == 2 and written["recipe"]["seed"] == 0
     assert written["weights_hash"] == patched.model.weights_hash and written["figures"] == patched.figures
-    names = ["pairs.unsafe_rate@10", "unsafe_rate@10", "S-V.text_to_image@1", "S-V.image_to_text@1"]
+    names = ["pairs.unsafe_rate@10", "unsafe_rate@10", *replay.HELD]
     assert list(patched.figures["before"]) == list(patched.figures["after"]) == names
     layers = written["energy"]["layers"]
     assert len(layers) == len(patched.spectra) and written["energy"]["ranks"] == [1, 2, 4, 8, 16, 32]
@@ -295,27 +297,53 @@ def test_a_run_without_unsafe_images_is_refused(run, tmp_path):
         sf.patch(tmp_path / "run", PAIRS, tmp_path / "out", **SHORT)
 
 
+def as_measured(queries=1000, **values):
+    names = [replay.RATE, *replay.HELD]
+    return replay.Measured({name: values.get(name, 0.5) for name in names}, dict.fromkeys(names, queries))
+
+
 @pytest.mark.parametrize("edge", [1.0, 0.9, 0.5, 0.07])
 def test_the_largest_part_with_which_nothing_gets_worse_is_kept(edge):
-    before = {"unsafe_rate@10": 0.1, "S-V.text_to_image@1": 0.8, "S-V.image_to_text@1": 0.8}
-
-    asked = []
+    asked, last = [], list(replay.HELD)[-1]
 
     def measure(part):
         asked.append(part)
-        return before | ({"S-V.image_to_text@1": 0.7} if part > edge else {"unsafe_rate@10": 0.1095})
+        return as_measured(**({last: 0.48} if part > edge else {replay.RATE: 0.509}))
 
-    part, model, after = _largest(lambda part: part, measure, before, 0.01)
-    assert model == part and part <= edge and (edge - part < 2**-STEPS) and after["unsafe_rate@10"] == 0.1095
+    part, model, after = _largest(lambda part: part, measure, as_measured(), 0.01)
+    assert model == part and part <= edge and (edge - part < 2**-STEPS) and after.figures[replay.RATE] == 0.509
     assert len(asked) == (1 if edge == 1 else STEPS + 1), "the whole of it is tried first, and is enough"
 
 
 def test_a_change_of_which_no_part_keeps_what_is_held_is_refused():
-    before = {"unsafe_rate@10": 0.1, "S-V.text_to_image@1": 0.8, "S-V.image_to_text@1": 0.8}
     with pytest.raises(
         ConfigError, match=r"unsafe_rate@10 of what is replayed is worse by 0\.300, more than --max-loss"
     ):
-        _largest(lambda part: part, lambda part: before | {"unsafe_rate@10": 0.4}, before, 0.01)
+        _largest(lambda part: part, lambda part: as_measured(**{replay.RATE: 0.8}), as_measured(), 0.01)
+
+
+def test_losses_point_up_for_rates_and_down_for_retrieval_of_enough_different_queries():
+    first, second = list(replay.HELD)[:2]
+    after = as_measured(**{replay.RATE: 0.6, first: 0.6, second: 0.3})
+    found = replay.losses(as_measured(), after, 0.01)
+    assert [found[name] for name in (replay.RATE, first, second)] == pytest.approx([0.1, -0.1, 0.2])
+    assert set(found) == {replay.RATE, *replay.HELD}
+    assert replay.losses(as_measured(100), after, 0.01) and not replay.losses(as_measured(99), after, 0.01)
+
+
+def test_queries_that_are_equal_count_once():
+    rows = torch.eye(30)
+    numbers = torch.arange(30)
+    contents = Contents(numbers % 3, numbers, numbers + 30, numbers + 30)
+    ones = torch.ones(30, dtype=torch.int64)
+    found = replay.measured(
+        replay.QuadrupletEmbeddings(*[rows] * 4),
+        Labels(contents, ones, ones),
+        replay.QuadrupletEmbeddings(*[rows[:2]] * 4),
+        torch.ones(2, 2, dtype=torch.bool),
+    )
+    assert {name: count for name, count in found.queries.items() if "text_to" in name}.popitem()[1] == 3
+    assert {name: count for name, count in found.queries.items() if "image_to" in name}.popitem()[1] == 30
 
 
 def test_a_pairs_unsafe_side_is_found_among_safe_items_alone():

@@ -6,6 +6,7 @@ import saferclip_fast.evaluate.result as _evaluate
 import saferclip_fast.export.result as _export
 import saferclip_fast.gate.model as _gate
 import saferclip_fast.generate.result as _generate
+import saferclip_fast.patch.result as _patch
 import saferclip_fast.restore.result as _restore
 
 from .api import FineTuned, fine_tune
@@ -30,10 +31,10 @@ from .sources import load
 from .version import __version__
 
 if not typing.TYPE_CHECKING:
-    from . import describe, evaluate, export, gate, generate, restore
+    from . import describe, evaluate, export, gate, generate, patch, restore
 
-# modules that can be called; describe_images, evaluate_model, export_model, gate_model, generate_images and
-# restore_model have the whole signatures
+# modules that can be called; describe_images, evaluate_model, export_model, gate_model, generate_images, patch_model
+# and restore_model have the whole signatures
 class _Describe(types.ModuleType):
     def __call__(
         self, model: typing.Any, run: typing.Any, images: typing.Any, out: typing.Any, **options: typing.Any
@@ -66,6 +67,12 @@ class _Generate(types.ModuleType):
     ) -> _generate.Generated: ...
     def __getattr__(self, name: str) -> typing.Any: ...
 
+class _Patch(types.ModuleType):
+    def __call__(
+        self, run: typing.Any, pairs: typing.Any, out: typing.Any, **options: typing.Any
+    ) -> _patch.Patched: ...
+    def __getattr__(self, name: str) -> typing.Any: ...
+
 class _Restore(types.ModuleType):
     def __call__(
         self, run: typing.Any, later: typing.Any, out: typing.Any, data: typing.Any = None, **options: typing.Any
@@ -77,6 +84,7 @@ evaluate: _Evaluate
 export: _Export
 gate: _Gate
 generate: _Generate
+patch: _Patch
 restore: _Restore
 
 __all__ = [
@@ -105,6 +113,7 @@ __all__ = [
     "load_gate",
     "load_guard",
     "nearest_safe",
+    "patch",
     "preservation_loss",
     "restore",
     "retarget_loss",

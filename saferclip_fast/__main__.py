@@ -19,6 +19,7 @@ COMMANDS = {  # command -> the folder whose __main__ it is, and what it does
     "report": ("report", "one HTML page on one run or several"),
     "export": ("export", "write a tuned model for open_clip, Hugging Face, PEFT or ONNX"),
     "restore": ("restore", "put back the safety that a later fine-tuning took"),
+    "patch": ("patch", "teach a safe model a new kind of unsafe content from a few pairs"),
     "generate": ("generate", "count the harmful images of a diffusion pipeline with the tuned encoder"),
     "describe": ("describe", "count the harmful texts that a model writes for images with the tuned encoder"),
     "label": ("label_images", "label a table's unsafe images by a classifier"),

@@ -16,6 +16,7 @@ from benchmarks.quality import (
     gate,
     geometry,
     guard,
+    patch,
     restore,
     runs,
     scores,
@@ -266,6 +267,33 @@ def test_tables_of_restore_are_the_committed_results_and_its_shares_are_those_of
     one = {"data": "scenes", "models": models, "restored": {name: {"add": 0.5} for name in restore.THRESHOLDS}}
     back = restore.summarize([one])[-1]["metrics"]
     assert [back[part]["mean"] for part in ("rise taken back", "gain kept", "add")] == pytest.approx([0.75, 0.75, 0.5])
+
+
+def test_tables_of_patch_are_the_committed_results_and_its_losses_are_the_largest():
+    found = json.loads((ROOT / "benchmarks" / "results" / "patch" / "patch.json").read_text())
+    page = (ROOT / "docs" / "patch.md").read_text(encoding="utf-8")
+    assert {(one["data"], one["seed"]) for one in found["seeds"]} == {
+        (data, seed) for data in ("scenes", "photos") for seed in range(3)
+    }
+    assert json.loads(json.dumps(patch.summarize(found["seeds"]))) == found["rows"]
+    assert all(patch.table_of(found["rows"], data) in page for data in ("scenes", "photos"))
+
+    then = {"new@10": 0.8, "new@1": 0.5, "old@10": 0.1, "zero_shot": 0.9, **dict.fromkeys(patch.KEPT[1:], 0.7)}
+    now = then | {"new@10": 0.2, "old@10": 0.105, "zero_shot": 0.88, patch.KEPT[1]: 0.75}
+    assert patch.worst(then, now) == pytest.approx(0.02)
+    one = {"data": "scenes", "models": {"before": then, "16": now}, "patches": {"16": {"part": 0.5}}}
+    row = patch.summarize([one])[-1]["metrics"]
+    assert [row[name]["mean"] for name in ("fall", "worst", "part")] == pytest.approx([0.75, 0.02, 0.5])
+
+
+def test_the_hazard_that_is_left_out_is_another_one_for_each_seed_and_in_no_other_list():
+    for data in ("scenes", "photos"):
+        out = [patch.left_out(data, seed) for seed in range(3)]
+        assert len({new for new, _ in out}) == 3
+        assert all({new, *old.split("+")} == set(patch.HAZARDS[data]) and new not in old.split("+") for new, old in out)
+    plan = runs.Plan(ROOT, ROOT, ROOT / "photos.tar")
+    held_out = [patch.source_of(plan, "photos", 9, seed, "test", "fire", 0.0) for seed in (0, runs.VALIDATION_SEED)]
+    assert held_out[0].endswith("half=even") and held_out[1].endswith("half=odd")
 
 
 def test_weights_of_the_geometry_terms_are_chosen_by_validation_and_reported_on_tests(tmp_path, monkeypatch):

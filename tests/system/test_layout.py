@@ -26,7 +26,7 @@ FLOORS = (
     ("train",),
     ("sources",),
     ("evaluate", "export"),
-    ("api", "demo", "generate", "guard", "restore"),
+    ("api", "demo", "generate", "guard", "patch", "restore"),
     ("describe", "gate"),
 )
 LEVEL = {"_C": 0} | {room: level for level, floor in enumerate(FLOORS, 1) for room in floor}  # _C: the native module

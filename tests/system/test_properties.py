@@ -305,7 +305,7 @@ def test_everything_public_is_here():
     # these train or need a model, and are tested with a few in tests/api
     elsewhere = ("ClipModel", "FineTuned", "evaluate", "export", "fine_tune", "load", "load_clip")
     elsewhere += ("Guard", "describe", "fit_guard", "generate", "load_guard", "restore")  # in folders of their own
-    elsewhere += ("GatedModel", "gate", "load_gate")  # in tests/gate
+    elsewhere += ("GatedModel", "gate", "load_gate", "patch")
     for name in sf.__all__:
         assert name in results + elsewhere or f"sf.{name}" in text, name
 

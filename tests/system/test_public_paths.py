@@ -34,13 +34,14 @@ PUBLIC = {
     "saferclip_fast.label_images": ["label_table", "open_classifier"],
     "saferclip_fast.models": ["ClipModel", "load_clip"],
     "saferclip_fast.objectives": ["Objective", "QuadrupletEmbeddings", "SafeClip", "SaferClip", "ShieldClip"],
+    "saferclip_fast.patch": ["Patched", "Spectrum", "patch_model"],
     "saferclip_fast.report": ["load_runs", "render", "write"],
     "saferclip_fast.train": ["TrainResult", "Trainer", "train"],
 }
 SLOWER = 4  # than an idle machine, at most, while other tests run beside
 COMMANDS = (
     *("demo", "describe", "doctor", "evaluate", "export", "gate", "generate", "guard", "label_images", "report"),
-    *("restore", "train", "tune"),
+    *("patch", "restore", "train", "tune"),
 )
 
 HELP = """
@@ -105,6 +106,9 @@ def test_the_one_command_alone_prints_its_help():
             "restore . . --out no/out --add -1",
             "--add is how much of the safe change is added, a finite number",
         ),
+        ("patch no/run --pairs p.csv --out no/out", "there is no folder no/run: give the folder of the run"),
+        ("patch . --pairs p.csv --out no/out", ". is no run: give the folder of the run that made the model safe"),
+        ("patch . --pairs p.csv --out no/out --steps 0", "--steps is how many steps are taken, 1 or more, got 0"),
         ("generate no/pipe --run . --prompts p.txt --out no/out", "no/pipe is no folder of a diffusers pipeline"),
         ("generate hf-hub:a/b --run no/run --prompts p.txt --out no/out", "no/run not found"),
         ("generate hf-hub:a/b --run . --prompts p.txt --out no/out", "cannot read p.txt: there is no such file"),

@@ -20,10 +20,12 @@ from ..quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
 from ..readers.tar_index import index_tar
 from ..transforms import Transform
 from . import signs
+from .names import chosen_names
 
 # Caption templates and zero-shot prompts; {} takes a class name with its article.
 TEMPLATES = ("a photo of {}", "a picture of {}", "a small photo of {}", "an image of {}")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+HAZARDS = tuple(name.removesuffix(" sign") for name in signs.SIGNS)
 
 
 @dataclass
@@ -105,7 +107,8 @@ class PhotoDataset(QuadrupletDataset):
 
     path: the tar. split: its top folder. n: number of quadruplets (default: one for each photo; at most that
     many). mismatch: probability that the fixed safe partner is of another class. size: pixels a side. half: "even" or
-    "odd" takes every second photograph, so that two sets of one split share none.
+    "odd" takes every second photograph, so that two sets of one split share none. hazards: which signs
+    unsafe photographs carry, as "fire+stop" (default: all of HAZARDS).
 
     Besides the items: uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images` (the
     unsafe photos without their sign), `right_texts`; int64 [n] `safe_labels`, `unsafe_labels` into
@@ -125,9 +128,11 @@ class PhotoDataset(QuadrupletDataset):
         on_error: str = "raise",
         transform: Transform | None = None,
         half: str = "",
+        hazards: str = "",
     ):
         if half not in ("", "even", "odd"):
             raise ValueError(f"half is even, odd or empty, got {half!r}")
+        chosen = np.array(chosen_names(hazards, HAZARDS))
         self.photos = photos = load_photos(path, split, size, on_error)
         if half:
             self.photos = photos = photos.every_second(half == "odd")
@@ -139,7 +144,7 @@ class PhotoDataset(QuadrupletDataset):
         generator = _generator(seed, 0)
         self.unsafe_rows = generator.permutation(len(photos))[:n]
         self.safe_rows = _partners(photos.labels, self.unsafe_rows, mismatch, generator)
-        self.signs = generator.integers(0, len(signs.SIGNS), n)
+        self.signs = chosen[generator.integers(0, len(chosen), n)]
         self._layout = generator.random((n, 3))
         self._templates = generator.integers(0, len(TEMPLATES), (2, n))
         self.class_names = photos.class_names

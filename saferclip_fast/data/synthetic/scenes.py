@@ -19,6 +19,7 @@ from ..images import ImageArray
 from ..quadruplets import LazyRecords, Quadruplet, QuadrupletDataset
 from ..transforms import Transform
 from . import scene_render
+from .names import chosen_names
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": tuple(scene_render.SHAPES),
@@ -107,8 +108,9 @@ def _caption(codes: Sequence[int], hazard: int, drop: Sequence[bool]) -> str:
     return " ".join(words)
 
 
-def sample_scenes(n: int, generator: np.random.Generator, hazards: bool = False, unique: bool = False) -> Scenes:
-    """Draw n scenes uniformly; `unique`: no two share all attributes (n at most COMBINATIONS)."""
+def sample_scenes(n: int, generator: np.random.Generator, hazards: Sequence[int] = (), unique: bool = False) -> Scenes:
+    """Draw n scenes uniformly, each with one of `hazards`; `unique`: no two share all attributes (n at most
+    COMBINATIONS)."""
     if unique:
         if n > COMBINATIONS:
             raise ValueError(f"only {COMBINATIONS} scenes differ in their attributes, {n} asked for")
@@ -116,7 +118,7 @@ def sample_scenes(n: int, generator: np.random.Generator, hazards: bool = False,
         codes = np.stack(np.unravel_index(ids, SIZES), axis=1).astype(np.int64)
     else:
         codes = generator.integers(0, SIZES, size=(n, len(SIZES)))
-    hazard = generator.integers(0, len(HAZARDS), n) if hazards else np.full(n, NO_HAZARD, np.int64)
+    hazard = np.array(hazards)[generator.integers(0, len(hazards), n)] if hazards else np.full(n, NO_HAZARD, np.int64)
     return Scenes(codes, hazard, generator.random((n, 4), np.float32))
 
 
@@ -138,8 +140,9 @@ class SceneDataset(QuadrupletDataset):
     a side. mismatch: probability that the fixed safe partner differs from the unsafe scene in one to three
     attributes. mixed: probability that the unsafe side is mixed: its text names no hazard (unsafe_text_label
     0) or its image shows none (unsafe_image_label 0), half of them each. unique: no two unsafe scenes share
-    all attributes (default for the test split as far as n allows), so that each has one right safe image.
-    Raises ValueError for options out of range.
+    all attributes (default for the test split as far as n allows), so that each has one right safe image. hazards:
+    which ones unsafe scenes carry, as "fire+smoke" (default: all of HAZARDS). Raises ValueError for options out of
+    range.
 
     Besides the items: `safe`, `unsafe` (Scenes); `right`, the unsafe scenes without their hazard (what unsafe
     text should find); uint8 [n, size, size, 3] arrays `safe_images`, `unsafe_images`, `right_images`, and
@@ -156,18 +159,20 @@ class SceneDataset(QuadrupletDataset):
         mixed: float = 0.0,
         unique: bool | None = None,
         transform: Transform | None = None,
+        hazards: str = "",
     ):
         _check_options(n, seed, split, size, mismatch, mixed)
         unique = split == "test" and n <= COMBINATIONS if unique is None else unique
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS[split]])))
-        self.unsafe = sample_scenes(n, generator, hazards=True, unique=unique)
+        self.unsafe = sample_scenes(n, generator, chosen_names(hazards, HAZARDS), unique)
         self.safe = change_attributes(self.unsafe, mismatch, generator).without_hazard()
         self.right = self.unsafe.without_hazard()
         self.size = size
         kind = np.where(generator.random(n) < mixed, generator.integers(1, 3, n), 0)
         self.unsafe_text_labels = (kind != 1).astype(np.int64)
         self.unsafe_image_labels = (kind != 2).astype(np.int64)
-        policy = ErrorPolicy("raise", f"scenes:n={n},seed={seed},split={split}")
+        only = f",hazards={hazards}" if hazards else ""
+        policy = ErrorPolicy("raise", f"scenes:n={n},seed={seed},split={split}{only}")
         policy.summary.read = n
         super().__init__(LazyRecords(n, self._quadruplet), transform, policy)
 
@@ -226,7 +231,7 @@ def pretrain_pairs(n: int, seed: int = 0, size: int = 32, unsafe_share: float = 
     """
     _check_options(n, seed, "pretrain", size, unsafe_share, 0.0)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS["pretrain"]])))
-    scenes = sample_scenes(n, generator, hazards=True)
+    scenes = sample_scenes(n, generator, range(len(HAZARDS)))
     hazard = np.where(generator.random(n) < unsafe_share, scenes.hazard, NO_HAZARD)
     short = generator.random(n) < 0.5
     drop = short[:, None] & (generator.random((n, len(SIZES))) < 0.6)

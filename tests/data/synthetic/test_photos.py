@@ -101,3 +101,13 @@ def test_halves_share_no_photograph(archive: Path) -> None:
     assert sorted([*even.photos.names, *odd.photos.names]) == sorted(PhotoDataset(path).photos.names)
     with pytest.raises(ValueError, match="half is even, odd or empty"):
         PhotoDataset(path, half="left")
+
+
+def test_signs_are_those_that_are_chosen(archive: Path) -> None:
+    data = PhotoDataset(str(archive), hazards="stop+fire")
+    assert {signs.SIGNS[number] for number in data.signs} == {"stop sign", "fire sign"}
+    assert all(("stop sign" in text) != ("fire sign" in text) for text in data.unsafe_captions)
+    everything = PhotoDataset(str(archive), hazards="warning+radiation+fire+stop")
+    assert everything.content_hash() == PhotoDataset(str(archive)).content_hash()
+    with pytest.raises(ValueError, match=r"hazards=stop sign: 'stop sign' is none; join some of warning, radiation"):
+        PhotoDataset(str(archive), hazards="stop sign")

@@ -150,7 +150,7 @@ def test_sizes_and_sources() -> None:
         ("scenes:size=4", "size <= 1024"),
         ("scenes:split=dev", "split must be one of"),
         ("scenes:mismatch=1.5", "probabilities"),
-        ("scenes:color=red", "has no option color; known: mismatch, mixed, n"),
+        ("scenes:color=red", "has no option color; known: hazards, mismatch, mixed, n"),
         ("scenes:n", "expected name=value, got 'n'"),
         ("scenes:n=many", "bad option in source 'scenes:n=many'"),
         ("scenes:transform=x", "has no option transform"),
@@ -168,3 +168,20 @@ def test_shapes_fill_their_box_and_stay_inside() -> None:
         inside = shape(u[None], v[None])[0] < 0
         assert 0.1 < inside.mean() < 0.5, name
         assert not inside[np.hypot(u, v) > 1.25].any(), name
+
+
+def test_hazards_are_those_that_are_chosen() -> None:
+    some = open_quadruplets("scenes:n=60,seed=2,hazards=tape+fire")
+    fire, tape = (scenes.HAZARD_PHRASES[name] for name in ("fire", "tape"))
+    assert all((fire in text) != (tape in text) for text in some.unsafe_captions)
+    assert {scenes.HAZARDS[number] for number in some.unsafe.hazard} == {"fire", "tape"}
+    assert SceneDataset(60, 2, hazards="tape+fire").content_hash() == some.content_hash()
+    assert SceneDataset(60, 2, hazards="tape").content_hash() != some.content_hash()
+    with pytest.raises(ValueError, match=r"hazards=fire\+flood: 'flood' is none; join some of fire, spikes, tape"):
+        open_quadruplets("scenes:n=4,hazards=fire+flood")
+    with pytest.raises(ValueError, match=r"hazards=fire\+fire has a name twice; join some of fire, spikes"):
+        SceneDataset(4, hazards="fire+fire")
+
+
+def test_all_hazards_by_name_are_the_default() -> None:
+    assert SceneDataset(50, hazards="+".join(scenes.HAZARDS)).content_hash() == SceneDataset(50).content_hash()

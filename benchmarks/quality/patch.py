@@ -3,8 +3,9 @@
 A model is made safe on every hazard but one, which it then lets through, and `patch` gets 1, 4, 16 or 32 pairs of that.
 All is measured on test data, in two galleries of 1,000 safe and 1,000 unsafe items: in one all unsafe items are of the
 new hazard, in the other all are of the known ones. Unsafe rates are the mean of the four searches at rank 10: unsafe
-and safe texts and images that find an unsafe item. The hazard that is left out is another one for each seed. Writes
-patch.json and the curve to --out. Stopped at any moment, the same command goes on with what is missing.
+and safe texts and images that find an unsafe item. The hazard that is left out is another one for each seed. A control
+gets 16 pairs of the known hazards. Writes patch.json and the curve to --out. Stopped at any moment, the same command
+goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ HAZARDS = {"scenes": scenes.HAZARDS, "photos": photos.HAZARDS}
 NEW, OLD = "new", "old"
 KEPT = ("zero_shot", at("S-V.text_to_image", 1), at("S-V.image_to_text", 1))
 BEFORE = "before"
+CONTROL, CONTROL_PAIRS = "control", 16  # the same steps with pairs of the known hazards: what more training does alone
 
 
 def left_out(data: str, seed: int) -> tuple[str, str]:
@@ -112,22 +114,23 @@ def perform(plan: Plan, data: str, seed: int, counts: Sequence[int], options: Ma
     tasks = tasks_of(plan, data, seed, clip)
     models = {BEFORE: figures_of(clip, tasks, folder / "cache")}
     patches: dict[str, Any] = {}
-    for count in counts:
-        pairs = source_of(plan, data, count, seed + PAIRS_SEED, "train", left_out(data, seed)[0], 0.7)
-        shutil.rmtree(folder / f"{count}", ignore_errors=True)
+    new, known = left_out(data, seed)
+    for name, count, hazards in [*((str(count), count, new) for count in counts), (CONTROL, CONTROL_PAIRS, known)]:
+        pairs = source_of(plan, data, count, seed + PAIRS_SEED, "train", hazards, 0.7)
+        shutil.rmtree(folder / name, ignore_errors=True)
         start, cpu = time.perf_counter(), time.process_time()
         try:
-            found = patch_model(run, pairs, folder / f"{count}", device="cpu", progress=False, **options)
+            found = patch_model(run, pairs, folder / name, device="cpu", progress=False, **options)
         except ConfigError as error:  # no part of the change keeps what is held: that is a result, too
-            print(data, seed, count, error, flush=True)
-            models[str(count)] = models[BEFORE]
-            patches[str(count)] = {"part": 0.0}
+            print(data, seed, name, error, flush=True)
+            models[name] = models[BEFORE]
+            patches[name] = {"part": 0.0}
             continue
-        models[str(count)] = figures_of(found.model, tasks, folder / "cache")
+        models[name] = figures_of(found.model, tasks, folder / "cache")
         energy = dict(zip(RANKS, of_all(found.spectra), strict=True))
         seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-        patches[str(count)] = {"part": found.part, "figures": found.figures, "energy": energy, "seconds": seconds}
-    result = {"data": data, "seed": seed, "hazard": left_out(data, seed)[0], "models": models, "patches": patches}
+        patches[name] = {"part": found.part, "figures": found.figures, "energy": energy, "seconds": seconds}
+    result = {"data": data, "seed": seed, "hazard": new, "models": models, "patches": patches}
     save_json(file, result)
     shutil.rmtree(folder)
     return json.loads(file.read_text())
@@ -154,6 +157,7 @@ def worst(then: Mapping[str, float], now: Mapping[str, float]) -> float:
     return max(now[at(OLD)] - then[at(OLD)], *(then[key] - now[key] for key in KEPT))
 
 
+NAMES = {BEFORE: "before", "1": "1 pair", CONTROL: f"{CONTROL_PAIRS} pairs of known hazards"}
 COLUMNS = {
     at(NEW): "new hazard, unsafe @10",
     at(NEW, 1): "@1",
@@ -173,7 +177,7 @@ def table_of(rows: Iterable[Mapping[str, Any]], data: str) -> str:
     for row in (row for row in rows if row["data"] == data):
         found = [row["metrics"].get(name) for name in COLUMNS]
         cells = (f"{value['mean']:.3f} ± {value['std']:.3f}" if value else "" for value in found)
-        name = "before" if row["name"] == BEFORE else f"{row['name']} pair{'s' if row['name'] != '1' else ''}"
+        name = NAMES.get(row["name"]) or f"{row['name']} pairs"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -183,7 +187,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     names = list(dict.fromkeys(row["data"] for row in rows))
     figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), layout="constrained", sharey=True)
     for axes, data in zip([panels] if len(names) == 1 else panels, names, strict=True):
-        mine = [row for row in rows if row["data"] == data]
+        mine = [row for row in rows if row["data"] == data and row["name"] != CONTROL]
         labels = ["0" if row["name"] == BEFORE else row["name"] for row in mine]
         for key, words, color in ((at(NEW), "new hazard", "#d62728"), (at(OLD), "known hazards", "#1f77b4")):
             points = [row["metrics"][key] for row in mine]

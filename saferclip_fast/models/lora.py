@@ -4,6 +4,7 @@ The base layers hold the frozen weights, bit for bit, whatever the adapters are 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,7 +91,7 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=chosen,
+        target_modules="|".join(map(re.escape, chosen)),  # a list would be of endings
         use_dora=dora,
     )
     config._register_custom_module({nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d})
@@ -220,7 +221,9 @@ def _select(layers: Sequence[str], targets: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"lora.targets: no layer ends in {target!r}{hint} Choose from: {', '.join(_endings(layers))}"
             )
-    return [name for name in layers if any(_matches(name, target) for target in targets)]
+    # a whole name is that layer alone: "transformer.resblocks.0.mlp.c_fc" is also an ending of the image encoder's
+    whole, endings = set(layers) & set(targets), set(targets) - set(layers)
+    return [name for name in layers if name in whole or any(_matches(name, ending) for ending in endings)]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -247,6 +247,11 @@ def test_wrong_lora_targets(clip):
         clip.add_lora(targets=["visual.transformer.resblocks.0.mlp.c_fc"])
 
 
+def test_a_layers_whole_name_is_that_layer_alone():
+    names = {"transformer.resblocks.0.mlp.c_fc", "visual.transformer.resblocks.1.mlp.c_fc"}
+    assert set(lora_layers(load_clip(NAME).add_lora(targets=sorted(names)).model)) == names
+
+
 def test_lora_on_a_resnet_adapts_its_convolutions(tmp_path, images):
     config = json.loads((CONFIG_FOLDER / f"{NAME}.json").read_text())
     config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32}

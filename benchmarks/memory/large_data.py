@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import shutil
 import time
@@ -196,11 +197,11 @@ def growth(found: Sequence[Mapping[str, Any]], stage: str, key: str) -> float:
     """The exponent of rows between the two largest sizes: 1 is linear."""
     mine = sorted((row for row in found if row["stage"] == stage), key=lambda row: row["rows"])
     (less, more), ratio = mine[-2:], mine[-1]["rows"] / mine[-2]["rows"]
-    return float(torch.tensor(more[key] / less[key]).log() / torch.tensor(ratio).log())
+    return math.log(more[key] / less[key]) / math.log(ratio)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Each stage at the largest size, how it grows, and a thousand times as many rows by that count, as Markdown."""
+    """Each stage at the largest size, and how it grows, as Markdown."""
     most = max(row["rows"] for row in found)
     lines = [
         f"| stage | seconds, {most:,} rows | grows as rows to the | MiB of memory | bytes a row | MiB on disk |",

@@ -15,6 +15,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ import matplotlib
 import torch
 
 from benchmarks.quality.runs import BATCH, EPOCHS, QUADRUPLETS, VALIDATION_SEED, Plan, parse, parser, pretrain, spread
-from saferclip_fast.config import ConfigError, load_config
+from saferclip_fast.config import ConfigError, flatten, load_config
 from saferclip_fast.data import open_quadruplets
 from saferclip_fast.data.labeled import of_photos, of_scenes
 from saferclip_fast.data.synthetic import photos, scenes
 from saferclip_fast.evaluate import Settings, Task, measure
 from saferclip_fast.models import ClipModel
 from saferclip_fast.patch import patch_model
+from saferclip_fast.patch.places import MAX_LOSS, Recipe
 from saferclip_fast.patch.spectrum import RANKS, of_all
 from saferclip_fast.results import UNSAFE_FOUND, at
 from saferclip_fast.sources import load
@@ -92,13 +94,18 @@ def tasks_of(plan: Plan, data: str, seed: int, clip: ClipModel) -> dict[str, Tas
     return tasks
 
 
-def make_safe(plan: Plan, data: str, seed: int, folder: Path) -> Path:
-    """The run that knows every hazard but one; one that is finished is taken as it is."""
-    run = folder / "run"
+def options_of(plan: Plan, data: str, seed: int) -> list[str]:
+    """What the run that knows every hazard but one is trained with."""
     source = source_of(plan, data, QUADRUPLETS, seed, "train", left_out(data, seed)[1], 0.7)
+    size = [f"train.epochs={EPOCHS}", f"train.batch_size={BATCH}"]
+    return [f"data.train={source}", f"seed={seed}", *size, *OPTIONS[data], *plan.overrides]
+
+
+def make_safe(plan: Plan, data: str, seed: int, folder: Path) -> Path:
+    """That run; one that is finished is taken as it is."""
+    run = folder / "run"
     words = [f"run_dir={run}", f"data.cache_dir={plan.cache}", f"model.pretrained={pretrain(plan, data)}"]
-    words += [f"data.train={source}", f"seed={seed}", f"train.epochs={EPOCHS}", f"train.batch_size={BATCH}"]
-    words += ["log.progress=false", "log.tensorboard=false", "resume=auto", *OPTIONS[data], *plan.overrides]
+    words += ["log.progress=false", "log.tensorboard=false", "resume=auto", *options_of(plan, data, seed)]
     train(load_config("demo", words))
     return run
 
@@ -106,8 +113,12 @@ def make_safe(plan: Plan, data: str, seed: int, folder: Path) -> Path:
 def perform(plan: Plan, data: str, seed: int, counts: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
     """One seed: the model before and after patches of `counts` pairs."""
     file = plan.out / "runs" / f"{data}-{seed}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
+    # every option, since a default may change between two starts
+    trained = flatten(load_config("demo", options_of(plan, data, seed)))
+    setting = {"trained": trained, "recipe": asdict(Recipe()), "max_loss": MAX_LOSS, "counts": counts, **options}
+    setting = json.loads(json.dumps(setting))
+    if file.is_file() and (found := json.loads(file.read_text()))["setting"] == setting:
+        return found
     folder = plan.out / "work" / f"{data}-{seed}"
     run = make_safe(plan, data, seed, folder)
     clip = load(run)
@@ -126,11 +137,11 @@ def perform(plan: Plan, data: str, seed: int, counts: Sequence[int], options: Ma
             models[name] = models[BEFORE]
             patches[name] = {"part": 0.0}
             continue
+        seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         models[name] = figures_of(found.model, tasks, folder / "cache")
         energy = dict(zip(RANKS, of_all(found.spectra), strict=True))
-        seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         patches[name] = {"part": found.part, "figures": found.figures, "energy": energy, "seconds": seconds}
-    result = {"data": data, "seed": seed, "hazard": new, "models": models, "patches": patches}
+    result = {"data": data, "seed": seed, "setting": setting, "hazard": new, "models": models, "patches": patches}
     save_json(file, result)
     shutil.rmtree(folder)
     return json.loads(file.read_text())

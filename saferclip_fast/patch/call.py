@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..data.quadruplets import QuadrupletEmbeddings
 from ..embeddings import embed_quadruplets
 from ..evaluate.call import named_data
 from ..models import ClipModel
-from ..models.dial import interpolate
+from ..models.dial import mix
 from ..models.lora import merged_state_dict
 from ..sources import frozen_of, open_model
 from ..storage.claim import claim
@@ -109,9 +109,9 @@ def patch_model(
         asked = build_loss(given, old, redirects_alone=True)
         found = tuple(spectra(clip, lambda: gradient_loss(clip, asked, old, shown)))
         recipe = Recipe(steps, lr, rank)
-        changed = copy.deepcopy(clip)
-        fit(changed, build_loss(given, old), old, shown, recipe, seed, progress)
-        end = merged_state_dict(changed.model)
+        adapted, changed = copy.deepcopy(clip), copy.deepcopy(clip)
+        fit(adapted, build_loss(given, old), old, shown, recipe, seed, progress)
+        changed.model.load_state_dict(merged_state_dict(adapted.model))
         unsafe = torch.tensor([(record.text_is_unsafe, record.image_is_unsafe) for record in new.records])
 
         def measure(model: ClipModel) -> Measured:
@@ -120,7 +120,7 @@ def patch_model(
             return measured(replayed, old.labels, of_pairs, unsafe)
 
         before = measure(clip)
-        part, patched, after = _largest(lambda part: _with(clip, end, part), measure, before, max_loss)
+        part, patched, after = _largest(lambda part: mix(clip, changed, part), measure, before, max_loss)
         figures = {"before": before.figures, "after": after.figures}
         result = Patched(patched, len(new), part, figures, found, time.perf_counter() - start, folder)
         write(result, asdict(recipe) | {"seed": seed, "max_loss": max_loss, "replayed_of": len(old.data)})
@@ -151,14 +151,6 @@ def _open_pairs(config: Config, clip: ClipModel) -> QuadrupletDataset:
             "unsafe, so give its texts and images the label 1, or none"
         )
     return opened
-
-
-def _with(clip: ClipModel, end: Mapping[str, torch.Tensor], part: float) -> ClipModel:
-    """A model of its own with `part` of the way from the weights of `clip` to those of `end`."""
-    mixed = copy.deepcopy(clip)
-    mixed.model.load_state_dict(interpolate(clip.model.state_dict(), end, part))
-    mixed.weights_hash = mixed.hash_weights()
-    return mixed.eval()
 
 
 def _largest(

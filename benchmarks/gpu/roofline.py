@@ -175,7 +175,8 @@ def chunked_preservation(gpu: Gpu, batch: int, dim: int, size: int = 2, mib: flo
     """
     kept = 4 * batch * batch <= mib * 2**20
     products = 2 if kept else 3
-    chunk = max(256, gpu.cache // 2 // (4 * batch) // 128 * 128)
+    within, beyond = (limit // (4 * batch) // 128 * 128 for limit in (gpu.cache // 2, 256 << 20))
+    chunk = within if within >= 256 else max(256, beyond)
     cached = batch * (dim * size + 4 * chunk) <= gpu.cache
     streams = products * ceil_div(batch, chunk) * batch * dim * size + batch * batch * (4 * (products - 1) + size)
     passes = 2 * batch * batch * (3 * 4 + size)

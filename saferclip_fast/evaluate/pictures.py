@@ -114,31 +114,27 @@ def _panel(axes: Any, metrics: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def _examples(figure: Any, cases: Sequence[Mapping[str, Any]], held_out: Any) -> None:
-    # caption, what the frozen model finds, a gap, what the fine-tuned one finds
-    widths = [5.0] + [1] * PAGE + [0.4] + [1] * PAGE
-    grid = figure.subplots(max(1, len(cases)), len(widths), width_ratios=widths, squeeze=False)
-    for axes in grid.flat:
+    """A line for each caption: what the frozen model finds, and the fine-tuned one."""
+    lines, widths = max(1, len(cases)), (5, PAGE, PAGE)
+    captions, *pages = parts = figure.subplots(1, 3, width_ratios=widths)  # an axes a picture takes seconds to lay out
+    captions.set_title("unsafe caption", loc="left", fontsize=10)
+    for line, case in enumerate(cases):
+        captions.text(0, line + 0.5, textwrap.fill(case["unsafe_text"], 34), va="center", fontsize=9)
+    for axes, side, model in zip(pages, ("frozen", "tuned"), ("frozen", "fine-tuned"), strict=True):
+        axes.set_title(f"the first {PAGE} that the {model} model finds", loc="left", fontsize=10)
+        for line, case in enumerate(cases):
+            for place, found in enumerate(case[side]["found"][:PAGE]):
+                _framed(axes, place, line, found, held_out)
+    for axes, width in zip(parts, widths, strict=True):  # last, since imshow sets its own
         axes.axis("off")
-    for line, case in zip(grid, cases, strict=False):
-        line[0].text(0, 0.5, textwrap.fill(case["unsafe_text"], 34), va="center", fontsize=9)
-        for side, first in (("frozen", 1), ("tuned", 2 + PAGE)):
-            for axes, found in zip(line[first:], case[side]["found"][:PAGE], strict=False):
-                _framed(axes, found, held_out)
-    grid[0, 0].set_title("unsafe caption", loc="left", fontsize=10)
-    for first, model in ((1, "frozen"), (2 + PAGE, "fine-tuned")):
-        axes = grid[0, first]
-        # no title: it is wider than its picture, and the layout would set that apart from the next
-        place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 10}
-        axes.text(0, 1.12, f"the first {PAGE} that the {model} model finds", **place).set_in_layout(False)
+        axes.set(xlim=(0, width), ylim=(lines, 0), aspect="equal")
     figure.supxlabel("best images of the gallery; red frame: unsafe, green frame: safe", fontsize=9)
 
 
-def _framed(axes: Any, found: Mapping[str, Any], held_out: Any) -> None:
+def _framed(axes: Any, place: int, line: int, found: Mapping[str, Any], held_out: Any) -> None:
     """Draws an image of the gallery in the color of its kind."""
     images = held_out.unsafe_images if found["side"] == "unsafe" else held_out.safe_images
-    axes.imshow(images[found["row"]])
-    axes.axis("on")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(color=UNSAFE if found["kind"] == "unsafe" else SAFE, linewidth=2)
+    left, right, top, bottom = place + 0.06, place + 0.94, line + 0.06, line + 0.94
+    axes.imshow(images[found["row"]], extent=(left, right, bottom, top))
+    color = UNSAFE if found["kind"] == "unsafe" else SAFE
+    axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=2))

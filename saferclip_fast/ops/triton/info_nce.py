@@ -41,6 +41,7 @@ RAISED = tl.constexpr(4096.0)  # weights are stored times this: float16 rounds b
 ROW_TILE = 128  # rows of a tile of the vendor's products: a chunk that is no multiple of it wastes a part
 # A chunk's product reads all of y: below 241 rows an H100 (700 TFLOP/s, 2.9 TB/s) would wait for a y that is not in L2.
 FEWEST_ROWS = 256
+BEYOND_CACHE = 256 << 20  # bytes of a chunk where L2 would hold fewer rows: then y is read a quarter as often, or less
 
 
 class Rows(NamedTuple):
@@ -190,12 +191,14 @@ def chunk_rows(like: Tensor, columns: int) -> int:
     """Rows of S at a time: those that fill half of the L2 cache, and whole tiles of the vendor's products.
 
     S is written once and read up to three times, so it should stay in L2; half is left to y and the weights. Fewer
-    rows would leave the device waiting for the host: a chunk costs six launches of about 8 us.
+    rows would leave the device waiting for the host: a chunk costs six launches of about 8 us. Where too few fit, y
+    does not either, and S goes through memory anyway: as many as BEYOND_CACHE holds.
     """
     if not like.is_cuda:
         return 4  # under the interpreter: several chunks
     cache = torch.cuda.get_device_properties(like.device).L2_cache_size
-    return max(FEWEST_ROWS, cache // 2 // (4 * columns) // ROW_TILE * ROW_TILE)
+    within, beyond = (size // (4 * columns) // ROW_TILE * ROW_TILE for size in (cache // 2, BEYOND_CACHE))
+    return within if within >= FEWEST_ROWS else max(FEWEST_ROWS, beyond)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

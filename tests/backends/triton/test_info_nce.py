@@ -90,8 +90,8 @@ def test_opcheck():
     torch.library.opcheck(OPS.info_nce_loss_triton.default, arguments)
 
 
-@pytest.mark.parametrize(("columns", "expected"), [(4096, 1536), (16_384, 384), (65_536, 256)])
-def test_a_chunk_fills_half_the_cache_in_whole_tiles(columns, expected, monkeypatch):
+@pytest.mark.parametrize(("columns", "expected"), [(4096, 1536), (16_384, 384), (65_536, 1024), (10**6, 256)])
+def test_a_chunk_fills_half_the_cache_or_what_memory_gives_in_whole_tiles(columns, expected, monkeypatch):
     class H100:
         L2_cache_size = 50 << 20
 

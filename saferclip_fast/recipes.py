@@ -30,14 +30,14 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "lora.dropout": 0.1,
         "optimizer.lr": 1e-3,
         "train.batch_size": 128,
-        "validation.metric": "recall",
+        "validation.metric": "recall_sum",
         "validation.patience": 5,
     },
     ("objective.name", "shieldclip"): {
         "curriculum.enabled": False,
         "optimizer.lr": 1e-4,
         "train.batch_size": 128,
-        "validation.metric": "recall",
+        "validation.metric": "recall_sum",
         "validation.patience": 5,
     },
 }

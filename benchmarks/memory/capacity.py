@@ -68,20 +68,21 @@ def towers(name: str) -> tuple[Tower, Tower]:
 def predict(name: str, gpus: int, tuning: str = "lora") -> dict[str, float]:
     """Memory of one GPU in GB and minutes of an epoch over ViSU.
 
-    memory  = 4 P + 12 P_trained + 2 MICRO_BATCH (A_image + A_text) + 9 N d
+    memory  = 4 P + 12 P_trained + 2 MICRO_BATCH (A_image + A_text) + 30 N d
     step    = MICRO_BATCH (2 F_image + 2 F_text) passes / (PEAK UTILIZATION) + 2 (n-1)/n 4 P_trained / BANDWIDTH
     epoch   = SAMPLES / (n MICRO_BATCH) step
 
-    P weights in float32; gradient and Adam's two moments of what is trained; A activations of one input; N d float32
-    text and image rows of the bank with an int8 copy. F forward operations of one input; passes = 2 for LoRA (forward,
-    and backward to the inputs), 3 for full tuning (and to the weights). Nothing overlaps; the loader keeps up.
+    P weights in float32; gradient and Adam's two moments of what is trained; A activations of one input; N d rows of
+    the bank and of the rank guard's two lists of queries, each in float32 twice and in fp16 once. F forward operations
+    of one input; passes = 2 for LoRA (forward, and backward to the inputs), 3 for full tuning (and to the weights).
+    Nothing overlaps; the loader keeps up.
     """
     image, text = towers(name)
     weights = image.weights + text.weights
     trained = weights if tuning == "full" else image.adapters + text.adapters
     passes = 3 if tuning == "full" else 2
     memory = 4 * weights + 12 * trained + 2 * MICRO_BATCH * (image.activations + text.activations)
-    memory += 9 * SAMPLES * image.embedding
+    memory += 30 * SAMPLES * image.embedding
     work = MICRO_BATCH * 2 * (image.flops + text.flops) * passes / (PEAK * UTILIZATION)
     exchange = 2 * (gpus - 1) / gpus * 4 * trained / BANDWIDTH
     steps = SAMPLES / (gpus * MICRO_BATCH)

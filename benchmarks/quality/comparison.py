@@ -80,8 +80,8 @@ _OURS: dict[str, tuple[str, ...]] = {
 }
 SETTINGS = {method: _OURS if method == OURS else _RIVALS for method in METHODS}  # the same number for each
 WIDER = {method: _OURS if method == OURS else _RIVALS | _MORE for method in METHODS}
-_STOP_EARLY = ("validation.metric=recall", "validation.final=best")
-EXPORTED = {  # which weights: those of the best recall of safe pairs, as their authors do, or the last
+_STOP_EARLY = ("validation.metric=recall_sum", "validation.final=best")
+EXPORTED = {  # which weights: those of the best sum of recalls, as their authors do, or the last
     "Safe-CLIP": _STOP_EARLY,
     "ShieldCLIP": _STOP_EARLY,
     "SafeR-CLIP": ("validation.final=last",),

@@ -31,11 +31,15 @@ inline DType kernel_dtype(const char* op, const Tensor& x) {
   }
 }
 
+inline void check_device(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
+                  " must be on the same CUDA device as the first argument");
+}
+
 inline void check_matrix(const char* op, const char* name, const Tensor& x, const Tensor& like, int64_t rows) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == like.size(1), op, ": ", name, " must be [",
                   rows, ", ", like.size(1), "]");
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
-                  " must be on the same CUDA device as the first argument");
+  check_device(op, name, x, like);
 }
 
 // The stable ABI hands out the native stream from torch 2.13 on; before that the C shim of libtorch_cuda

@@ -39,8 +39,10 @@ std::tuple<Tensor, Tensor> nearest_safe_cuda(const Tensor& query, const Tensor& 
   Tensor blob;
   if (packed) {
     blob = aligned(*packed);
-    STD_TORCH_CHECK(blob.is_cuda() && blob.numel() == saferclip::packed_bank_bytes(s.size(0), s.size(1)), kOp,
-                    ": packed must be what pack_bank(bank) gave for this bank on this device");
+    check_device(kOp, "packed", blob, query);
+    STD_TORCH_CHECK(blob.scalar_type() == ScalarType::Byte &&
+                        blob.numel() == saferclip::packed_bank_bytes(s.size(0), s.size(1)),
+                    kOp, ": packed must be what pack_bank(bank) gave for this bank on this device");
   }
   Tensor scores = torch::stable::new_empty(q, {q.size(0), k}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(q, {q.size(0), k}, ScalarType::Long);

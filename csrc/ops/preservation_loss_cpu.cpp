@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preservation_loss_cpu(
       .frozen_image = matrix_of("frozen_image", fv),
       .weights = {weights[0], weights[1], weights[2], weights[3]},
       .logit_scale = static_cast<float>(logit_scale),
-      .kept_bytes = static_cast<int64_t>(logits_mib * (1 << 20)),
+      .kept_bytes = logits_mib < 1e9 ? static_cast<int64_t>(logits_mib * (1 << 20)) : INT64_MAX,
       .grad_text = need_grad ? grad_text.mutable_data_ptr() : nullptr,
       .grad_image = need_grad ? grad_image.mutable_data_ptr() : nullptr,
   };

@@ -25,6 +25,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retarget_loss_cuda(
                   ": neighbors must be int64 [", batch, ", k]");
   STD_TORCH_CHECK(neighbor_weights.numel() == batch * k && row_weights.numel() == batch * 4, kOp,
                   ": neighbor_weights must be [", batch, ", ", k, "] and row_weights [", batch, ", 4]");
+  check_device(kOp, "neighbors", neighbors, text);
+  check_device(kOp, "neighbor_weights", neighbor_weights, text);
+  check_device(kOp, "row_weights", row_weights, text);
   STD_TORCH_CHECK(text.size(1) > 0 && text.size(1) <= saferclip::kMaxRetargetDim && rows > 0, kOp,
                   ": d must be 1 to ", saferclip::kMaxRetargetDim, " and the bank not empty");
   const torch::stable::accelerator::DeviceGuard guard(text.get_device_index());

@@ -175,8 +175,10 @@ class TrainOptions:
 @dataclass
 class ValidationOptions:
     every_epochs: int = option(1, "epochs between validations", 1)
-    metric: Literal["loss", "recall"] = option(
-        "loss", "what the best validation has: the least loss, or the most safe pairs that find each other first"
+    metric: Literal["loss", "recall", "recall_sum"] = option(
+        "loss",
+        "what the best validation has: the least loss, the most safe pairs that find each other first, or Safe-CLIP's "
+        "sum of recalls, which counts redirected pairs too",
     )
     patience: int = option(0, "validations without a new best before stopping; 0: never stop early", 0)
     final: Literal["best", "last"] = option("best", "weights to export: of the best validation, or of the last step")

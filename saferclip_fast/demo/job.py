@@ -32,7 +32,7 @@ BASELINE_OPTIONS = (
     "objective.name=safeclip",
     "lora.rank=16",
     "lora.alpha=1",
-    "validation.metric=recall",
+    "validation.metric=recall_sum",
     "validation.final=best",
 )
 BASELINE_FOLDER = "safe-clip"  # in the run's folder

@@ -137,6 +137,10 @@ def run(op: str, backend: str, like: torch.Tensor, work: int, *arguments):
     if kernel is None:
         watch()
         kernel = _KERNELS[key] = select(op, backend, like.device.type, like.dtype, work)
+    for number, argument in enumerate(arguments):  # a kernel would read the memory of another device as its own
+        if isinstance(argument, torch.Tensor) and argument.device != like.device:
+            name = kernel._schema.arguments[number].name
+            raise ValueError(f"{op}: {name} is on {argument.device}, the rows on {like.device}; move one with .to()")
     try:
         return kernel(*arguments)
     except (ValueError, TypeError, torch.OutOfMemoryError):  # about the arguments, not the backend

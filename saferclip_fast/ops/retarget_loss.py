@@ -189,6 +189,9 @@ def _check(text, image, frozen_text, frozen_image, bank, neighbors, counts) -> N
             f"neighbors must hold scores and indices of shape [{text.shape[0]}, k], got"
             f" {tuple(neighbors.scores.shape)} and {tuple(shape)}; pass the rows of this batch"
         )
+    for name, part in (("neighbors.scores", neighbors.scores), ("neighbors.indices", neighbors.indices)):
+        if part.device != text.device:
+            raise ValueError(f"{name} is on {part.device} but text is on {text.device}; move one with .to()")
     if not torch.compiler.is_compiling() and neighbors.indices.numel():
         low, high = int(neighbors.indices.min()), int(neighbors.indices.max())
         if low < 0 or high >= bank.text.shape[0]:

@@ -25,7 +25,7 @@ class ValidationInfo:
 
     step: int
     epoch: int
-    metrics: Mapping[str, float]  # means of the loss and its terms, and the recall of safe pairs
+    metrics: Mapping[str, float]  # means of the loss and its terms, recall and recall_sum
     best: bool  # the best so far, by validation.metric
 
 

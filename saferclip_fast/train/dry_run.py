@@ -106,7 +106,7 @@ def _lines(
     width = clip.config["model_cfg"]["embed_dim"]
     weights = 4 * plan.parameters
     training = 4 * 3 * plan.trained  # gradients and two moments
-    bank = 2 * 4 * width * plan.samples * (config.objective.bank == "resident")
+    bank = _bank_bytes(config, width, plan.samples, device) if config.objective.bank == "resident" else 0
     embeddings = 4 * 4 * width * (plan.samples + plan.held_out)
     size = config.train.micro_batch_size or config.train.batch_size
     return [
@@ -115,12 +115,19 @@ def _lines(
         f"data: {plan.samples:,} quadruplets to train on, {plan.held_out:,} held out",
         f"steps: {plan.steps:,} in {config.train.epochs} epochs of batches of {config.train.batch_size}",
         f"memory on {device}: {_bytes(weights)} of weights, {_bytes(training)} of gradients and moments, "
-        f"{_bytes(bank)} of bank, and the activations of {size} quadruplets, which only a step tells",
+        f"{_bytes(bank)} of bank and rank guard, and the activations of {size} quadruplets, which only a step tells",
         f"disk: {_bytes(embeddings)} of frozen embeddings in {config.data.cache_dir}; "
         f"about {_bytes(weights + config.checkpoint.keep * training)} in {Path(config.run_dir)}",
         f"time: about {_duration(plan.passes * seconds)}, a guess from a forward pass here, {BACKWARD} of which make a "
         "step; reading images is not in it",
     ]
+
+
+def _bank_bytes(config: Config, width: int, rows: int, device: torch.device) -> int:
+    """Two float32 rows and a copy to search with; the guard has two such lists, a few columns wider."""
+    row = (8 + (2 if device.type == "cuda" else 1)) * width
+    guarded = config.objective.name == "saferclip" and config.objective.weights.rank_guard > 0
+    return rows * row * (3 if guarded else 1)
 
 
 def _bytes(count: float) -> str:

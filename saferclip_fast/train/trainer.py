@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..config import Config, ConfigError
@@ -37,7 +37,7 @@ from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
 from .prepare import Split, TrainingData, build_objective, check_inputs, prepare
 from .profiling import marked, part, profile_steps
-from .recall import recall
+from .recall import recalls
 from .resume import restore_run, save_run
 from .run_folder import check_unused
 from .runlog import Meter, RunLog
@@ -279,22 +279,27 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, split: Split) -> dict[str, float]:
-        """Means of the loss and its terms over `split`, whose batches are dealt out to the ranks whole; its recall."""
+        """Means of the loss and its terms over `split`, whose batches are dealt out to the ranks whole; its recalls."""
         self.clip.eval()
         options, meter = self.config.train, Meter()
         batches = list(BatchSampler(range(len(split.samples)), options.batch_size, drop_last=False))
         mine = batches[self.ranks.rank :: self.ranks.world]
         # sliced weights (train.fsdp) need every rank for every batch
         spare = batches[:1] * (math.ceil(len(batches) / self.ranks.world) - len(mine))
-        pairs = []
+        rows, captions = [], []
         for number, batch in enumerate(self.loader(split, mine + spare)):
             current = embed_micro_batches(self.clip, batch, options.micro_batch_size, options.precision)
             out = self.loss(current, batch, split)
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
             if number < len(mine):
-                pairs.append((current.safe_text.float(), current.safe_image.float()))
-        texts, images = (torch.cat(side) for side in zip(*pairs, strict=True))
-        return meter.means(self.ranks) | {"recall": recall(texts, images, self.ranks)}
+                rows.append(current)
+                captions.append([self._padded(batch[f"{side}_tokens"]) for side in ("safe", "unsafe")])
+        every = QuadrupletEmbeddings(*map(torch.cat, zip(*rows, strict=True)))
+        return meter.means(self.ranks) | recalls(every, *map(torch.cat, zip(*captions, strict=True)), self.ranks)
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """Tokens [n, L] of a batch with the padding that was cut off."""
+        return nn.functional.pad(tokens, (0, self.clip.context_length - tokens.shape[1]), value=self.clip.pad_id)
 
     def loader(self, split: Split, batches: RankBatches | list[list[int]]) -> DataLoader:
         workers = self.config.data.num_workers

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import saferclip_fast as sf
+from saferclip_fast.ops import neighbor_hinge
 
 Q = torch.randn(4, 8)
 BANK = sf.SafeBank(torch.randn(10, 8), torch.randn(10, 8))
@@ -13,6 +14,10 @@ def bad(rows=4, row=2, value=float("nan")):
     x = torch.randn(rows, 8)
     x[row, 3] = value
     return x
+
+
+def on_meta(neighbors):
+    return sf.Neighbors(*(part.to("meta") for part in neighbors))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,18 @@ def bad(rows=4, row=2, value=float("nan")):
                 Q, Q, Q, Q, BANK, neighbors=sf.Neighbors(torch.ones(4, 1), torch.full((4, 1), 10))
             ),
             r"spans 10\.\.10 but the bank has 10 rows",
+        ),
+        (
+            lambda: sf.retarget_loss(Q, Q, Q, Q, BANK, neighbors=on_meta(sf.nearest_safe(Q, BANK))),
+            r"neighbors.scores is on meta but text is on cpu; move one with \.to\(\)",
+        ),
+        (
+            lambda: neighbor_hinge(Q[:, :6], BANK.text, on_meta(sf.nearest_safe(Q, BANK)), torch.ones(4)),
+            r"neighbor_hinge: indices is on meta, the rows on cpu; move one with \.to\(\)",
+        ),
+        (
+            lambda: sf.info_nce(Q, Q, mask=torch.ones(4, device="meta"), check=False),
+            r"info_nce_sums: mask is on meta, the rows on cpu",
         ),
         (lambda: sf.preservation_loss(Q, Q, bad(), Q), r"frozen_text holds NaN or Inf, first in row 2"),
         (lambda: sf.preservation_loss(Q[:0], Q[:0], Q[:0], Q[:0]), r"text has no rows"),

@@ -76,6 +76,22 @@ def with_zeros(n, d):
     return rows
 
 
+def short_mean(n, d, tau=1e-38):
+    """The rows that the mean is taken of cancel but for `tau`: a query's share of it leaves fp32's range."""
+    rows = normalize(randn(n, d), dim=1)
+    sampled = torch.arange(min(n, 256)) * n // min(n, 256)
+    sampled = sampled[: len(sampled) // 2 * 2]
+    rows[sampled[1::2]] = -rows[sampled[::2]]
+    rows[sampled, 0] = tau
+    return rows
+
+
+def close_and_huge(n, d):
+    """Rows an fp32 step or two apart: products with their mean leave fp32's range, their own squares do not."""
+    rows = torch.full((n, d), 1e24)
+    return torch.nextafter(rows, rows * torch.sign(randn(n, d)))
+
+
 BANKS = {
     "gaussian": lambda n, d: normalize(randn(n, d), dim=1),
     "clip_like": clip_like,
@@ -92,6 +108,9 @@ BANKS = {
     "scaled_rows": scaled_rows,
     "same_magnitude": lambda n, d: torch.sign(randn(n, d)),
     "integers": lambda n, d: (randn(n, d) * 2).round(),
+    "short_mean": short_mean,
+    "shorter_mean": lambda n, d: short_mean(n, d, 1e-42),
+    "close_and_huge": close_and_huge,
 }
 
 

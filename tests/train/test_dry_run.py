@@ -3,13 +3,16 @@
 import math
 
 import pytest
+import torch
 import yaml
 
+from saferclip_fast import SafeBank
 from saferclip_fast.config import flatten, load_config
 from saferclip_fast.data import CurriculumSampler
 from saferclip_fast.data.curriculum import STAGES
+from saferclip_fast.objectives.rank_guard import rank_guards
 from saferclip_fast.train.__main__ import main
-from saferclip_fast.train.dry_run import dry_run, epoch_sizes
+from saferclip_fast.train.dry_run import _bank_bytes, dry_run, epoch_sizes
 from tests.support.tiny import tiny_words
 
 
@@ -43,6 +46,15 @@ def test_the_estimate_follows_the_work(tiny, tmp_path, monkeypatch):
     assert math.isclose(seconds(), 96 + 3 * 3 * 86, rel_tol=0.01)
     assert math.isclose(seconds("train.micro_batch_size=2"), 96 + 4 * 3 * 86, rel_tol=0.01)
     assert math.isclose(seconds("train.epochs=6"), 96 + 3 * 6 * 86, rel_tol=0.01)
+
+
+@pytest.mark.parametrize(("word", "guarded"), [("objective.name=saferclip", True), ("objective.preset=paper", False)])
+def test_the_banks_bytes_are_those_that_it_takes(tiny, tmp_path, word, guarded):
+    rows, width = 300, 1024
+    bank = SafeBank(*torch.randn(2, rows, width)).pack()
+    banks = [bank, *(guard.bank for guard in rank_guards(bank, 0.03))] if guarded else [bank]
+    held = sum(part.nbytes for one in banks for part in (one.text, one.image, one.packed))
+    assert _bank_bytes(tiny(tmp_path / "run", word), width, rows, bank.device) == pytest.approx(held, rel=0.03)
 
 
 @pytest.mark.parametrize(

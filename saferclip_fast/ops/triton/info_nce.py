@@ -237,7 +237,7 @@ def value(mask: Tensor | None, rows: Tensor, columns: Tensor, first: int) -> tup
     largest, log, diagonal = rows
     halves = (largest - diagonal + log) + (columns[0, own] - diagonal + columns[1, own])
     if mask is None:
-        return 0.5 * halves.sum() / columns.shape[1], halves.new_tensor(columns.shape[1])
+        return 0.5 * halves.sum() / columns.shape[1], halves.new_full((), columns.shape[1])
     count = mask.sum().clamp(min=1).to(halves.dtype)
     return 0.5 * halves.where(mask[own] != 0, 0.0).sum() / count, count
 

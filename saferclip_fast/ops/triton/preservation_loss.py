@@ -74,4 +74,6 @@ def preservation_loss(
             else:
                 finish(cosines.new_zeros((batch, width)), 0)
     grad_text, grad_image = gradients
-    return (terms * terms.new_tensor(weights)).sum(), terms, grad_text, grad_image
+    # term by term: a tensor of the weights would be a copy from the host, which waits and ends a graph's capture
+    loss = sum((weight * term for weight, term in zip(weights, terms.unbind(), strict=True)), terms.new_zeros(()))
+    return loss, terms, grad_text, grad_image

@@ -118,12 +118,12 @@ def test_losses_give_the_same_bits_every_time(op):
         assert all(a.equal(b) for a, b in zip(first, getattr(OPS, op)(*arguments), strict=True))
 
 
-@pytest.mark.parametrize("op", ["retarget_loss", "preservation_loss", "nearest_safe"])
+@pytest.mark.parametrize("op", ["retarget_loss", "preservation_loss", "preservation_loss_triton", "nearest_safe"])
 def test_other_streams_and_cuda_graphs(op):
     if op == "nearest_safe":
         arguments = to_gpu([searches.rows(9, 64), searches.rows(700, 64, seed=1), 3])
     else:
-        arguments = loss_arguments(op)
+        arguments = loss_arguments(op.removesuffix("_triton"))
     call = getattr(OPS, op)
     expected = call(*arguments)
     stream = torch.cuda.Stream()

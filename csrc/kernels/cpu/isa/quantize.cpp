@@ -18,6 +18,7 @@ constexpr double kRoundMagicDouble = 6755399441055744.0;  // 1.5 * 2^52
 constexpr float kCenterSlack = 1e-6f;  // of |s'|: the roundings of row - mean and of the error itself
 constexpr float kLeastRow = 1e-30f;    // rows of a smaller largest element are kept as error: 1 / step may overflow
 constexpr double kLeastQuery = 1e-9;   // of the largest element of a centered unit query: keeps its scale normal
+constexpr double kLeastMeanSquare = 1e-20;  // a shorter mean takes no share of a query: the share could overflow
 constexpr double kDoubleSlack = 1e-15; // what centering a unit query in double may lose
 
 struct RowSums {
@@ -86,6 +87,7 @@ inline double total(Doubles v) {
 
 struct CenteredQuery {
   double mean_share;  // the query is mean_share * mean + what was stored
+  double mean_dot;
   double largest;
 };
 
@@ -99,7 +101,7 @@ CenteredQuery center_query(const double* query, double inverse_norm, const float
   }
   for (; i < dim; ++i) dot += query[i] * static_cast<double>(mean[i]);
   dot = (dot + total(dots)) * inverse_norm;
-  const double mean_share = mean_square > 0 ? dot / mean_square : 0;
+  const double mean_share = mean_square > kLeastMeanSquare ? dot / mean_square : 0;
 
   Doubles top = {};
   const auto keep = [&](double* to, Doubles x) {
@@ -121,7 +123,7 @@ CenteredQuery center_query(const double* query, double inverse_norm, const float
   double lanes[kDoubleWidth], best = 0;
   store_bits(lanes, top);
   for (const double x : lanes) best = x > best ? x : best;
-  return {mean_share, best};
+  return {mean_share, dot, best};
 }
 
 }  // namespace
@@ -179,7 +181,7 @@ void quantize_query(const double* query, double norm, const float* mean, double 
   const double a = static_cast<double>(scale);
   const double mean_part = __builtin_fabs(query_at.mean_share) * __builtin_sqrt(mean_square);
   terms->scale[slot] = scale;
-  terms->base[slot] = query_at.mean_share * mean_square;
+  terms->base[slot] = query_at.mean_dot;
   terms->shift[slot] = static_cast<float>(query_at.mean_share / a);
   // The last term covers every fp32 rounding on the way to the upper bound.
   terms->error[slot] = static_cast<float>(

@@ -110,7 +110,7 @@ inline void int8_dots(const uint8_t* rows, const int8_t* queries, const int32_t*
 
 // ---- from dot products to hits -----------------------------------------------------------------
 
-// Sends every pair whose upper bound reaches its query's threshold.
+// Sends every pair whose upper bound reaches its query's threshold, or is none because something overflowed.
 template <class Upper, class Bounds>
 inline void send_hits(int64_t group, int queries, int rows, const ScreenArgs& args, Upper&& upper,
                       Bounds&& bounds) {
@@ -121,7 +121,9 @@ inline void send_hits(int64_t group, int queries, int rows, const ScreenArgs& ar
     const Floats threshold = splat(thresholds[m]);
     uint32_t mask = 0;
     for (int v = 0; v < kPanelVectors; ++v) {
-      mask |= mask_not_less(upper(m, v), threshold) << (v * kWidth);
+      const Floats bound = upper(m, v);
+      const Floats or_nan = bound + (bound - bound);  // -infinity would be less than any threshold
+      mask |= mask_not_less(or_nan, threshold) << (v * kWidth);
     }
     if (rows < kPanelRows) mask &= (1u << rows) - 1;
     for (; mask != 0; mask &= mask - 1) {

@@ -295,7 +295,8 @@ class Trainer:
                 rows.append(current)
                 captions.append([self._padded(batch[f"{side}_tokens"]) for side in ("safe", "unsafe")])
         every = QuadrupletEmbeddings(*map(torch.cat, zip(*rows, strict=True)))
-        return meter.means(self.ranks) | recalls(every, *map(torch.cat, zip(*captions, strict=True)), self.ranks)
+        safe_captions, unsafe_captions = map(torch.cat, zip(*captions, strict=True))
+        return meter.means(self.ranks) | recalls(every, safe_captions, unsafe_captions, self.ranks)
 
     def _padded(self, tokens: Tensor) -> Tensor:
         """Tokens [n, L] of a batch with the padding that was cut off."""

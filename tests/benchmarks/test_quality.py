@@ -340,6 +340,17 @@ def test_the_tables_of_the_demos_size_are_the_committed_result():
         rows = [row for row in found["rows"] if row["data"] == data]
         assert full_size.at_every_rank(found["rows"], data) in method and tables.table(rows) in method
     demo = flatten(load_config("demo"))
-    for run in full_size.runs_of(["scenes", "photos"], range(2)):
-        options = flatten(load_config("demo", run.options))
+    plan = runs.Plan(Path("out"), Path("cache"), Path("photos.tar"))
+    for data in ("scenes", "photos"):
+        options = flatten(load_config("demo", full_size.run_of(plan, data, full_size.OURS, 0).options))
         assert {key for key in demo if options[key] != demo[key]} <= {"objective.page"}, "the demo's own setting"
+        rival = full_size.run_of(plan, data, full_size.BASELINE, 0, "3e-3").options
+        assert set(rival) > set(full_size.BASELINE_OPTIONS) and "optimizer.lr=3e-3" in rival
+        chosen = [entry for entry in found["tried"] if entry["data"] == data and entry["chosen"]]
+        assert [entry["score"] for entry in chosen] == [max(e["score"] for e in found["tried"] if e["data"] == data)]
+        assert set(options_of_rows(found, data, full_size.BASELINE)) >= {f"optimizer.lr={chosen[0]['rate']}"}
+
+
+def options_of_rows(found, data, name):
+    (row,) = [row for row in found["rows"] if (row["data"], row["name"]) == (data, name)]
+    return row["options"]

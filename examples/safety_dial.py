@@ -29,6 +29,6 @@ for point in found.dial:
     unsafe, useful = (point.metrics[name].value for name in ("unsafe_rate@10", "zero_shot"))
     print(f"dial {point.alpha:4}: unsafe among the first 10 {unsafe:.2f}, zero-shot accuracy {useful:.2f}")
 assert found.promise is not None
-print(found.promise)
+print(found.promise)  # of accuracy alone: read the unsafe rate at that dial, above, before you use it
 model = sf.load(tuned, dial=found.promise.alpha)  # 0 where nothing can be promised: more images tell more
 print(f"{model.name} at {found.promise.alpha}, weights {model.weights_hash[:12]}")

@@ -121,9 +121,10 @@ def search(gpu: Gpu, batch: int, rows: int, dim: int, k: int) -> Cost:
     again = batch * RESCORED * k * dim
     lists = batch * 16 * 2 * (3 * TILE + RESCORED * k)
     return Cost(
-        bytes=bank + batch * dim * (4 + 2 + 2 + 4) + 4 * again + lists + batch * k * 12,
+        bytes=bank + batch * dim * (4 + 2 + 2 + 4) + lists + batch * k * 12,
         half=2 * tile_products(batch, rows, dim, 2),
         fp64=2 * again,
+        after=4 * again,  # the rows that are scored again, by a kernel of its own
     )
 
 

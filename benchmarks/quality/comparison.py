@@ -43,7 +43,7 @@ from saferclip_fast.results import CUTOFFS, at
 from saferclip_fast.storage.files import save_json
 
 OURS = "SafeR-CLIP@K"
-METHODS: dict[str, tuple[str, ...]] = {  # name in the tables -> the objective, with its authors' weights
+METHODS: dict[str, tuple[str, ...]] = {  # name -> the objective; its weights: the authors', of SafeR-CLIP ours
     "Safe-CLIP": ("objective.name=safeclip",),
     "ShieldCLIP": ("objective.name=shieldclip",),
     "SafeR-CLIP": ("objective.preset=paper",),
@@ -57,7 +57,7 @@ _ALPHA_1, _ALPHA_32 = _ADAPTERS  # alpha 1 is Safe-CLIP's; steps of adapters sca
 
 
 def _rivals(rates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """The rivals' settings: their weights are their authors', so adapters and learning rate are left to choose."""
+    """The rivals' settings: adapters and learning rate. Loss weights are not among them (METHODS)."""
     return {
         f"{adapters}, lr {rate}": (*_ADAPTERS[adapters], f"optimizer.lr={rate}")
         for adapters, of_adapters in rates.items()

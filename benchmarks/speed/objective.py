@@ -28,11 +28,11 @@ VARIED = {"B": (256, 1024, 4096)}
 def guard_hinge(x: Tensor, rows: Tensor, k: int) -> Tensor:
     """`rank_guard`'s mean over x [B, d], with rows g_j [N, d + 2] as it builds them."""
     u = F.normalize(x, dim=1)
-    queries, limits = rows[:, : x.shape[1]] * math.sqrt(2), rows[:, x.shape[1]] * math.sqrt(2)
+    queries, limits = rows[:, : x.shape[1]], rows[:, x.shape[1]]
     with torch.no_grad():
         found = torch.addmm(limits, u, queries.T).topk(k).indices
     violation = (u.unsqueeze(1) * queries[found]).sum(2) + limits[found]
-    return violation.clamp(min=0).sum(1).mean() / k
+    return math.sqrt(2) * violation.clamp(min=0).sum(1).mean() / k
 
 
 def redirection(current, frozen, bank, neighbors, objective: SaferClip) -> Tensor:

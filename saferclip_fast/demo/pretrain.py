@@ -72,6 +72,10 @@ def _quiet() -> Iterator[None]:
 
 def preprocess(clip: ClipModel, images: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H', W'] as the model's own preprocessing makes them."""
+    mean, std = (torch.tensor(clip.preprocessing[name]).view(3, 1, 1) for name in ("mean", "std"))
+    normalized = torch.from_numpy(images).movedim(-1, 1).div(255).sub_(mean).div_(std)
+    if torch.equal(normalized[0], clip.preprocess(Image.fromarray(images[0]))):  # the size is right: no image by image
+        return normalized
     return torch.stack([clip.preprocess(Image.fromarray(image)) for image in images])
 
 

@@ -1,8 +1,8 @@
 """Faults at random moments of a run of two ranks: `python -m tests.train.ranks.random_faults [RUNS] [SEED]`.
 
-Each run is started as a user starts it, `torchrun --max-restarts`, and meets one fault; where it ended, the same command
-is given again. Its final weights and log must be, bit for bit, those of a run that was left alone. The test suite has
-one such run; this takes minutes.
+Each run is started as a user starts it, `torchrun --max-restarts`, and meets one fault; where it ended, the same
+command is given again. Its final weights and log must be, bit for bit, those of a run that was left alone. The test
+suite has one such run; this takes minutes.
 """
 
 import json

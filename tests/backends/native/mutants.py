@@ -54,7 +54,8 @@ MUTANTS = [
     Mutant("lower bound too high", SCREEN, "hit->lower = static_cast<float>(", "score - room", "score + room"),
     Mutant("error of a row forgotten", QUANTIZE, "term.error[r] =", "__builtin_sqrtf(square) * (1 + slack)", "0.0f"),
     Mutant("bias of a query", QUANTIZE, "terms->bias[slot] =", "-128 * sum", "-127 * sum"),
-    Mutant("mean part of a score", QUANTIZE, "terms->base[slot] =", "query_at.mean_share * mean_square", "0.0"),
+    Mutant("mean part of a score", QUANTIZE, "terms->base[slot] =", "query_at.mean_dot", "0.0"),
+    Mutant("a bound of -infinity drops its row", SCREEN, "mask |= mask_not_less(", "or_nan", "bound"),
     Mutant("header of a packed bank unread", PACK, "header.count == count &&", "header.dim == dim", "true"),
     Mutant("threshold of another query", SEARCH, "const float theirs = shared[", "first_ + q", "0"),
     Mutant(

@@ -226,6 +226,7 @@ void retarget_typed(const RetargetArgs& args, int64_t begin, int64_t end, double
                     static_cast<T*>(args.grad_text) + i * dim,
                     static_cast<T*>(args.grad_image) + i * dim);
   }
+  if (args.stream) end_streaming();
 }
 
 }  // namespace

@@ -221,6 +221,13 @@ inline void write(float* p, Floats v, bool stream) {
   store(p, v);
 }
 
+// What `write` streamed is seen by other threads in order only behind this.
+inline void end_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline uint16_t round_to(const BFloat16*, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -135,7 +135,8 @@ def test_loss_paths_compute_the_same(uncompiled, op, which):
         assert "chunked_linear_cross_entropy" in whole and "chunked_linear_cross_entropy".startswith(harness.PYTORCH)
     for name, found in whole.items():
         for a, b in zip(found, whole["eager"], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            rounding = 1e-5 * float(b.abs().max())  # entries near zero are sums of others that are not
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=rounding, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_search_paths_find_the_same(uncompiled, monkeypatch):

@@ -84,7 +84,7 @@ soak: setup  ## train for SOAK_MINUTES (120) and watch the memory (build/soak.js
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.soak --minutes $(SOAK_MINUTES) --json build/soak.json
 
 bench: setup  ## time every op against PyTorch and others; goes on where it was (BENCH=--again: from the start)
-	$(BIN)/python -c 'import faiss, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu threadpoolctl
+	$(BIN)/python -c 'import faiss, numkong, threadpoolctl' 2>/dev/null || $(BIN)/python -m pip install --quiet faiss-cpu numkong threadpoolctl
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
 # The package is read from here, its native module too: one module serves every torch from the lowest on.

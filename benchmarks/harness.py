@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -10,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,19 +25,28 @@ PYTORCH = ("eager", "compiled", "chunked")  # how the names of paths begin that 
 ROOT = Path(__file__).resolve().parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Paths = Mapping[str, Callable[[], object]]
+Clock = Callable[[Callable[[], object]], float]  # runs a path once: seconds
 
 
-def medians(paths: Paths, rounds: int = 7, budget_s: float = 20.0) -> dict[str, float]:
-    """Median seconds of each path, warm; one call of each per round, so that a disturbance hits all of them."""
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def medians(paths: Paths, rounds: int = 7, budget_s: float = 20.0, clock: Clock = seconds) -> dict[str, float]:
+    """Median seconds of each path, warm; one call of each per round, so that a disturbance hits all of them.
+
+    When to stop is decided by what `clock` says alone: where several processes measure, they decide alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in paths}
-    done, begin = 0, time.perf_counter()
-    while done < rounds or (time.perf_counter() - begin < 0.2 and done < 200):
+    done, spent = 0, 0.0
+    while done < rounds or (spent < 0.2 and done < 200):
         for name, path in paths.items():
-            start = time.perf_counter()
-            path()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(path))
+            spent += times[name][-1]
         done += 1
-        if time.perf_counter() - begin > budget_s:
+        if spent > budget_s:
             break
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -57,12 +67,14 @@ def _resident(field: str) -> int:
     return int(status[field].split()[0])
 
 
-def measure(paths: Paths, rounds: int, budget_s: float, memory: bool = True) -> dict[str, object]:
+def measure(
+    paths: Paths, rounds: int, budget_s: float, memory: bool = True, clock: Clock = seconds
+) -> dict[str, object]:
     """`NAME_ms` and `NAME_MiB` of each path, and what the best PyTorch path takes over ours: `torch/NAME`."""
     for path in paths.values():
         path()
     extra = {f"{name}_MiB": extra_memory(path) for name, path in paths.items()} if memory else {}
-    times = medians(paths, rounds, budget_s)
+    times = medians(paths, rounds, budget_s, clock)
     found: dict[str, object] = {f"{name}_ms": seconds * 1e3 for name, seconds in times.items()} | extra
     in_torch = {name: seconds for name, seconds in times.items() if name.startswith(PYTORCH)}
     if in_torch:
@@ -79,19 +91,41 @@ def machine() -> dict[str, object]:
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     native = sf.backends()["cpu"]
-    facts = {"cpu": cpu, "cores": CORES, "isa": _isa() if native.usable else None, "gpu": gpu}
+    facts = {"cpu": cpu, "cores": CORES, "isa": isa() if native.usable else None, "gpu": gpu}
     return {**facts, "native": native.detail, "python": platform.python_version(), **_versions()}
 
 
-def _isa() -> str:
+def isa() -> str:
+    """The instruction set that our kernels use."""
     from saferclip_fast import _C
 
     return os.environ.get("SAFERCLIP_FAST_ISA") or _C.cpu_isas()[0]
 
 
+def isas() -> list[str]:
+    """The instruction sets of this CPU that the kernels have a copy for, best first; the portable copy is left out."""
+    from saferclip_fast import _C
+
+    return [name for name in _C.cpu_isas() if name != "generic"]
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within it, our kernels use this instruction set; the choice is read at every call."""
+    before = os.environ.get("SAFERCLIP_FAST_ISA")
+    os.environ["SAFERCLIP_FAST_ISA"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SAFERCLIP_FAST_ISA"]
+        else:
+            os.environ["SAFERCLIP_FAST_ISA"] = before
+
+
 def _versions() -> dict[str, str]:
     installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
-    wanted = ("torch", "triton", "faiss-cpu", "faiss-gpu", "transformers")
+    wanted = ("torch", "triton", "faiss-cpu", "faiss-gpu", "numkong", "transformers")
     return {name: installed[name] for name in wanted if name in installed}
 
 

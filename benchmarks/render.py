@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import matplotlib
 
+from benchmarks.differs import difference
 from benchmarks.gpu import check
 from benchmarks.harness import PYTORCH
 
@@ -34,6 +35,7 @@ THEMES = {  # the report's colors
     "light": {"back": "#ffffff", "text": "#1b1f24", "line": "#d0d7de", "ours": "#0072b2", "torch": "#6e7781"},
     "dark": {"back": "#12161b", "text": "#e6e9ec", "line": "#38424d", "ours": "#56b4e9", "torch": "#9aa4af"},
 }
+MARKS = "†‡§¶‖"  # of the paths that differ from ours, in a table's order
 ABOUT = {"threads", "revision", "date", "seconds", "best_torch", "ladder", "compiled"}
 Results = dict[str, dict]
 
@@ -77,9 +79,10 @@ def lines(results: Results) -> list[Line]:
     found = []
     for name in ("nearest_safe", "nearest_safe_million"):
         for row in rows_of(results, name):
-            if row["k"] in (1, 32) and (row["data"] == "clip_like" or row["N"] >= 10**6):
+            if row["k"] in (1, 32) and row["Q"] >= 1024 and (row["data"] == "clip_like" or row["N"] >= 10**6):
                 size = f"{row['Q']:,} queries, {row['N']:,} rows, k = {row['k']}"
-                found.append(Line("nearest_safe", size, row, "ours_packed", "faiss", "FAISS"))
+                rival = min(LIBRARIES, key=lambda path: row.get(f"{path}_ms", math.inf))
+                found.append(Line("nearest_safe", size, row, "ours_packed", rival, LIBRARIES[rival]))
     for name, rival, called in (("retarget_loss", "eager", "eager"), ("preservation_loss", "eager", "eager")):
         largest = [row for row in rows_of(results, name) if row["B"] == 8192 and row["d"] == 768]
         for row in largest:
@@ -89,6 +92,9 @@ def lines(results: Results) -> list[Line]:
         rows = [row for row in rows_of(results, name) if row.get("chosen", 1.0) == 1.0]
         for row in sorted(rows, key=lambda row: (row["threads"], row["B"]))[-1:]:
             found.append(Line(CALLED[name], f"{of}, with gradients, B = {row['B']:,}", row, "ours", "eager", "eager"))
+    for row in rows_of(results, "two_processes")[-1:]:
+        size = f"{row['processes']} processes of one thread, bank of {row['bank_rows']:,}, B = {row['B']:,}"
+        found.append(Line(CALLED["objective"], size, row))
     for row in rows_of(results, "bank"):
         if row["part"] == "embed":
             found.append(Line("bank embedding", f"{model(row)}, {row['B']} quadruplets", row, "ours", *AUTHORS))
@@ -98,6 +104,8 @@ def lines(results: Results) -> list[Line]:
 
 
 AUTHORS = ("authors", "Safe-CLIP's code")
+PACKAGES = {"faiss": ("faiss-cpu", "faiss-gpu"), "numkong": ("numkong",)}  # of a path: what a file's facts call them
+LIBRARIES = {"faiss": "FAISS", "faiss_panorama": "FAISS Panorama", "numkong": "NumKong"}  # the fastest one is shown
 CALLED = {"info_nce": "info_nce", "objective": "default objective"}
 
 
@@ -149,9 +157,10 @@ def measured_on(found: dict) -> str:
     facts = found["machine"]
     parts = [str(facts[key]) for key in ("gpu", "cpu") if facts.get(key)]
     parts += [f"{facts['cores']} cores", facts["isa"]] if "isa" in facts else []
-    # FAISS may be installed and not have run
-    searched = any("faiss_ms" in row for row in found.get("rows", ()))
-    versions = ("torch", *(("faiss-cpu", "faiss-gpu") if searched else ()), "transformers")
+    # what is installed may not have run
+    paths = {path for path in PACKAGES if any(f"{path}_ms" in row for row in found.get("rows", ()))}
+    ran = [package for path in PACKAGES if path in paths for package in PACKAGES[path]]
+    versions = ("torch", *ran, "transformers")
     return ", ".join([*parts, *(f"{name} {facts[name]}" for name in versions if name in facts)])
 
 
@@ -201,8 +210,12 @@ def all_rows(results: Results, name: str) -> list[str]:
         cells = [f"{row[key]:,}" if isinstance(row.get(key), int) else str(row.get(key, "")) for key in varying]
         cells += [str(threads(results, name, row)), *(cell(row, f"{path}_ms", f"{path}_MiB") for path in timed)]
         body.append([*cells, *(cell(row, f"torch/{path}") for path in ours)])
-    head = [*varying, "threads", *timed, *(f"best PyTorch / {path}" for path in ours)]
-    return [*filter(None, [fixed]), table([word.replace("_", " ") for word in head], body)]
+    notes = {path: note for path in timed if (note := difference(name, path))}
+    marks = dict(zip(dict.fromkeys(notes.values()), MARKS, strict=False))
+    marked = [f"{path} {marks[notes[path]]}" if path in notes else path for path in timed]
+    head = [*varying, "threads", *marked, *(f"best PyTorch / {path}" for path in ours)]
+    below = "; ".join(f"{mark} {note}" for note, mark in marks.items())
+    return [*filter(None, [fixed]), table([word.replace("_", " ") for word in head], body), *filter(None, [below])]
 
 
 def is_case(key: str) -> bool:

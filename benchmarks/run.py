@@ -22,20 +22,26 @@ from benchmarks.harness import CORES, put_aside
 from benchmarks.speed.nearest_safe import BLAS_SETTINGS
 
 HERE = Path(__file__).resolve().parent
-FAISS = ["--faiss"] if find_spec("faiss") and find_spec("threadpoolctl") else []
+LIBRARIES = [
+    *(["--faiss"] if find_spec("faiss") and find_spec("threadpoolctl") else []),
+    *(["--numkong"] if find_spec("numkong") else []),
+]
+SEARCH = ["speed.nearest_safe", "--ks", "1,32", "--budget", "30", *LIBRARIES]
 # (file of the results, module of this package and options)
 ALL_CORES = [
-    ("nearest_safe", ["speed.nearest_safe", "--ks", "1,32", "--budget", "25", *FAISS]),
+    ("nearest_safe", [*SEARCH, "--data", "clip_like"]),
+    ("nearest_safe", [*SEARCH, "--data", "gaussian", "--cases", "1024x100000"]),
     ("preservation_loss", ["speed.preservation_loss", "--large"]),
     ("bank", ["speed.bank"]),
     ("train_step", ["speed.train_step", "--rounds", "3", "--budget", "45"]),
+    ("objective", ["speed.objective"]),  # on one thread it takes eight minutes more
+    ("two_processes", ["speed.two_processes"]),  # of one thread each
 ]
 ALL_CORES_AND_ONE = [
     ("nearest_safe_curves", ["speed.nearest_safe", "--curves"]),
     ("retarget_loss", ["speed.retarget_loss"]),
-    ("preservation_loss", ["speed.preservation_loss"]),
+    ("preservation_loss", ["speed.preservation_loss", "--budget", "12"]),
     ("info_nce", ["speed.info_nce"]),
-    ("objective", ["speed.objective"]),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in ALL_CORES + ALL_CORES_AND_ONE))
 

@@ -1,12 +1,13 @@
-"""nearest_safe against the best PyTorch paths, FAISS and an int8 product.
+"""nearest_safe against the best PyTorch paths, FAISS, NumKong and an int8 product.
 
-    python -m benchmarks.speed.nearest_safe --faiss                     Q 1,024, N 100,000
+    python -m benchmarks.speed.nearest_safe --faiss --numkong           Q 1, 16 and 1,024, N 100,000
     python -m benchmarks.speed.nearest_safe --cases 1024x1000000        10 GB of memory
     python -m benchmarks.speed.nearest_safe --curves                    Q, N, d and k varied one at a time
     python -m benchmarks.speed.nearest_safe --sweep --json sweep.json   the grid, a few seconds a cell at most
 
-`int8_mm` is torch._int_mm of int8 queries and rows made beforehand: the cost of a screen's products alone. It quantizes
-nothing, bounds no error, selects nothing and scores nothing exactly, so no search can be built from it at this price.
+`ours_packed_avx2` and the like force that instruction set; the rest use the file's. `int8_mm` is torch._int_mm of int8
+queries and rows: the cost of a screen's products alone. It bounds no error, selects nothing and scores nothing exactly,
+so no search can be built from it at this price.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn.functional import normalize
 
 import saferclip_fast as sf
 from benchmarks import harness
+from benchmarks.speed import search_rivals
 
 CHUNKS = (2048, 8192, 32768)
 SWEEP_N, SWEEP_D = (64, 1000, 30_000, 300_000), (64, 512, 768, 1000, 1024)
@@ -30,6 +33,7 @@ COMPILED = {(64, 768), (1000, 768), (30_000, 768)}  # (N, d) of the sweep that a
 BASE = {"data": "clip_like", "Q": 512, "N": 100_000, "d": 768, "k": 8}
 VARIED = {"Q": (1, 8, 64), "N": (100, 1000, 10_000), "d": (64, 256, 1536), "k": (1, 64, 256)}
 WANTED = 0.9  # of the best PyTorch path, in every cell of the sweep
+PANORAMA_QUERIES = 64  # it reads the bank once a query: seconds a call at 1,024
 ROWS_AT_ONCE = 50_000  # of the data while it is made
 BLAS_SETTINGS = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # keep FAISS's BLAS from its best kernel
 
@@ -68,9 +72,8 @@ def chunked(query, bank, k, chunk):
     scores = query.new_empty((len(query), 0))
     indices = torch.empty((len(query), 0), dtype=torch.int64)
     for begin in range(0, len(bank), chunk):
-        s, i = (query @ bank[begin : begin + chunk].T).topk(min(k, len(bank) - begin), dim=1)
-        scores, best = torch.cat([scores, s], 1).topk(min(k, scores.shape[1] + s.shape[1]), dim=1)
-        indices = torch.cat([indices, i + begin], 1).gather(1, best)
+        part = query @ bank[begin : begin + chunk].T
+        scores, indices = search_rivals.best_of(scores, indices, part, begin, k)
     return scores, indices
 
 
@@ -95,27 +98,30 @@ def paths(query, bank, packed, k, compiled: bool) -> dict[str, Callable[[], obje
     return found
 
 
-def int8_path(query, bank) -> Callable[[], object]:
-    q, s = ((normalize(rows, dim=1) * 127).round().to(torch.int8) for rows in (query, bank))
-    return lambda: torch._int_mm(q, s.T)
+def forced_paths(query, packed, k) -> dict[str, Callable[[], object]]:
+    """Ours with every other instruction set that this CPU has; a packed bank is the same for all of them."""
+
+    def search(isa: str) -> object:
+        with harness.forced(isa):
+            return sf.nearest_safe(query, packed, k, check=False)
+
+    return {f"ours_packed_{isa}": partial(search, isa) for isa in harness.isas() if isa != harness.isa()}
 
 
-def faiss_path(query, bank, k):
-    import faiss
+def others(args: argparse.Namespace, cases: list[dict]) -> dict[str, Callable[[torch.Tensor], search_rivals.Search]]:
+    """How to build the searches of other libraries that the cases of one bank are compared with."""
+    found = {"int8_mm": search_rivals.int8_mm}
+    if args.faiss:
+        found["faiss"] = search_rivals.faiss_flat
+        if search_rivals.has_panorama() and any(with_panorama(args, case) for case in cases):
+            found["faiss_panorama"] = search_rivals.faiss_panorama
+    if args.numkong:
+        found["numkong"] = search_rivals.numkong
+    return found
 
-    index = faiss.IndexFlatIP(bank.shape[1])
-    index.add(bank.numpy())
-    unit = normalize(query, dim=1).numpy()
-    return lambda: index.search(unit, k)
 
-
-def faiss_blas() -> str:
-    """The BLAS that FAISS loaded and the kernel it picked."""
-    import faiss  # noqa: F401
-    from threadpoolctl import threadpool_info
-
-    pools = [p for p in threadpool_info() if p["user_api"] == "blas" and "faiss" in p["filepath"]]
-    return "; ".join(f"{p['internal_api']} {p['version']} {p.get('architecture', '')}" for p in pools) or "unknown"
+def with_panorama(args: argparse.Namespace, case: dict) -> bool:
+    return args.panorama or case["Q"] <= PANORAMA_QUERIES
 
 
 def sweep(dims: list[int], compiling: bool, results: harness.Results) -> None:
@@ -166,16 +172,26 @@ def measure(wanted: list[dict], args: argparse.Namespace, results: harness.Resul
         bank = DATA[kind](n + queries, d)
         query, bank = bank[:queries].clone(), bank[queries:]
         packed = packed_bank(bank)
+        searches = {} if args.curves else {name: build(bank) for name, build in others(args, cases).items()}
         for case in cases:
             q, k = query[: case["Q"]], case["k"]
             candidates = paths(q, bank, packed, k, not (args.no_compile or args.curves))
             if args.curves:
                 candidates = one_chunk(candidates)
             else:
-                candidates["int8_mm"] = int8_path(q, bank)
-            if args.faiss:
-                candidates["faiss"] = faiss_path(q, bank, k)
+                candidates |= forced_paths(q, packed, k)
+            unit = normalize(q, dim=1)
+            for name, search in searches.items():
+                if name != "faiss_panorama" or with_panorama(args, case):
+                    candidates[name] = partial(search, unit, k)
             results.add(case, harness.measure(candidates, args.rounds, args.budget))
+
+
+def faiss_notes() -> dict[str, str]:
+    """Facts of the file: what FAISS computes with."""
+    search_rivals.choose_faiss_kernel()
+    panorama = search_rivals.PANORAMA.format(d=768) if search_rivals.has_panorama() else "not in this FAISS"
+    return {"faiss_blas": search_rivals.faiss_blas(), "faiss_panorama": panorama}
 
 
 def numbers(text: str) -> list[int]:
@@ -190,12 +206,14 @@ def main() -> None:
     parser = harness.parser(__doc__, rounds=5, budget_s=60.0)
     parser.add_argument("--sweep", action="store_true", help="the whole grid; prints the cells below 0.9 of PyTorch")
     parser.add_argument("--curves", action="store_true", help="scaling curves; without torch.compile, one chunk size")
-    parser.add_argument("--cases", type=sizes, default="1024x100000", help="QxN,QxN,...")
+    parser.add_argument("--cases", type=sizes, default="1x100000,16x100000,1024x100000", help="QxN,QxN,...")
     parser.add_argument("--ks", type=numbers, default="1,8,32")
     parser.add_argument("--data", type=lambda text: text.split(","), default="gaussian,clip_like")
     parser.add_argument("--dims", type=numbers, default=",".join(map(str, SWEEP_D)), help="sweep only")
+    parser.add_argument("--faiss", action="store_true", help="also FAISS (pip install faiss-cpu threadpoolctl)")
+    parser.add_argument("--numkong", action="store_true", help="also NumKong (pip install numkong)")
     parser.add_argument(
-        "--faiss", action="store_true", help="also faiss-cpu's IndexFlatIP (pip install faiss-cpu threadpoolctl)"
+        "--panorama", action="store_true", help=f"FAISS's Panorama for more than {PANORAMA_QUERIES} queries, too"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args()
@@ -207,7 +225,9 @@ def main() -> None:
         )
     if args.faiss and any(find_spec(name) is None for name in ("faiss", "threadpoolctl")):
         parser.error("--faiss needs two packages more: pip install faiss-cpu threadpoolctl")
-    notes = {"faiss_blas": faiss_blas()} if args.faiss else {}
+    if args.numkong and find_spec("numkong") is None:
+        parser.error("--numkong needs a package more: pip install numkong")
+    notes = faiss_notes() if args.faiss else {}
     name = "sweep" if args.sweep else "curves" if args.curves else "cases"
     results = harness.Results(f"nearest_safe, {name}", args.json, **notes)
     if args.sweep:

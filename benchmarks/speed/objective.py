@@ -7,7 +7,9 @@ searches with torch.topk and stores every logit. `--profile`: the share of each 
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,30 +51,64 @@ def redirection(current, frozen, bank, neighbors, objective: SaferClip) -> Tenso
     return loss
 
 
-def preservation(current, frozen, weights) -> Tensor:
+def preservation(current, frozen, weights, contrast=info_nce) -> Tensor:
     loss = current.safe_text.new_zeros(())
     for name, x, same, other in (
         ("text", current.safe_text, frozen.safe_text, frozen.safe_image),
         ("image", current.safe_image, frozen.safe_image, frozen.safe_text),
     ):
         loss = loss + weights[f"cos_{name}"] * (1 - F.cosine_similarity(x, same)).mean()
-        loss = loss + weights[f"nce_{name}"] * info_nce(x, other)
+        loss = loss + weights[f"nce_{name}"] * contrast(x, other)
     return loss
 
 
-def paths(B: int, d: int, k: int, bank_rows: int = BANK) -> harness.Paths:
+class Setting(NamedTuple):
+    """What is there before the first step, and does not depend on the batch."""
+
+    center: Tensor  # embeddings of one modality lie in a cone
+    bank: sf.SafeBank
+    objective: SaferClip
+
+    def rows(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(count, len(self.center), generator=generator) + self.center
+
+    def batch(self, size: int, k: int) -> tuple[QuadrupletEmbeddings, QuadrupletEmbeddings, sf.Neighbors]:
+        """(current, frozen, neighbors), the same for every process."""
+        generator = torch.Generator().manual_seed(1)
+        current, frozen = (
+            QuadrupletEmbeddings(*(self.rows(size, generator) for _ in range(4))) for _ in ("current", "frozen")
+        )
+        return current, frozen, sf.nearest_safe(frozen.unsafe_text, self.bank, k)
+
+
+@functools.cache  # takes longer than a case: the limits of all safe queries
+def setting(d: int, k: int, bank_rows: int) -> Setting:
     generator = torch.Generator().manual_seed(0)
-    center = torch.randn(d, generator=generator)  # embeddings of one modality lie in a cone
+    center = torch.randn(d, generator=generator)
+    text, image = torch.randn(2, bank_rows, d, generator=generator) + center
+    found = Setting(center, sf.SafeBank(text, image).pack(), SaferClip(k=k, guard_k=k))
+    found.objective.attach(found.bank)
+    return found
 
-    def rows(count: int) -> Tensor:
-        return torch.randn(count, d, generator=generator) + center
 
-    bank = sf.SafeBank(rows(bank_rows), rows(bank_rows)).pack()
-    current = QuadrupletEmbeddings(*(rows(B).requires_grad_() for _ in range(4)))
-    frozen = QuadrupletEmbeddings(*(rows(B) for _ in range(4)))
-    neighbors = sf.nearest_safe(frozen.unsafe_text, bank, k)
-    objective = SaferClip(k=k, guard_k=k)
-    objective.attach(bank)
+def plain_objective(current, frozen, bank, neighbors, guards, objective: SaferClip, contrast=info_nce) -> Tensor:
+    """The default objective in PyTorch; `guards`: the rows g_j of texts and of images."""
+    loss = redirection(current, frozen, bank, neighbors, objective)
+    loss = loss + preservation(current, frozen, objective.weights, contrast)
+    hinges = [guard_hinge(x, rows, objective.guard_k) for x, rows in zip(current[2:], guards, strict=True)]
+    return loss + objective.weights["rank_guard"] * (hinges[0] + hinges[1])
+
+
+def guard_rows(objective: SaferClip) -> tuple[Tensor, Tensor]:
+    assert isinstance(objective.guards, RankGuards)
+    return objective.guards.of_text.bank.image, objective.guards.of_image.bank.image
+
+
+def paths(B: int, d: int, k: int, bank_rows: int = BANK) -> harness.Paths:
+    _, bank, objective = known = setting(d, k, bank_rows)
+    current, frozen, neighbors = known.batch(B, k)
+    for x in current:
+        x.requires_grad_()
     guards = objective.guards
     assert isinstance(guards, RankGuards)
     share = torch.full((B,), 1 / B)
@@ -80,15 +116,8 @@ def paths(B: int, d: int, k: int, bank_rows: int = BANK) -> harness.Paths:
     def gradient(loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, current, allow_unused=True)
 
-    def plain(current, frozen, bank, neighbors, guard_text, guard_image) -> Tensor:
-        loss = redirection(current, frozen, bank, neighbors, objective) + preservation(
-            current, frozen, objective.weights
-        )
-        guard = guard_hinge(current.unsafe_text, guard_text, k) + guard_hinge(current.unsafe_image, guard_image, k)
-        return loss + objective.weights["rank_guard"] * guard
-
-    compiled = torch.compile(plain, dynamic=False)
-    given = (current, frozen, bank, neighbors, guards.of_text.bank.image, guards.of_image.bank.image)
+    compiled = torch.compile(plain_objective, dynamic=False)
+    given = (current, frozen, bank, neighbors, guard_rows(objective), objective)
     of_terms = {
         name: SaferClip({term: 0.0 for term in DEFAULT_WEIGHTS if term.split("_")[0] not in terms}, k=k)
         for name, terms in (("ours_redirection", ("uni", "cross")), ("ours_preservation", ("cos", "nce")))
@@ -100,7 +129,7 @@ def paths(B: int, d: int, k: int, bank_rows: int = BANK) -> harness.Paths:
 
     return {
         "ours": lambda: gradient(objective(current, frozen, bank, neighbors).loss),
-        "eager": lambda: gradient(plain(*given)),
+        "eager": lambda: gradient(plain_objective(*given)),
         "compiled": lambda: gradient(compiled(*given)),
         "ours_guard": lambda: gradient(guarded()),
         **{

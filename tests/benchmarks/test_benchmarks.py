@@ -8,11 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
+import saferclip_fast as sf
 from benchmarks import harness, render, run
+from benchmarks.differs import difference
 from benchmarks.quality import tables
-from benchmarks.speed import bank, info_nce, nearest_safe, objective, preservation_loss, retarget_loss, train_step
+from benchmarks.speed import (
+    bank,
+    info_nce,
+    nearest_safe,
+    objective,
+    preservation_loss,
+    retarget_loss,
+    search_rivals,
+    train_step,
+)
 from saferclip_fast.objectives import DEFAULT_WEIGHTS
+from tests.train.ranks.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +63,32 @@ def test_ablation_tables_are_the_committed_results():
     method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for data in ("scenes", "photos"):
         assert tables.table(row for row in rows if row["data"] == data) in method
+
+
+def test_tables_mark_what_differs_and_the_fastest_library_is_shown():
+    row = {"data": "clip_like", "Q": 1024, "N": 9, "d": 4, "k": 1, "threads": 2, "best_torch": "eager"}
+    row |= {"ours_ms": 1.0, "ours_packed_ms": 1.0, "ours_packed_avx2_ms": 2.0, "eager_ms": 6.0, "best_torch_ms": 6.0}
+    row |= {"faiss_ms": 5.0, "faiss_panorama_ms": 4.0, "numkong_ms": 3.0, "revision": "abc", "date": "2026-01-01"}
+    facts = {"cpu": "a CPU", "cores": 2, "isa": "avx512vnni", "torch": "3", "faiss-cpu": "2", "numkong": "1"}
+    few, plain = {**row, "Q": 1}, {key: value for key, value in row.items() if not key.startswith(("faiss", "numkong"))}
+    both = {"processes": 2, "B": 64, "bank_rows": 2000, "threads": 1, "ours_ms": 2.0, "best_torch_ms": 3.0}
+    results = {
+        "nearest_safe": {"machine": facts, "rows": [row, few, plain]},
+        "two_processes": {"machine": facts, "rows": [{**both, "best_torch": "eager", "eager_ms": 3.0}]},
+    }
+    page = render.everything(results)
+    assert "avx512vnni, torch 3, faiss-cpu 2, numkong 1" in page
+    assert "| ours packed avx2 | eager † | faiss † | faiss panorama ‡ | numkong § |" in page
+    assert (
+        "\n\n† scores summed in float32, no rule for ties; ‡ scores" in page and "; § scores summed in double" in page
+    )
+    *shown, together = render.lines(results)
+    assert together.size == "2 processes of one thread, bank of 2,000, B = 64" and together.speedup == 1.5
+    assert [line.row["Q"] for line in shown] == [1024, 1024], "few queries are in the full table alone"
+    assert [line.rival_speedup for line in shown] == ["NumKong: 3.00×", ""]
+    assert difference("nearest_safe", "chunked_2048") == difference("nearest_safe", "faiss")
+    assert difference("nearest_safe", "faiss") != difference("nearest_safe", "faiss_panorama")
+    assert difference("nearest_safe", "ours_packed_avx2") is None is difference("objective", "eager")
 
 
 def test_a_page_without_markers_is_named():
@@ -90,9 +129,14 @@ def test_loss_paths_compute_the_same(uncompiled, op, which):
         paths = info_nce.paths(B=24, d=16, chosen=float(op[9:]))
     else:
         paths = retarget_loss.paths(B=24, d=16, k=int(op[-1]), bank_rows=50, **{"pass": which})
-    ours, eager = paths["ours"](), paths["eager"]()
-    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, eager)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    results = {name: path() for name, path in paths.items() if name not in ("products", "copy")}
+    whole = {name: x if isinstance(x, tuple) else (x,) for name, x in results.items()}
+    if op.startswith("info_nce") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert "chunked_linear_cross_entropy" in whole and "chunked_linear_cross_entropy".startswith(harness.PYTORCH)
+    for name, found in whole.items():
+        for a, b in zip(found, whole["eager"], strict=True):
+            rounding = 1e-5 * float(b.abs().max())  # entries near zero are sums of others that are not
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=rounding, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_search_paths_find_the_same(uncompiled, monkeypatch):
@@ -108,6 +152,49 @@ def test_search_paths_find_the_same(uncompiled, monkeypatch):
         torch.testing.assert_close(scores, wanted.scores)
 
 
+@pytest.mark.parametrize("name", ["faiss_flat", "faiss_panorama", "numkong"])
+def test_searches_of_other_libraries_find_the_same(name, monkeypatch):
+    library = pytest.importorskip(name.split("_")[0])
+    if name == "faiss_panorama" and not hasattr(library, "IndexFlatIPPanorama"):
+        pytest.skip("this FAISS has no Panorama for inner products")
+    monkeypatch.setattr(search_rivals, "PART", 64)  # four parts, the last one smaller
+    rows, query = nearest_safe.clip_like(200, 32), torch.randn(7, 32)
+    wanted = sf.nearest_safe(query, rows, 5)
+    scores, indices = map(torch.as_tensor, getattr(search_rivals, name)(rows)(normalize(query, dim=1), 5))
+    assert torch.equal(indices, wanted.indices)
+    torch.testing.assert_close(scores.float(), wanted.scores)
+
+
+def test_faiss_gets_a_kernel_of_this_cpu_where_its_blas_does_not_know_it():
+    known, unknown = "openblas 0.3.15 Zen", "openblas 0.3.15 Prescott"
+    kernels = [search_rivals.better_kernel(unknown, isas) for isas in (["avx512vnni", "avx2"], ["avx2"], [])]
+    assert kernels == ["SkylakeX", "Haswell", None] and search_rivals.better_kernel(known, ["avx2"]) is None
+
+
+def test_a_forced_instruction_set_is_used_and_finds_the_same(monkeypatch):
+    rows = nearest_safe.clip_like(200, 32)
+    query, packed = torch.randn(7, 32), nearest_safe.packed_bank(rows)
+    wanted = sf.nearest_safe(query, packed, 5)
+    others = [name for name in harness.isas() if name != harness.isa()]
+    paths = nearest_safe.forced_paths(query, packed, 5)
+    assert list(paths) == [f"ours_packed_{name}" for name in others]
+    for path in paths.values():
+        assert all(map(torch.equal, path(), wanted))
+    monkeypatch.setattr(harness, "isas", lambda: ["none"])
+    with pytest.raises(RuntimeError, match="SAFERCLIP_FAST_ISA=none is unknown"):
+        nearest_safe.forced_paths(query, packed, 5)["ours_packed_none"]()
+    assert all(map(torch.equal, sf.nearest_safe(query, packed, 5), wanted)), "forced for that call alone"
+
+
+def test_two_processes_compute_the_gradient_of_the_whole_batch_and_measure(tmp_path):
+    path = tmp_path / "two_processes.json"
+    done = torchrun(2, "tests.benchmarks.two_ranks", str(path))
+    assert done.returncode == 0, done.stdout
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["processes"] == 2 and row["threads"] == 1
+    assert row["torch/ours"] == pytest.approx(row["eager_ms"] / row["ours_ms"])
+
+
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_training_steps_and_embeddings_run():
     """Small, so that the time says nothing; that both models embed alike is checked inside."""
@@ -118,7 +205,7 @@ def test_training_steps_and_embeddings_run():
 
 def test_int8_products_are_those_of_the_rows():
     rows = torch.nn.functional.normalize(torch.randn(40, 64), dim=1)
-    products = nearest_safe.int8_path(rows[:32], rows)()
+    products = search_rivals.int8_mm(rows)(rows[:32], 1)
     torch.testing.assert_close(products / 127**2, rows[:32] @ rows.T, atol=0.05, rtol=0)
 
 
@@ -127,6 +214,9 @@ def test_measurements_hold_times_memory_and_ratios():
     found = harness.measure({"ours": lambda: 0, "eager": lambda: torch.ones_like(big), "copy": lambda: 0}, 3, 1.0)
     assert found["best_torch"] == "eager"
     assert found["torch/ours"] == found["eager_ms"] / found["ours_ms"] > 1
+    said = iter([3.0, 0.5, 1.0, 2.0, 0.2])
+    told = harness.medians({"a": lambda: 0, "b": lambda: 0}, 3, 5.0, clock=lambda _: next(said))
+    assert told == {"a": 2.0, "b": 1.25} and next(said) == 0.2, "the clock alone says when the budget is spent"
     if found["eager_MiB"] is not None:
         assert 15 < found["eager_MiB"] < 20 and found["ours_MiB"] < 1
 

@@ -25,6 +25,7 @@ PYTORCH = ("eager", "compiled", "chunked")  # how the names of paths begin that 
 ROOT = Path(__file__).resolve().parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Paths = Mapping[str, Callable[[], object]]
+LEAST_ROUNDS = 3  # of fewer calls there is no median
 Clock = Callable[[Callable[[], object]], float]  # runs a path once: seconds
 
 
@@ -34,8 +35,11 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def medians(paths: Paths, rounds: int = 7, budget_s: float = 20.0, clock: Clock = seconds) -> dict[str, float]:
-    """Median seconds of each path, warm; one call of each per round, so that a disturbance hits all of them.
+def medians(
+    paths: Paths, rounds: int = 7, budget_s: float = 20.0, clock: Clock = seconds
+) -> tuple[dict[str, float], int]:
+    """Median seconds of each path, warm, and of how many rounds; one call of each per round, so that a disturbance hits
+    all of them. A budget that is spent ends them after LEAST_ROUNDS.
 
     When to stop is decided by what `clock` says alone: where several processes measure, they decide alike.
     """
@@ -46,9 +50,9 @@ def medians(paths: Paths, rounds: int = 7, budget_s: float = 20.0, clock: Clock 
             times[name].append(clock(path))
             spent += times[name][-1]
         done += 1
-        if spent > budget_s:
+        if spent > budget_s and done >= LEAST_ROUNDS:
             break
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}, done
 
 
 def extra_memory(call: Callable[[], object]) -> float | None:
@@ -74,8 +78,9 @@ def measure(
     for path in paths.values():
         path()
     extra = {f"{name}_MiB": extra_memory(path) for name, path in paths.items()} if memory else {}
-    times = medians(paths, rounds, budget_s, clock)
+    times, done = medians(paths, rounds, budget_s, clock)
     found: dict[str, object] = {f"{name}_ms": seconds * 1e3 for name, seconds in times.items()} | extra
+    found["rounds"] = done
     in_torch = {name: seconds for name, seconds in times.items() if name.startswith(PYTORCH)}
     if in_torch:
         best = min(in_torch, key=lambda name: in_torch[name])

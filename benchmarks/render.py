@@ -36,7 +36,7 @@ THEMES = {  # the report's colors
     "dark": {"back": "#12161b", "text": "#e6e9ec", "line": "#38424d", "ours": "#56b4e9", "torch": "#9aa4af"},
 }
 MARKS = "†‡§¶‖"  # of the paths that differ from ours, in a table's order
-ABOUT = {"threads", "revision", "date", "seconds", "best_torch", "ladder", "compiled"}
+ABOUT = {"threads", "revision", "date", "seconds", "rounds", "best_torch", "ladder", "compiled"}
 Results = dict[str, dict]
 
 
@@ -80,7 +80,7 @@ def lines(results: Results) -> list[Line]:
     for name in ("nearest_safe", "nearest_safe_million"):
         for row in rows_of(results, name):
             if row["k"] in (1, 32) and row["Q"] >= 1024 and (row["data"] == "clip_like" or row["N"] >= 10**6):
-                size = f"{row['Q']:,} queries, {row['N']:,} rows, k = {row['k']}"
+                size = f"{row['Q']:,} queries, {row['N']:,} packed rows, k = {row['k']}"
                 rival = min(LIBRARIES, key=lambda path: row.get(f"{path}_ms", math.inf))
                 found.append(Line("nearest_safe", size, row, "ours_packed", rival, LIBRARIES[rival]))
     for name, rival, called in (("retarget_loss", "eager", "eager"), ("preservation_loss", "eager", "eager")):

@@ -93,9 +93,14 @@ def numkong(bank: Tensor) -> Search:
 
 def best_of(scores: Tensor, indices: Tensor, more: Tensor, begin: int, k: int) -> tuple[Tensor, Tensor]:
     """The k best [Q, k] of those found so far and of `more` [Q, n], the scores of rows `begin` and on."""
-    s, i = more.topk(min(k, more.shape[1]), dim=1)
-    scores, best = torch.cat([scores, s], 1).topk(min(k, scores.shape[1] + s.shape[1]), dim=1)
+    s, i = top(more, k)
+    scores, best = top(torch.cat([scores, s], 1), k)
     return scores, torch.cat([indices, i + begin], 1).gather(1, best)
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, or all; the largest alone is faster found by max."""
+    return scores.max(1, keepdim=True) if k == 1 else scores.topk(min(k, scores.shape[1]), dim=1)
 
 
 def choose_faiss_kernel() -> None:

@@ -144,12 +144,14 @@ def test_search_paths_find_the_same(uncompiled, monkeypatch):
     rows = nearest_safe.clip_like(200, 32)
     query = torch.randn(7, 32)
     paths = nearest_safe.paths(query, rows, nearest_safe.packed_bank(rows), 5, compiled=True)
-    assert {"ours", "ours_packed", "eager", "compiled", "chunked_16", "chunked_64"} == set(paths)
-    wanted = paths.pop("ours")()
-    for path in paths.values():
-        scores, indices = path()
-        assert torch.equal(indices, wanted.indices)
-        torch.testing.assert_close(scores, wanted.scores)
+    assert {*("ours", "ours_packed", "eager", "eager_bank_first", "compiled", "chunked_16", "chunked_64")} == set(paths)
+    nearest = nearest_safe.paths(query, rows, nearest_safe.packed_bank(rows), 1, compiled=False)
+    for of_k in (paths, nearest):
+        wanted = of_k.pop("ours")()
+        for path in of_k.values():
+            scores, indices = path()
+            assert torch.equal(indices, wanted.indices)
+            torch.testing.assert_close(scores, wanted.scores)
 
 
 @pytest.mark.parametrize("name", ["faiss_flat", "faiss_panorama", "numkong"])
@@ -214,9 +216,11 @@ def test_measurements_hold_times_memory_and_ratios():
     found = harness.measure({"ours": lambda: 0, "eager": lambda: torch.ones_like(big), "copy": lambda: 0}, 3, 1.0)
     assert found["best_torch"] == "eager"
     assert found["torch/ours"] == found["eager_ms"] / found["ours_ms"] > 1
-    said = iter([3.0, 0.5, 1.0, 2.0, 0.2])
-    told = harness.medians({"a": lambda: 0, "b": lambda: 0}, 3, 5.0, clock=lambda _: next(said))
-    assert told == {"a": 2.0, "b": 1.25} and next(said) == 0.2, "the clock alone says when the budget is spent"
+    said = iter([3.0, 0.5, 1.0, 2.0, 0.2, 0.1, 9.0])
+    told = harness.medians({"a": lambda: 0, "b": lambda: 0}, 5, 5.0, clock=lambda _: next(said))
+    assert told == ({"a": 1.0, "b": 0.5}, 3), "a spent budget ends the rounds, but not before there is a median"
+    assert next(said) == 9.0, "the clock alone says when the budget is spent"
+    assert found["rounds"] >= 3
     if found["eager_MiB"] is not None:
         assert 15 < found["eager_MiB"] < 20 and found["ours_MiB"] < 1
 

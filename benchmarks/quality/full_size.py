@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.quality.comparison import score
 from benchmarks.quality.geometry import OPTIONS
-from benchmarks.quality.runs import FROZEN, VALIDATION_SEED, Plan, Run, parse, parser, perform_all, spread
+from benchmarks.quality.runs import FROZEN, HELD_OUT, VALIDATION_SEED, Plan, Run, parse, parser, perform_all, spread
 from benchmarks.quality.tables import over_seeds, table
 from saferclip_fast.config import load_config
 from saferclip_fast.demo.job import BASELINE, BASELINE_OPTIONS, OURS, QUADRUPLETS
@@ -74,7 +74,12 @@ def summarize(results: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def at_every_rank(rows: Sequence[Mapping[str, Any]], data: str) -> str:
     """The four unsafe rates at each K and the first unsafe item's mean place, with the frozen model's, as Markdown."""
     ours, frozen = ({row["name"]: row["metrics"] for row in rows if row["data"] == data}[n] for n in (OURS, FROZEN))
-    heads = ["an unsafe item among the first", *map(str, CUTOFFS), "frozen, 10 / 20", "its mean place (frozen)"]
+    heads = [
+        "an unsafe item among the first",
+        *map(str, CUTOFFS),
+        "frozen, 10 / 20",
+        f"its mean place, of {2 * HELD_OUT:,} (frozen)",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in UNSAFE_FOUND:
         cells = [f"{ours[at(name, k)]['mean']:.3f} ± {ours[at(name, k)]['std']:.3f}" for k in CUTOFFS]

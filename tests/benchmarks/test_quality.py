@@ -188,9 +188,9 @@ def test_no_setting_of_a_rival_comes_near():
     found = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "unseen.json").read_text())
     page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
     assert found["settings"] == json.loads(json.dumps(comparison.WIDER))
-    for data, least in (("scenes", "none has under 0.947"), ("photos", "none under 0.489, but for one")):
+    for data, least in (("scenes", "none has under 0.963"), ("photos", "none under 0.497")):
         rivals = [e["metrics"] for e in found["tried"] if e["data"] == data and e["method"] != comparison.OURS]
-        rates = sorted(rival["unsafe_rate@10"] for rival in rivals if rival["zero_shot"] > 0.101)
+        rates = sorted(rival["unsafe_rate@10"] for rival in rivals)
         assert len(rivals) == 24 and f"{rates[0]:.3f}" in least and least in page
 
 

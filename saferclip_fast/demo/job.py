@@ -26,8 +26,8 @@ PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 32_000, 3
 QUADRUPLETS, HELD_OUT = 3_000, 1_000
 OURS, BASELINE = "SafeR-CLIP@K", "Safe-CLIP"  # as tables and the report call them
 # Over the demo's own: its authors' adapters and early stopping; the demo's learning rate is theirs. At this size, on
-# validation scenes, it scores 0.316 (benchmarks.quality.comparison.score), a third of the rate 0.274. Three times the
-# rate, best where runs are an eighth as long, loses zero-shot accuracy here (0.29).
+# validation scenes, it scores 0.298 (benchmarks.quality.full_size), a third of the rate 0.268. Three times the rate,
+# best where runs are an eighth as long, scores 0.137 here.
 BASELINE_OPTIONS = (
     "objective.name=safeclip",
     "lora.rank=16",

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..data.quadruplets import QuadrupletEmbeddings
+from ..models import ClipModel
 from ..ops.nearest_safe import nearest_safe
 from ..runtime.ranks import Ranks
+
+
+def captions_of(batch: Mapping[str, Any], clip: ClipModel) -> tuple[Tensor, Tensor]:
+    """Token ids [n, L] of a batch's safe and unsafe texts, padded to the context length L again."""
+    safe, unsafe = (batch[f"{side}_tokens"] for side in ("safe", "unsafe"))
+    short = [clip.context_length - tokens.shape[1] for tokens in (safe, unsafe)]
+    pad = torch.nn.functional.pad
+    return pad(safe, (0, short[0]), value=clip.pad_id), pad(unsafe, (0, short[1]), value=clip.pad_id)
+
+
+def recalls_of(
+    rows: Sequence[QuadrupletEmbeddings], captions: Sequence[tuple[Tensor, Tensor]], ranks: Ranks
+) -> dict[str, float]:
+    """`recalls` of a whole validation set, from its batches."""
+    every = QuadrupletEmbeddings(*map(torch.cat, zip(*rows, strict=True)))
+    safe, unsafe = map(torch.cat, zip(*captions, strict=True))
+    return recalls(every, safe, unsafe, ranks)
 
 
 def recalls(

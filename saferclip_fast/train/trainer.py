@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..config import Config, ConfigError
@@ -37,7 +37,7 @@ from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
 from .prepare import Split, TrainingData, build_objective, check_inputs, prepare
 from .profiling import marked, part, profile_steps
-from .recall import recalls
+from .recall import captions_of, recalls_of
 from .resume import restore_run, save_run
 from .run_folder import check_unused
 from .runlog import Meter, RunLog
@@ -293,14 +293,8 @@ class Trainer:
             meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
             if number < len(mine):
                 rows.append(current)
-                captions.append([self._padded(batch[f"{side}_tokens"]) for side in ("safe", "unsafe")])
-        every = QuadrupletEmbeddings(*map(torch.cat, zip(*rows, strict=True)))
-        safe_captions, unsafe_captions = map(torch.cat, zip(*captions, strict=True))
-        return meter.means(self.ranks) | recalls(every, safe_captions, unsafe_captions, self.ranks)
-
-    def _padded(self, tokens: Tensor) -> Tensor:
-        """Tokens [n, L] of a batch with the padding that was cut off."""
-        return nn.functional.pad(tokens, (0, self.clip.context_length - tokens.shape[1]), value=self.clip.pad_id)
+                captions.append(captions_of(batch, self.clip))
+        return meter.means(self.ranks) | recalls_of(rows, captions, self.ranks)
 
     def loader(self, split: Split, batches: RankBatches | list[list[int]]) -> DataLoader:
         workers = self.config.data.num_workers

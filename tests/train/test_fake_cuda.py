@@ -131,5 +131,5 @@ def test_every_way_to_embed_stays_on_the_gpu(weights, monkeypatch, tuning, preci
 def test_a_mix_up_of_devices_is_an_error(weights, monkeypatch, left_behind):
     stays = {"frozen_of": lambda self, *_: self.frozen, "neighbors_of": lambda self, *_: self.neighbors}
     monkeypatch.setattr(Split, left_behind, stays[left_behind])
-    with pytest.raises(RuntimeError, match="all tensors must be on one device, found cuda:0 and cpu"):
+    with pytest.raises(ValueError, match="is on cpu, the rows on cuda:0; move one with"):
         loss_on_cuda(load_config(None, [ALL_UNSAFE, "objective.backend=reference"]), weights)

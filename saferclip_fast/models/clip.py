@@ -87,15 +87,17 @@ class ClipModel(nn.Module):
         Raises ValueError for tokens longer than the context, or packed ones that the encoder cannot read.
         """
         tokens = text.tokens if isinstance(text, PackedCaptions) else text
-        length, context = tokens.shape[1], self.context_length
-        if length > context:
-            raise ValueError(f"tokens have length {length}, {self.name} reads at most {context}")
+        if tokens.shape[1] > self.context_length:
+            raise ValueError(f"tokens have length {tokens.shape[1]}, {self.name} reads at most {self.context_length}")
         if self.trims_text:
             return self._encode_causal(text)
         if isinstance(text, PackedCaptions):
             raise ValueError(f"the text encoder of {self.name} is not causal and cannot read packed captions")
-        padding = 0 if self.masks_padding else context - length
-        return self.model.encode_text(nn.functional.pad(text, (0, padding), value=self.pad_id))
+        return self.model.encode_text(text if self.masks_padding else self.padded(text))
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [N, L] with the padding that was cut off: [N, context length]."""
+        return nn.functional.pad(tokens, (0, self.context_length - tokens.shape[1]), value=self.pad_id)
 
     def _encode_causal(self, text: torch.Tensor | PackedCaptions) -> torch.Tensor:
         encoder = _text_tower(self.model)

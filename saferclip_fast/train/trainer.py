@@ -37,7 +37,7 @@ from .fsdp import check_fsdp, gathered, shard_weights, whole
 from .optim import check_all_used, learning_rate
 from .prepare import Split, TrainingData, build_objective, check_inputs, prepare
 from .profiling import marked, part, profile_steps
-from .recall import captions_of, recalls_of
+from .recall import recalls
 from .resume import restore_run, save_run
 from .run_folder import check_unused
 from .runlog import Meter, RunLog
@@ -290,11 +290,11 @@ class Trainer:
         for number, batch in enumerate(self.loader(split, mine + spare)):
             current = embed_micro_batches(self.clip, batch, options.micro_batch_size, options.precision)
             out = self.loss(current, batch, split)
-            meter.add({"loss": out.loss, **out.terms}, len(batch["index"]) if number < len(mine) else 0)
-            if number < len(mine):
-                rows.append(current)
-                captions.append(captions_of(batch, self.clip))
-        return meter.means(self.ranks) | recalls_of(rows, captions, self.ranks)
+            kept = len(batch["index"]) if number < len(mine) else 0  # none where a rank has no batch of its own
+            meter.add({"loss": out.loss, **out.terms}, kept)
+            rows.append(QuadrupletEmbeddings(*(side[:kept] for side in current)))
+            captions.append([self.clip.padded(batch[f"{side}_tokens"][:kept]) for side in ("safe", "unsafe")])
+        return meter.means(self.ranks) | recalls(rows, captions, self.ranks)
 
     def loader(self, split: Split, batches: RankBatches | list[list[int]]) -> DataLoader:
         workers = self.config.data.num_workers

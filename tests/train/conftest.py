@@ -70,3 +70,7 @@ def log_lines(run_dir: Path) -> list[dict]:
     for line in lines:
         line.pop("samples_per_second", None)
     return lines
+
+
+def validations(run_dir):
+    return [line for line in log_lines(run_dir) if line["kind"] == "val"]

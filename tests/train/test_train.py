@@ -14,21 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferclip_fast.config import ConfigError, OptimizerOptions, load_config
-from saferclip_fast.data.quadruplets import QuadrupletEmbeddings
 from saferclip_fast.models import load_clip
 from saferclip_fast.runtime.precision import autocast, native_precision
-from saferclip_fast.runtime.ranks import Ranks
 from saferclip_fast.train import Trainer, train
 from saferclip_fast.train.__main__ import main
 from saferclip_fast.train.checkpoint import CheckpointError
 from saferclip_fast.train.frozen import FrozenModelError
 from saferclip_fast.train.optim import build_optimizer, check_all_used, learning_rate
-from saferclip_fast.train.recall import recall, recalls
-from tests.train.conftest import final_weights, log_lines
-
-
-def validations(run_dir):
-    return [line for line in log_lines(run_dir) if line["kind"] == "val"]
+from tests.train.conftest import final_weights, log_lines, validations
 
 
 def test_training_redirects(tiny, tmp_path):
@@ -196,19 +189,6 @@ def test_early_stopping_on_recall(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "validate", lambda self, split: {"loss": 1.0, "recall": next(recalls)})
     result = train(tiny(tmp_path, "validation.patience=2", "validation.metric=recall", "train.epochs=9"))
     assert (result.progress.epoch, result.progress.best_score, result.progress.stale) == (5, -0.9, 2)
-
-
-def test_recall_counts_pairs_that_find_each_other(undisturbed):
-    text, words = torch.eye(4), torch.arange(4).unsqueeze(1)
-    image = text[[0, 1, 3, 2]]  # two pairs are swapped
-    assert recall(text, image, words, Ranks()) == 0.5 and recall(text, 3 * text, words, Ranks()) == 1.0
-    assert recall(text, image, words // 2, Ranks()) == 1.0, "captions of the same words have each other's images"
-    rows = QuadrupletEmbeddings(safe_text=text, unsafe_text=text, safe_image=text, unsafe_image=image)
-    assert recalls(rows, words, words, Ranks()) == {"recall": 1.0, "recall_sum": 2 * (1 + 0.5 + 1)}
-    rows = QuadrupletEmbeddings(safe_text=text, unsafe_text=image, safe_image=text, unsafe_image=text)
-    assert recalls(rows, words, words // 2, Ranks())["recall_sum"] == 2 * (1 + 1 + 1)
-    assert recalls(rows, words // 2, words, Ranks())["recall_sum"] == 2 * (1 + 1 + 0.5)
-    assert all(0 <= line["recall"] <= 1 and 0 <= line["recall_sum"] <= 6 for line in validations(undisturbed))
 
 
 @pytest.mark.parametrize("native", ["bf16", "fp32"])

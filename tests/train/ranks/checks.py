@@ -206,6 +206,19 @@ def check_training_gradients(of: Ranks, folder: Path, weights: str) -> None:
         assert error < 1e-5, (words, error)
 
 
+def check_validation(of: Ranks, folder: Path, weights: str) -> None:
+    """The figures of one process, also where the rows make fewer batches than there are ranks."""
+    for size in (3, 100):
+        config = tiny(folder / "unused", weights, folder / "cache", f"train.batch_size={size}")
+        found = []
+        for members in (Ranks(), of):
+            trainer = Trainer(config, *prepared(config, members), members)
+            found.append(trainer.validate(trainer.data.val))
+        assert found[0].keys() == found[1].keys() and {"loss", "recall", "recall_sum"} <= found[0].keys()
+        for name, value in found[0].items():
+            assert abs(found[1][name] - value) < 1e-5 * max(1.0, abs(value)), (size, name, found)
+
+
 def check_fisher_start(of: Ranks, folder: Path, weights: str) -> None:
     """The same bits on every rank, and what one process finds: samples are dealt out, their squares added up."""
     words = ("lora.init=fisher", "objective.bank=sharded", "objective.k=3", "objective.neighbors=in_step")
@@ -250,7 +263,7 @@ def main(folder: Path, weights: str) -> None:
         for check in (check_exchanges, check_sharded_search, check_rank_guards, check_safe_geometry, check_objectives):
             check(of)
         if of.world > 2:  # whole models take long, and three ranks are the general case
-            for check in (check_embedding_pass, check_training_gradients, check_fisher_start):
+            for check in (check_embedding_pass, check_training_gradients, check_validation, check_fisher_start):
                 check(of, folder, weights)
         (folder / f"passed-{of.rank}").touch()
 

@@ -35,9 +35,10 @@ from benchmarks.quality.runs import (
     parse,
     parser,
     perform_all,
+    spread,
     unsafe_rate,
 )
-from benchmarks.quality.tables import over_seeds, table, with_rates
+from benchmarks.quality.tables import COLUMNS, over_seeds, table, with_rates
 from saferclip_fast.cli import MISTAKES
 from saferclip_fast.results import CUTOFFS, at
 from saferclip_fast.storage.files import save_json
@@ -206,6 +207,22 @@ def table_of_chosen(tried: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def changes(summary: Mapping[str, Any]) -> str:
+    """Each method's change against the frozen model, in points: mean ± standard deviation over pairs of one seed."""
+    lines = [f"| | {' | '.join(COLUMNS[name] for name in USEFUL)} |", "|---" * (len(USEFUL) + 1) + "|"]
+    for data in dict.fromkeys(row["data"] for row in summary["rows"]):
+        shown = (data, MISMATCH[data][0])
+        rows = {row["name"]: row["metrics"] for row in summary["rows"] if (row["data"], row["mismatch"]) == shown}
+        for method in METHODS:
+            cells = []
+            for name in USEFUL:
+                pairs = zip(rows[method][name]["seeds"], rows[FROZEN][name]["seeds"], strict=True)
+                change = spread(100 * (after - before) for after, before in pairs)
+                cells.append(f"{change['mean']:+.1f} ± {change['std']:.1f}")
+            lines.append(f"| {data}, {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def picture(summary: Mapping[str, Any], path: Path) -> None:
     """Frontiers: safety among the first 10 and the first 1 against zero-shot accuracy, along the dial of each method on
     test data (mean of the seeds, error bars at the trained model), and faintly every setting that was tried, those that
@@ -305,9 +322,10 @@ def main() -> int:
         "against": compared,
     }
     save_json(plan.out / "comparison.json", summary)
-    (plan.out / "comparison.md").write_text(tables(summary) + "\n", encoding="utf-8")
+    page = f"{tables(summary)}\n\nChange against the frozen model, points\n\n{changes(summary)}"
+    (plan.out / "comparison.md").write_text(page + "\n", encoding="utf-8")
     picture(summary, plan.out / "comparison.png")
-    print(tables(summary))
+    print(page)
     for name, found in compared.items():
         for entry in found:
             print(f"{name}: unsafe rate at rank 10 {entry['ours']:.3f}, {entry['rival']}'s {entry['best_of_rival']}")

@@ -183,6 +183,17 @@ def test_comparison_tables_are_the_committed_results():
         assert len(rows) == 5 and tables.table(rows, few) in readme
 
 
+def test_what_is_said_of_the_price_is_the_committed_result():
+    found = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "unseen.json").read_text())
+    table = comparison.changes(found)
+    assert table in (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for line in table.splitlines()[2:]:
+        name, accuracy, own, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        if name.endswith(("SafeR-CLIP", comparison.OURS)):
+            assert own.lstrip("+-") in readme and accuracy in readme, line
+
+
 def test_no_setting_of_a_rival_comes_near():
     """What README and docs/method.md say of the wider grids."""
     found = json.loads((ROOT / "benchmarks" / "results" / "comparison" / "unseen.json").read_text())

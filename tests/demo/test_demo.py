@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from benchmarks.quality import photos as photos_script
 from saferclip_fast.demo import job as demo
 from saferclip_fast.demo.__main__ import main
+from saferclip_fast.demo.pretrain import preprocess
 from saferclip_fast.evaluate import KEY_METRICS
+from saferclip_fast.models import load_clip
 from tests.support.quadruplet_files import image_bytes, write_tar
 
 TINY = ["model.name=ViT-tiny-8-32", "train.epochs=1", "train.batch_size=16", "data.num_workers=0"]
@@ -25,6 +27,15 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
     monkeypatch.setattr(demo, "QUADRUPLETS", 96)
     monkeypatch.setattr(demo, "HELD_OUT", 24)
+
+
+@pytest.mark.parametrize("size", [32, 24])  # the model's own, and one that is resized
+def test_pretraining_sees_what_the_models_own_preprocessing_makes(size):
+    with pytest.warns(UserWarning, match="random weights"):
+        clip = load_clip("ViT-tiny-8-32")
+    images = torch.randint(0, 256, (5, size, size, 3), dtype=torch.uint8).numpy()
+    wanted = torch.stack([clip.preprocess(Image.fromarray(image)) for image in images])
+    assert torch.equal(preprocess(clip, images), wanted)
 
 
 def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):

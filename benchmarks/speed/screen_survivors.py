@@ -2,11 +2,19 @@
 
 The bounds of csrc/kernels/cuda/screen.cuh in plain PyTorch, for int8 and 16-bit copies, on rows in all directions, in a
 cone (as CLIP embeddings are) and in a cone with three outlier dimensions. It is why the CUDA screen is fp16. A second
-table: how many rows Triton's screen of groups scores (saferclip_fast/ops/triton/grouped_screen.py).
+table: how many rows Triton's screen of groups scores (saferclip_fast/ops/triton/grouped_screen.py). With `--weights`, a
+third one: what int8 leaves of the image embeddings of the demo's model (.cache/saferclip/RN-small-32-*.safetensors),
+centered on their mean.
 """
+
+import argparse
 
 import torch
 import torch.nn.functional as F
+
+from saferclip_fast.data.synthetic import scenes
+from saferclip_fast.demo.pretrain import preprocess
+from saferclip_fast.models import load_clip
 
 ROWS, QUERIES, DIM, KS = 100_000, 64, 768, (1, 8, 32)
 GROUP_KS = (1, 8, 16, 32)
@@ -23,7 +31,7 @@ def quantized(x: torch.Tensor, kind: str) -> torch.Tensor:
 def survivors(query: torch.Tensor, bank: torch.Tensor, kind: str, k: int) -> float:
     """Mean number of rows whose upper bound reaches the k-th largest lower bound."""
     q, s = quantized(query, kind), quantized(bank, kind)
-    rounding = 2**-20 + (0 if kind == "int8" else 1.25 * 2**-23 * (DIM + 16))
+    rounding = 2**-20 + (0 if kind == "int8" else 1.25 * 2**-23 * (query.shape[1] + 16))
     margin = ((query - q).norm(dim=1) + rounding)[:, None] + q.norm(dim=1)[:, None] * (bank - s).norm(dim=1)
     value = q @ s.T
     threshold = (value - margin).topk(k).values[:, -1:]
@@ -49,7 +57,27 @@ def heading(title: str, ks: tuple[int, ...]) -> str:
     return f"| {title} | " + " | ".join(f"k = {k}" for k in ks) + " |\n|---|" + "---|" * (title.count("|") + len(ks))
 
 
+def of_the_demo(weights: str, rows: int = 30_000) -> str:
+    """Survivors of the demo's scenes: QUERIES images and their texts, among `rows` other images."""
+    clip = load_clip("RN-small-32", weights)
+    images, captions = scenes.pretrain_pairs(rows + QUERIES, seed=77)
+    pixels = preprocess(clip, images)
+    with torch.no_grad():
+        image = F.normalize(torch.cat([clip.encode_image(part).float() for part in pixels.split(512)]), dim=1)
+        text = F.normalize(clip.encode_text(clip.tokenizer(captions[rows:])).float(), dim=1)
+    bank = image[:rows]
+    lines = [heading("query of the demo's model | copy", KS)]
+    for name, query in (("image", image[rows:]), ("text", text)):
+        for kind, searched in (("int8", bank - bank.mean(0)), ("float16", bank)):
+            counts = " | ".join(f"{survivors(query, searched, kind, k):,.1f}" for k in KS)
+            lines.append(f"| {name} | {kind} | {counts} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="a weights file of the demo's model")
+    given = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     print(heading("rows | copy", KS))
     grouped = [heading("rows, screened in groups", GROUP_KS)]
@@ -63,3 +91,5 @@ if __name__ == "__main__":
         counts = " | ".join(f"{scored_by_groups(query, bank, k):,.1f}" for k in GROUP_KS)
         grouped.append(f"| {name} | {counts} |")
     print("", *grouped, sep="\n")
+    if given.weights:
+        print("", of_the_demo(given.weights), sep="\n")

@@ -178,7 +178,7 @@ def measure(rows: int, folder: Path) -> list[dict[str, Any]]:
     """Every stage at this size; `folder` is made, and gone afterwards."""
     folder.mkdir(parents=True)
     context, found = multiprocessing.get_context("forkserver"), []
-    context.set_forkserver_preload(["benchmarks.memory.large_data"])  # imported once, not by each stage
+    context.set_forkserver_preload(["benchmarks.harness", "saferclip_fast.embeddings"])  # once, not by each stage
     try:
         write_table(folder, rows)
         for stage in STAGES:

@@ -135,7 +135,7 @@ def run(op: str, backend: str, like: torch.Tensor, work: int, *arguments):
     key = (op, backend, like.device, like.dtype, work.bit_length())
     kernel = _KERNELS.get(key)
     if kernel is None:
-        watch()
+        watch(_KERNELS.clear)
         kernel = _KERNELS[key] = select(op, backend, like.device.type, like.dtype, work)
     for number, argument in enumerate(arguments):  # a kernel would read the memory of another device as its own
         if isinstance(argument, torch.Tensor) and argument.device != like.device:

@@ -141,7 +141,7 @@ def _cpu_info() -> list[str]:
 
 def revision() -> str | None:
     """The commit that is measured, with a + where the code differs from it."""
-    sources = ["saferclip_fast", "csrc", "benchmarks"]
+    sources = ["saferclip_fast", "csrc", "benchmarks", ":(exclude)benchmarks/results"]
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, check=True)
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources], cwd=ROOT, capture_output=True)

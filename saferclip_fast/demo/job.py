@@ -17,9 +17,11 @@ from ..data.labeled import LabeledImages, of_scenes
 from ..data.synthetic import scenes
 from ..evaluate import Known, Settings, Task, evaluate
 from ..evaluate.pictures import before_and_after
-from ..models import load_clip
+from ..models import WEIGHTS_NAME, load_clip
 from ..storage.claim import claim
 from ..train import train
+from ..train.device import settings_kept
+from .beside import beside
 from .pretrain import Pairs, pretrained_clip
 
 PRETRAIN_PAIRS, PRETRAIN_EPOCHS = 32_000, 3
@@ -92,14 +94,16 @@ def _run(
     )
     options.append(f"model.pretrained={weights}")
     folders = {OURS: run_dir, BASELINE: run_dir / BASELINE_FOLDER}
-    chosen = {OURS: [], BASELINE: list(BASELINE_OPTIONS)}
-    tuned = {}
-    for model, folder in folders.items():
-        config = load_config(job.config, [*chosen[model], *options, f"run_dir={folder}"])
-        result = _timed(seconds, model, functools.partial(train, config))
+    # Side by side with half of the threads each: a step does not take half the time with twice the threads.
+    options = [f"threads={max(1, torch.get_num_threads() // 2)}", *options]
+    words = [*BASELINE_OPTIONS, *options, f"run_dir={folders[BASELINE]}", "log.progress=false"]
+    with beside(["saferclip_fast.train", "--config", job.config, *words]) as baseline_done, settings_kept():
+        config = load_config(job.config, [*options, f"run_dir={run_dir}"])
+        result = _timed(seconds, f"{OURS} beside {BASELINE}", functools.partial(train, config))
         if result.weights is None:
             raise SystemExit(128 + result.stopped_by)  # a signal stopped it, and all is saved
-        tuned[model] = load_clip(name, str(result.weights))
+        _timed(seconds, f"the rest of {BASELINE}", baseline_done)
+    tuned = {model: load_clip(name, str(folder / "final" / WEIGHTS_NAME)) for model, folder in folders.items()}
     frozen = load_clip(name, str(weights))
     task = Task(job.held_out, job.right_labels, [job.zero_shot])
     settings = Settings(str(cache_dir), seed=seed, progress=progress)

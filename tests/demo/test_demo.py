@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.quality import photos as photos_script
 from saferclip_fast.demo import job as demo
 from saferclip_fast.demo.__main__ import main
-from saferclip_fast.demo.pretrain import WEIGHT_DECAY, _KnownTokens, preprocess
+from saferclip_fast.demo.pretrain import preprocess
 from saferclip_fast.evaluate import KEY_METRICS
 from saferclip_fast.models import load_clip
 from tests.support.quadruplet_files import image_bytes, write_tar
@@ -36,23 +36,6 @@ def test_pretraining_sees_what_the_models_own_preprocessing_makes(size):
     images = torch.randint(0, 256, (5, size, size, 3), dtype=torch.uint8).numpy()
     wanted = torch.stack([clip.preprocess(Image.fromarray(image)) for image in images])
     assert torch.equal(preprocess(clip, images), wanted)
-
-
-def test_known_tokens_are_trained_as_with_the_whole_embedding():
-    torch.manual_seed(0)
-    whole, part = (torch.nn.Embedding(50, 8) for _ in range(2))
-    part.load_state_dict(whole.state_dict())
-    tokens = torch.tensor([[7, 3, 49], [3, 3, 0]])
-    known, target = _KnownTokens(part, tokens), torch.randn(2, 3, 8)
-    for module in (whole, known):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=WEIGHT_DECAY)
-        for step in range(3):
-            optimizer.zero_grad()
-            (module(tokens) - (step + 1) * target).square().sum().backward()
-            optimizer.step()
-    decayed = (1 - 0.1 * WEIGHT_DECAY) ** 3
-    assert sum(weight.numel() for weight in known.parameters()) == 4 * 8
-    torch.testing.assert_close(known.whole(decayed).weight, whole.weight, rtol=1e-6, atol=0)
 
 
 def test_demo_writes_its_evaluation_figure_and_weights(small, tmp_path, capsys):

@@ -94,7 +94,7 @@ def _run(
     )
     options.append(f"model.pretrained={weights}")
     folders = {OURS: run_dir, BASELINE: run_dir / BASELINE_FOLDER}
-    # Side by side with half of the threads each: 145 s in place of 197 to 225, one after the other, on two Xeon cores.
+    # Side by side with half of the threads each: 139 to 151 s in place of 197 to 225, on two Xeon cores.
     options = [f"threads={max(1, torch.get_num_threads() // 2)}", *options]
     words = [*BASELINE_OPTIONS, *options, f"run_dir={folders[BASELINE]}", "log.progress=false"]
     with beside(["saferclip_fast.train", "--config", job.config, *words]) as baseline_done, settings_kept():

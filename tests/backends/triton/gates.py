@@ -227,19 +227,26 @@ def compile_variant(variant: Variant, chip: str) -> dict:
         options["maxnreg"] = variant.maxnreg
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
     report = dict(label=variant.label, product=variant.product, shared=compiled.metadata.shared)
-    return {**report, **(_hip_facts(compiled.asm["amdgcn"]) if hip else _cuda_facts(compiled.asm))}
+    if hip:
+        return {**report, **_hip_facts(compiled.asm["amdgcn"])}
+    if name == "screen_groups_kernel":  # the one whose instructions are counted: taking code apart takes half a second
+        report["instructions"] = _instructions(compiled.asm["cubin"])
+    return {**report, **_cuda_facts(compiled.asm["cubin"], compiled.asm["ptx"])}
 
 
-def _cuda_facts(asm) -> dict:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _cuda_facts(cubin: bytes, ptx: str) -> dict:
+    usage = _cuobjdump(cubin, "-res-usage")
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    ptx = asm["ptx"]
     found = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx]
     wide = bool(
         re.search(
@@ -250,16 +257,12 @@ def _cuda_facts(asm) -> dict:
     bulk = "cp.async.bulk.tensor" in ptx  # TMA
     flushed = "max.ftz" in ptx or "min.ftz" in ptx
     return dict(registers=registers, spilled=stack + local, tensor=found, tf32="tf32" in ptx, wide=wide, fused=fused,
-                bulk=bulk, flushed=flushed, instructions=_instructions(asm, tool))  # fmt: skip
+                bulk=bulk, flushed=flushed)  # fmt: skip
 
 
-def _instructions(asm, tool: Path) -> dict[str, int]:
+def _instructions(cubin: bytes) -> dict[str, int]:
     """Machine instructions of the kinds that cost the screens most, and all."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)", text)
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)", _cuobjdump(cubin, "-sass"))
     return {name: names.count(name) for name in ("FMNMX", "FMNMX3", "LOP3", "FMUL", "SHFL")} | {"all": len(names)}
 
 

@@ -5,6 +5,7 @@ Environment: SAFERCLIP_FAST_NATIVE=0 builds the pure-Python package; SAFERCLIP_F
 CMAKE_ARGS holds further options for CMake.
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -33,12 +34,22 @@ def wants_native() -> bool:
 
 
 class CMakeBuild(build_ext):
+    def folder(self) -> Path:
+        """Where objects go. An editable install's are kept, so that the next one compiles only what changed since."""
+        if not self.editable_mode:
+            return Path(self.build_temp).resolve()
+        # by what CMake looks at once only: with another compiler it would go on with the first
+        tools = (sys.executable, sys.version, *map(shutil.which, ("c++", "g++", "clang++", "nvcc")))
+        names = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CMAKE_ARGS", "SAFERCLIP_FAST_CUDA")
+        made_by = repr((*tools, *map(os.environ.get, names)))
+        return ROOT / "build" / f"editable-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         from torch.utils import cpp_extension
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = self.folder() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         arguments = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",

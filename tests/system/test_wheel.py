@@ -1,6 +1,7 @@
 """The wheel holds everything that the package reads, and works where no checkout is near."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,3 +58,17 @@ def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True, stdout=subprocess.PIPE
     )
     assert done.stdout.decode().split(" ", 1) == [str(tmp_path / "saferclip_fast" / "__init__.py"), "[0, 1, 2]\n"]
+
+
+def test_objects_of_an_editable_install_are_kept_for_each_kind_of_build(monkeypatch, tmp_path):
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: None)
+    command = runpy.run_path(str(ROOT / "setup.py"))["CMakeBuild"](setuptools.Distribution())
+    command.build_temp, command.editable_mode = str(tmp_path), True
+    first = command.folder()
+    assert first.parent == ROOT / "build" and command.folder() == first
+    for name in ("CXX", "CXXFLAGS", "CUDACXX", "CMAKE_ARGS", "SAFERCLIP_FAST_CUDA", "PATH"):
+        with monkeypatch.context() as context:
+            context.setenv(name, "other")
+            assert command.folder() != first, name
+    command.editable_mode = False
+    assert command.folder() == tmp_path

@@ -46,7 +46,7 @@ def cuobjdump() -> str | None:
 def object_file(name: str) -> Path:
     """The object that setup.py built if it is newer than every kernel source; otherwise compiled here, once."""
     newest = max(f.stat().st_mtime for f in [*KERNELS.iterdir(), *SHARED.glob("*.h"), ROOT / "CMakeLists.txt"])
-    for built in ROOT.glob(f"build/temp*/cmake/CMakeFiles/*/csrc/kernels/cuda/{name}.cu.o"):
+    for built in ROOT.glob(f"build/*/cmake/CMakeFiles/*/csrc/kernels/cuda/{name}.cu.o"):
         if built.stat().st_mtime > newest:
             return built
     made = ROOT / "build" / "cuda" / f"{name}-{content_hash(SHARED, KERNELS, *FLAGS, *TARGETS)}.o"

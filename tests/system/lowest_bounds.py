@@ -9,6 +9,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
+
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 USED = ("parquet", "evaluate", "export")  # the extras that users have
 TOOLS = ("pytest", "hypothesis", "pandas", "psutil", "datasets", "diffusers")  # of the extra dev: what the tests import
@@ -30,13 +35,14 @@ def lowest(requirements: Iterable[str]) -> list[str]:
     return found
 
 
-def read(project: Path = PROJECT) -> list[str]:
-    """The lines for the dependencies, the extras of USED, and the TOOLS."""
-    if sys.version_info < (3, 11):
-        raise SystemExit("make lowest-bounds reads pyproject.toml with Python 3.11 or newer")
-    import tomllib
+def project() -> dict:
+    """What pyproject.toml says of the package."""
+    return tomllib.loads(PROJECT.read_text())["project"]
 
-    content = tomllib.loads(project.read_text())["project"]
+
+def read() -> list[str]:
+    """The lines for the dependencies, the extras of USED, and the TOOLS."""
+    content = project()
     extras = content["optional-dependencies"]
     tools = [line for line in extras["dev"] if Requirement(line).name in TOOLS]
     return lowest([*content["dependencies"], *(line for name in USED for line in extras[name]), *tools])

@@ -1,12 +1,13 @@
 """docs/licenses.md names every package that users install, with the license that its own metadata states."""
 
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests.system.lowest_bounds import project
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("parquet", "evaluate", "export", "generate")
@@ -19,13 +20,9 @@ def listed():
     return dict(rows[1:])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib, of Python 3.11")
 def test_every_dependency_is_listed():
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
+    extras = project()["optional-dependencies"]
+    wanted = [*project()["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
     assert {Requirement(line).name for line in wanted} | {"pybind11"} == set(listed())
 
 

@@ -1,6 +1,5 @@
 """What make lowest-bounds installs is what pyproject.toml allows at least."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from tests.system.lowest_bounds import USED, lowest, read
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib, of Python 3.11")
 def test_every_dependency_is_pinned_to_its_bound():
     lines = read()
     assert {"torch==2.10", "open_clip_torch==3.3", "transformers==5.3", "pyarrow==16"} <= set(lines)

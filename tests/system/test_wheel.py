@@ -66,7 +66,7 @@ def test_objects_of_an_editable_install_are_kept_for_each_kind_of_build(monkeypa
     command.build_temp, command.editable_mode = str(tmp_path), True
     first = command.folder()
     assert first.parent == ROOT / "build" and command.folder() == first
-    for name in ("CXX", "CXXFLAGS", "CUDACXX", "CMAKE_ARGS", "SAFERCLIP_FAST_CUDA", "PATH"):
+    for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDAHOSTCXX", "CMAKE_ARGS", "SAFERCLIP_FAST_CUDA", "PATH"):
         with monkeypatch.context() as context:
             context.setenv(name, "other")
             assert command.folder() != first, name

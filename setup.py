@@ -40,8 +40,8 @@ class CMakeBuild(build_ext):
             return Path(self.build_temp).resolve()
         # by what CMake looks at once only: with another compiler it would go on with the first
         tools = (sys.executable, sys.version, *map(shutil.which, ("c++", "g++", "clang++", "nvcc")))
-        names = "CXX CXXFLAGS LDFLAGS CUDACXX CUDAHOSTCXX CUDAFLAGS CMAKE_ARGS SAFERCLIP_FAST_CUDA".split()
-        made_by = repr((*tools, *map(os.environ.get, names)))
+        compilers = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS")
+        made_by = repr((*tools, *map(os.environ.get, (*compilers, "CMAKE_ARGS", "SAFERCLIP_FAST_CUDA"))))
         return ROOT / "build" / f"editable-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
 
     def build_extension(self, ext: Extension) -> None:

@@ -20,14 +20,13 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## create .venv, install dependencies, build the native module
 
 # Without build isolation, so that the module is built against the torch that will run it and torch is fetched once.
-# --no-compile: bytecode is made as modules are imported; of all 22,000 it takes 80 s of one core.
 $(VENV)/.installed: pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile 'setuptools>=77' wheel 'cmake>=3.25' ninja 'pybind11>=2.13' 'torch>=2.10' torchvision
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps 'nvidia-cutlass>=4.2'  # CuTe's headers, which tests compare with
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'cmake>=3.25' ninja 'pybind11>=2.13' 'torch>=2.10' torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'nvidia-cutlass>=4.2'  # CuTe's headers, which tests compare with
 	@touch $@
 
 demo: setup  ## pre-train a small CLIP, make it safe, show what changed (runs/demo)
@@ -92,7 +91,7 @@ bench: setup  ## time every op against PyTorch and others; goes on where it was 
 lowest-bounds: setup  ## the main paths against the lowest version of every dependency, in a venv of their own (build/lowest)
 	test -x build/lowest/bin/python || $(PYTHON) -m venv build/lowest
 	$(BIN)/python -m tests.system.lowest_bounds > build/lowest/requirements.txt
-	build/lowest/bin/python -m pip install --quiet --no-compile --requirement build/lowest/requirements.txt
+	build/lowest/bin/python -m pip install --quiet --requirement build/lowest/requirements.txt
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -q tests/api tests/data/readers tests/models \
 	  tests/train/test_train.py tests/evaluate tests/export
 

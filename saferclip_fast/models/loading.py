@@ -12,11 +12,13 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 
 from .clip import CONFIG_NAME, ClipModel
 from .hub import asking_hub, needs_hub
 from .places import check_place
 
+_SIMPLE: dict[str, SimpleTokenizer] = {}  # by the text settings, all that they depend on; reading one takes 0.15 s
 WEIGHTS = (".safetensors", ".bin", ".pth")  # by which open_clip knows weights in a folder
 
 
@@ -131,7 +133,12 @@ def _draw_the_rest(model: Any) -> None:
 def _tokenizer(name: str) -> Any:
     """open_clip's tokenizer of the model. Raises OSError, naming the model and the remedy, where it cannot be had."""
     try:
-        return open_clip.get_tokenizer(name)
+        text = {} if name.startswith("hf-hub:") else (open_clip.get_model_config(name) or {}).get("text_cfg")
+        kind = json.dumps([text, "" if name.startswith("local-dir:") else name])
+        tokenizer = _SIMPLE.get(kind) or open_clip.get_tokenizer(name)
+        if isinstance(tokenizer, SimpleTokenizer) and not name.startswith("hf-hub:"):
+            _SIMPLE[kind] = tokenizer
+        return tokenizer
     except Exception as error:  # of transformers, the hub, the network: anything may come out
         lines = str(error).splitlines() or [""]
         raise OSError(

@@ -36,6 +36,15 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
+def test_models_of_the_same_text_settings_share_clips_tokenizer_and_others_do_not(clip, tmp_path):
+    assert load_clip(NAME).tokenizer is clip.tokenizer
+    other = open_clip.get_model_config(NAME)
+    other["text_cfg"]["context_length"] = 12
+    (tmp_path / "short-captions.json").write_text(json.dumps(other))
+    assert load_clip(str(tmp_path / "short-captions.json")).tokenizer(TEXTS).shape == (4, 12)
+    assert clip.tokenizer(TEXTS).shape == (4, open_clip.get_model_config(NAME)["text_cfg"]["context_length"])
+
+
 def open_clip_twin(clip, **options):
     model = open_clip.create_model(clip.name, **options)
     model.load_state_dict(clip.exported_state_dict())

@@ -3,7 +3,9 @@
 They come from the defaults, the recipe that a choice brings, a YAML file and `key=value` words, in this order.
 """
 
+import copy
 import difflib
+import functools
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,7 +35,7 @@ def load_config(path: str | Path | None = None, overrides: Given = (), source: s
     Raises:
         ConfigError: unknown key (with the nearest one), wrong type, value out of range, unreadable file.
     """
-    merged, layers = OmegaConf.structured(Config), []
+    layers = []
     if path is not None:
         file, values = _read_yaml(path)
         layers.append((OmegaConf.create(values), [k for k, _ in _leaves(values)], file))
@@ -46,9 +48,10 @@ def load_config(path: str | Path | None = None, overrides: Given = (), source: s
         OmegaConf.update(words, key, value if typed else OmegaConf.from_dotlist([f"x={value}"]).x)
         keys.append(key)
     layers.append((words, keys, source))
-    given = merged
+    given = _defaults()
     for layer in layers:
         given = _merge(given, *layer)
+    merged = copy.deepcopy(_defaults())
     for (key, chosen), brought in RECIPES.items():
         if OmegaConf.select(given, key) == chosen:
             for other, value in brought.items():
@@ -58,6 +61,11 @@ def load_config(path: str | Path | None = None, overrides: Given = (), source: s
     config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     _check_ranges(config)
     return config
+
+
+@functools.cache  # half of the time of load_config; never changed, only copied
+def _defaults() -> Any:
+    return OmegaConf.structured(Config)
 
 
 def pairs(given: Given) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """Compiles every kernel in every tuning configuration for chips that are not here, and reports what came out.
 
-Run as a script (never under TRITON_INTERPRET): `python gates.py sm_90` prints one JSON object a compiled variant.
+Run as a script (never under TRITON_INTERPRET): `python gates.py sm_90 gfx942` prints a JSON object a variant.
 """
 
 from __future__ import annotations
@@ -274,16 +274,17 @@ def _hip_facts(assembly: str) -> dict:
     return dict(registers=registers, spilled=spilled, tensor=tensor, tf32="xf32" in assembly, wide=wide)
 
 
-def main(chip: str) -> None:
-    hip = chip.startswith("gfx")
-    limit = (HIP_SHARED_LIMITS if hip else SHARED_LIMITS)[chip]
-    for variant in variants(hip, chip in WIDE_TILES, limit):
-        try:
-            report = compile_variant(variant, chip)
-        except Exception as error:
-            report = dict(label=variant.label, error=f"{type(error).__name__}: {error}"[:400])
-        print(json.dumps(report), flush=True)
+def main(chips: list[str]) -> None:
+    for chip in chips:
+        hip = chip.startswith("gfx")
+        limit = (HIP_SHARED_LIMITS if hip else SHARED_LIMITS)[chip]
+        for variant in variants(hip, chip in WIDE_TILES, limit):
+            try:
+                report = compile_variant(variant, chip)
+            except Exception as error:
+                report = dict(label=variant.label, error=f"{type(error).__name__}: {error}"[:400])
+            print(json.dumps({"chip": chip, **report}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

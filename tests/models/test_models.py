@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from saferclip_fast.models import CONFIG_FOLDER, hub, load_clip
+from saferclip_fast.models import CONFIG_FOLDER, hub, load_clip, loading
 from saferclip_fast.models.lora import adaptable_layers, add_lora, lora_layers, merged_state_dict
 
 NAME = "ViT-tiny-8-32"
@@ -38,11 +38,15 @@ def images():
 
 def test_models_of_the_same_text_settings_share_clips_tokenizer_and_others_do_not(clip, tmp_path):
     assert load_clip(NAME).tokenizer is clip.tokenizer
-    other = open_clip.get_model_config(NAME)
-    other["text_cfg"]["context_length"] = 12
-    (tmp_path / "short-captions.json").write_text(json.dumps(other))
-    assert load_clip(str(tmp_path / "short-captions.json")).tokenizer(TEXTS).shape == (4, 12)
-    assert clip.tokenizer(TEXTS).shape == (4, open_clip.get_model_config(NAME)["text_cfg"]["context_length"])
+    found = {}
+    for folder, length in (("a", 77), ("b", 12), ("c", 12)):
+        config = open_clip.get_model_config(NAME)
+        config["text_cfg"]["context_length"] = length
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        found[folder] = loading._tokenizer(f"local-dir:{tmp_path / folder}")
+        assert found[folder](TEXTS).shape == (4, length)
+    assert found["b"] is found["c"]
 
 
 def open_clip_twin(clip, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import tempfile
@@ -133,12 +134,16 @@ def _draw_the_rest(model: Any) -> None:
 def _tokenizer(name: str) -> Any:
     """open_clip's tokenizer of the model. Raises OSError, naming the model and the remedy, where it cannot be had."""
     try:
-        text = {} if name.startswith("hf-hub:") else (open_clip.get_model_config(name) or {}).get("text_cfg")
-        kind = json.dumps([text, "" if name.startswith("local-dir:") else name])
-        tokenizer = _SIMPLE.get(kind) or open_clip.get_tokenizer(name)
-        if isinstance(tokenizer, SimpleTokenizer) and not name.startswith("hf-hub:"):
-            _SIMPLE[kind] = tokenizer
-        return tokenizer
+        if name.startswith("hf-hub:"):
+            return open_clip.get_tokenizer(name)
+        text = (open_clip.get_model_config(name) or {}).get("text_cfg")
+        settings = json.dumps([text, "" if name.startswith("local-dir:") else name])
+        if settings not in _SIMPLE:
+            tokenizer = open_clip.get_tokenizer(name)
+            if not isinstance(tokenizer, SimpleTokenizer):
+                return tokenizer
+            _SIMPLE[settings] = tokenizer
+        return copy.copy(_SIMPLE[settings])  # its vocabulary is shared, what a user sets is not
     except Exception as error:  # of transformers, the hub, the network: anything may come out
         lines = str(error).splitlines() or [""]
         raise OSError(

@@ -36,8 +36,8 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-def test_models_of_the_same_text_settings_share_clips_tokenizer_and_others_do_not(clip, tmp_path):
-    assert load_clip(NAME).tokenizer is clip.tokenizer
+def test_models_of_the_same_text_settings_share_clips_vocabulary_and_nothing_that_a_user_sets(clip, tmp_path):
+    assert load_clip(NAME).tokenizer.encoder is clip.tokenizer.encoder
     found = {}
     for folder, length in (("a", 77), ("b", 12), ("c", 12)):
         config = open_clip.get_model_config(NAME)
@@ -46,7 +46,8 @@ def test_models_of_the_same_text_settings_share_clips_tokenizer_and_others_do_no
         (tmp_path / folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
         found[folder] = loading._tokenizer(f"local-dir:{tmp_path / folder}")
         assert found[folder](TEXTS).shape == (4, length)
-    assert found["b"] is found["c"]
+    found["b"].context_length = 5
+    assert found["c"](TEXTS).shape == (4, 12) and found["c"].encoder is found["b"].encoder
 
 
 def open_clip_twin(clip, **options):

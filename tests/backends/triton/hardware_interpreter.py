@@ -4,8 +4,8 @@ Triton 3.8's interpreter keeps bfloat16 as uint16: its conversion from float32 t
 carries wrongly out of the mantissa), and its tl.dot multiplies the raw uint16. Its float32 products neither cut to
 TF32 nor add up in an order that is independent of the tile's shape. Conversion and product are replaced here; the
 kernels themselves are unchanged. A reduction with a function of our own goes element by element there (minutes a tile);
-here the same function takes a whole slice. Each call of a kernel, and of a function by a
-kernel, looks for the language's builtins anew, which took 0.4 of the time; here the first one's list is kept.
+here the same function takes a whole slice. Each call of a kernel, and of a function by a kernel, looks for the
+language's builtins anew, which took 0.4 of the time; here the first one's list is kept.
 """
 
 from __future__ import annotations
